@@ -1,0 +1,67 @@
+"""GRU4Rec: Hidasi et al., "Session-based Recommendations with Recurrent Neural Networks", ICLR 2016 (arXiv 1511.06939)."""
+
+import torch
+from torch import Tensor, nn
+
+from lit_llmers.backbones.items import item_embedding
+
+
+class GRU4Rec(nn.Module):
+    """GRUs over item embeddings; a linear layer maps the last state to a user vector, scored against the item table.
+
+    The form that RecBole made common: GRUs without biases, item embeddings in place of one-hot vectors, whole histories in
+    place of session-parallel mini-batches. One width serves embeddings and states (D = d), and there is no final norm.
+
+    Args:
+        n_items: items in the catalogue, numbered from 1.
+        max_length: longest history; the recurrence itself knows no limit.
+        dim: width of everything.
+        layers: stacked GRUs.
+        dropout: probability, on the item embeddings.
+        init_std: standard deviation of the initial item embeddings.
+        item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
+
+    Raises:
+        UserError: `item_init` has another shape.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        max_length: int,
+        dim: int = 64,
+        layers: int = 1,
+        dropout: float = 0.2,
+        init_std: float = 0.02,
+        item_init: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
+        self.items = item_embedding(n_items, dim, init_std, item_init)
+        self.dropout = nn.Dropout(dropout)
+        self.grus = nn.ModuleList(nn.GRU(dim, dim, bias=False, batch_first=True) for _ in range(layers))
+        self.dense = nn.Linear(dim, dim)
+        for gru in self.grus:
+            for weight in gru.parameters():
+                nn.init.xavier_uniform_(weight)
+
+    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        # Padding is moved from the left of a row to its right, where a recurrence cannot have seen it yet.
+        batch, length = items.shape
+        position = torch.arange(length, device=items.device)
+        padding = length - mask.sum(1, keepdim=True)  # [B, 1]
+        x = self.dropout(self.items(items.gather(1, (position + padding).clamp(max=length - 1))))
+        states = [x]
+        for gru in self.grus:
+            x, _ = gru(x)
+            states.append(x)
+        read = position if every_position else position[-1:]
+        source = (read - padding).clamp(min=0)  # [B, P], where the read-out positions are now
+        row = torch.arange(batch, device=items.device)[:, None]
+        return [state.flatten(0, 1)[row * length + source] for state in states]  # [B, P, D]
+
+    def head(self, state: Tensor) -> Tensor:
+        return self.dense(state)
+
+    def item_table(self) -> Tensor:
+        return self.items.weight

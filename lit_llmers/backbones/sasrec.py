@@ -1,0 +1,121 @@
+"""SASRec: Kang & McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018 (arXiv 1808.09781)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_llmers.backbones.items import item_embedding
+from lit_llmers.errors import UserError
+
+_EPS = 1e-8  # of every LayerNorm, as in the official code
+
+
+class SASRec(nn.Module):
+    """Causal self-attention over item and position embeddings; the item table also scores (paper, eq. 1-6).
+
+    We differ from the paper as pmixer/SASRec.pytorch with `norm_first` does: queries, keys and values all come from the
+    normed input, and the attention has an output projection. Padded keys are masked, which neither code does. Dropout is
+    on the embeddings and on each sub-layer's output (paper, section 3.3), not on attention weights. Positions are counted
+    from the right end, so the last item always has the same one.
+
+    Args:
+        n_items: items in the catalogue, numbered from 1.
+        max_length: longest history.
+        dim: width of everything (D = d).
+        layers: attention blocks.
+        heads: attention heads; they divide `dim`.
+        dropout: probability.
+        ffn: width of the feed-forward layer as a multiple of `dim`.
+        init_std: standard deviation of the initial item and position embeddings. Items enter scaled by `sqrt(dim)`.
+        item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
+
+    Raises:
+        UserError: `heads` does not divide `dim`, `item_init` has another shape, or a history is longer than `max_length`.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        max_length: int,
+        dim: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.2,
+        ffn: int = 1,
+        init_std: float = 0.02,
+        item_init: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"SASRec's dim={dim} cannot be cut into heads={heads}. Choose heads that divide dim.")
+        self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
+        self.items = item_embedding(n_items, dim, init_std, item_init)
+        self.positions = nn.Parameter(torch.randn(max_length, dim) * init_std)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout, ffn) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, eps=_EPS)
+
+    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        length = items.shape[1]
+        if length > self.max_length:
+            raise UserError(
+                f"A history of {length} items reached a SASRec built for max_length={self.max_length}. "
+                "Use the max_length that it was trained with."
+            )
+        x = self.items(items) * self.dim**0.5 + self.positions[self.max_length - length :]
+        x = self.dropout(x)  # [B, L, D]
+        visible = _visible(mask)
+        states = [x]
+        for index, block in enumerate(self.blocks):
+            if index == self.layers - 1 and not every_position:  # only the read-out position goes further
+                x = block(x, visible, last_only=True)
+            else:
+                x = block(x, visible)
+            states.append(x)
+        states[-1] = self.norm(x)
+        return states if every_position else [state[:, -1:] for state in states]
+
+    def head(self, state: Tensor) -> Tensor:
+        return state
+
+    def item_table(self) -> Tensor:
+        return self.items.weight
+
+
+class Block(nn.Module):
+    """`x + Dropout(attention(LN(x)))`, then `x + Dropout(feed-forward(LN(x)))`, on `[B, L, D]`."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, ffn: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(dim, eps=_EPS)
+        self.qkv = _linear(dim, 3 * dim)
+        self.out = _linear(dim, dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=_EPS)
+        self.inner, self.outer = _linear(dim, ffn * dim), _linear(ffn * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, visible: Tensor, last_only: bool = False) -> Tensor:
+        """Args: x `[B, L, D]`; visible `[B, 1, L, L]` bool; last_only: return the last position alone, `[B, 1, D]`."""
+        batch, _, dim = x.shape
+        qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, dim // self.heads))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, heads, L, D/heads]
+        if last_only:
+            x, q, visible = x[:, -1:], q[:, :, -1:], visible[:, :, -1:]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, -1, dim)))
+        return x + self.dropout(self.outer(F.relu(self.inner(self.ffn_norm(x)))))
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """Which keys a query sees, `[B, 1, L, L]`: real ones up to itself; a padded query sees itself alone, lest it be NaN."""
+    square = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+    return (mask[:, None, None, :] & square.tril()) | (square.tril() & square.triu())
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """Linear layer with the official code's initialisation."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_normal_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

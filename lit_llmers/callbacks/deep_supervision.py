@@ -1,0 +1,68 @@
+"""Deep supervision: every block predicts the next item, not only the last (SLMRec, ICLR 2025, arXiv 2405.17890)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError
+from lit_llmers.losses.feature import block_boundaries
+from lit_llmers.students.output import StudentOutput
+from lit_llmers.students.sequential import SequentialRecommender
+
+
+class DeepSupervisionTerm(Term):
+    """`sum over inner blocks k of CE(W_k h_k, target)`.
+
+    Args:
+        boundaries: indices of the hidden states at the ends of the inner blocks.
+        heads: `W_k`, hidden width to the width of the item table, without bias.
+        task_loss: cross-entropy of user vectors, a scalar.
+    """
+
+    requires = frozenset({"hidden"})
+
+    def __init__(
+        self, boundaries: list[int], heads: nn.ModuleList, task_loss: Callable[[Tensor, Batch], Tensor]
+    ) -> None:
+        super().__init__()
+        self.boundaries, self.heads, self.task_loss = boundaries, heads, task_loss
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        assert output.hidden is not None
+        pairs = zip(self.boundaries, self.heads, strict=True)
+        losses = [self.task_loss(head(output.hidden[:, layer]), batch) for layer, head in pairs]
+        self.parts = {f"block{k}": loss.detach() for k, loss in enumerate(losses, 1)}
+        return torch.stack(losses).sum()
+
+
+class DeepSupervision(Distillation):
+    """Adds a next-item head and its cross-entropy at the end of every block but the last. Needs no teacher.
+
+    Args:
+        blocks: equal blocks that the student's layers are cut into.
+        weight: factor of the summed cross-entropies (the paper's lambda_3).
+    """
+
+    name = "deep_supervision"
+
+    def __init__(self, blocks: int = 4, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.blocks = blocks
+
+    def build(self, student: SequentialRecommender) -> DeepSupervisionTerm:
+        layers = int(student.backbone.layers)  # type: ignore[arg-type]
+        width, dim = int(student.backbone.width), int(student.backbone.dim)  # type: ignore[arg-type]
+        if self.blocks < 2:
+            raise UserError("deep_supervision: blocks is 1, so there is no inner block to supervise. Remove the callback.")
+        try:
+            boundaries = block_boundaries(layers, self.blocks)[:-1]
+        except ValueError as error:
+            raise UserError(
+                f"deep_supervision: the student's {layers} layers cannot be cut into {self.blocks} blocks. "
+                "Choose a depth divisible by the blocks."
+            ) from error
+        heads = nn.ModuleList(nn.Linear(width, dim, bias=False) for _ in boundaries)
+        return DeepSupervisionTerm(boundaries, heads, student.task_loss)

@@ -1,0 +1,76 @@
+"""What all distillation callbacks share: a loss term that is registered before training and fed by a source of signals."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import lightning as L
+from torch import Tensor, nn
+
+from lit_llmers.data.loader import Batch
+from lit_llmers.students.output import StudentOutput
+from lit_llmers.students.sequential import SequentialRecommender
+
+Reduce = Callable[[Tensor, Batch], Tensor]
+
+
+class SignalSource(Protocol):
+    """Where a teacher's word comes from: a record on disk, or the frozen teacher itself."""
+
+    shape: tuple[int, ...]
+
+    def read(self, batch: Batch) -> Tensor:
+        """The teacher's signal for every target of the batch, `[T, *shape]`, without gradient."""
+        ...
+
+
+class Term(nn.Module):
+    """A loss term. `requires` names the outputs (`hidden`) and the batch keys that `forward` reads.
+
+    `parts` holds the detached scalars that the last forward was made of, for the log.
+    """
+
+    requires: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        """The weighted loss of the batch, a scalar."""
+        raise NotImplementedError
+
+
+class Distillation(L.Callback):
+    """Puts a term into the student's `distillation` in `setup`, where its parameters still reach the optimiser.
+
+    Subclasses name the term and build it in `build`. Without this callback the student is what it always was: its
+    checkpoint loads for testing and export without any term.
+
+    Args:
+        weight: factor of the whole term in the student's loss.
+    """
+
+    name: str
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def build(self, student: SequentialRecommender) -> Term:
+        """Check that the student and the signals fit together and return the term.
+
+        Raises:
+            UserError: they do not; the message says what to change.
+        """
+        raise NotImplementedError
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, SequentialRecommender) and self.name not in pl_module.distillation:
+            pl_module.distillation[self.name] = self.build(pl_module)
+            pl_module.weights[self.name] = self.weight
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if isinstance(pl_module, SequentialRecommender):
+            parts: dict[str, Tensor] = pl_module.distillation[self.name].parts  # type: ignore[assignment]
+            pl_module.log_losses({f"loss/{self.name}/{part}": value for part, value in parts.items()}, batch)

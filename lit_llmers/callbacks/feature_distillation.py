@@ -1,0 +1,85 @@
+"""Block-wise feature distillation (SLMRec, ICLR 2025, arXiv 2405.17890)."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lit_llmers.callbacks.distillation import Distillation, Reduce, SignalSource, Term
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError
+from lit_llmers.losses.feature import block_boundaries, cosine_distance, euclidean_distance
+from lit_llmers.students.output import StudentOutput
+from lit_llmers.students.sequential import SequentialRecommender
+
+KEY = "block_states"
+
+
+class FeatureTerm(Term):
+    """`sum over blocks of cosine * (1 - cos(h_S, h_T)) + l2 * ||h_S - h_T||`.
+
+    Args:
+        boundaries: indices of the student's hidden states at its block ends.
+        projectors: student width to teacher width, one for each block; None where the widths are equal.
+        reduce: mean over the targets of a batch.
+    """
+
+    requires = frozenset({"hidden", KEY})
+
+    def __init__(
+        self, boundaries: list[int], projectors: nn.ModuleList | None, cosine: float, l2: float, reduce: Reduce
+    ) -> None:
+        super().__init__()
+        self.boundaries, self.projectors = boundaries, projectors
+        self.cosine, self.l2, self.reduce = cosine, l2, reduce
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        assert output.hidden is not None
+        student = output.hidden[:, self.boundaries]  # [T, blocks, D_S]
+        if self.projectors is not None:
+            student = torch.stack([project(student[:, k]) for k, project in enumerate(self.projectors)], 1)
+        teacher = batch[KEY].to(student)  # [T, blocks, D_T]
+        cosine = self.reduce(cosine_distance(student, teacher).sum(1), batch)
+        l2 = self.reduce(euclidean_distance(student, teacher).sum(1), batch)
+        self.parts = {"cosine": cosine.detach(), "l2": l2.detach()}
+        return self.cosine * cosine + self.l2 * l2
+
+
+class FeatureDistillation(Distillation):
+    """The student's hidden states at the end of each block learn to be the teacher's.
+
+    Args:
+        signals: the teacher's block states, `[T, blocks, D_T]` for a batch with T targets.
+        cosine: weight of the cosine distance (the paper's lambda_1).
+        l2: weight of the Euclidean distance (0.1, hard-coded in the official code).
+        weight: factor of both.
+
+    The number of blocks is that of the record; the student's depth must be divisible by it.
+    """
+
+    name = "feature"
+
+    def __init__(self, signals: SignalSource, cosine: float = 1.0, l2: float = 0.1, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.signals, self.cosine, self.l2 = signals, cosine, l2
+
+    def build(self, student: SequentialRecommender) -> FeatureTerm:
+        blocks, teacher_width = self.signals.shape
+        layers, width = int(student.backbone.layers), int(student.backbone.width)  # type: ignore[arg-type]
+        try:
+            boundaries = block_boundaries(layers, blocks)
+        except ValueError as error:
+            raise UserError(
+                f"feature_distillation: the student's {layers} layers cannot be cut into the record's {blocks} blocks. "
+                f"Choose a depth divisible by {blocks}, or record another number of blocks (stages.signals.blocks)."
+            ) from error
+        projectors = None
+        if width != teacher_width:
+            projectors = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(blocks))
+        return FeatureTerm(boundaries, projectors, self.cosine, self.l2, student.reduce)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        batch[KEY] = self.signals.read(batch).to(pl_module.device, non_blocking=True)

@@ -1,0 +1,51 @@
+"""Progress that a person can read: a bar on a terminal, a line per epoch everywhere else."""
+
+import logging
+import sys
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class Progress(L.Callback):
+    """One bar per stage with epoch, loss and validation figure; in a log file, one line per validation.
+
+    Args:
+        title: name of the stage.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and sys.stderr.isatty():
+            epoch = f"{self.title} {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            batches = int(trainer.num_training_batches)
+            self.bar = tqdm(total=batches, desc=epoch, leave=False, unit="batch", dynamic_ncols=True)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(batch_idx + 1 - self.bar.n)
+            if batch_idx % 10 == 0:
+                self.bar.set_postfix(loss=f"{float(outputs['loss']):.3f}")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if trainer.is_global_zero:
+            log.info(
+                "%-24s epoch %2d  loss %.3f  valid HR@10 %.4f  NDCG@10 %.4f",
+                self.title,
+                trainer.current_epoch + 1,
+                figures.get("loss", float("nan")),
+                figures["val/HR@10"],
+                figures["val/NDCG@10"],
+            )

@@ -1,0 +1,250 @@
+"""The settings that more than one room shares, as dataclasses that refuse what they do not know.
+
+A room's own settings (a data source's, an LLM base's, a backbone's arguments) live with the room.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from lit_llmers.errors import UserError, nearest, unknown
+
+EXAMPLES = ("sequence", "prefixes", "last")
+SCHEDULES = ("constant", "cosine")
+PROTOCOLS = ("full", "sampled-999")
+SIGNAL_DTYPES = ("float16", "float32")
+
+Config = TypeVar("Config")
+
+
+def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Make the dataclass `cls`, and those inside it, from a mapping.
+
+    Args:
+        where: the key under which the mapping stands, for the error message.
+
+    Raises:
+        UserError: a key that the dataclass does not have, or one that it needs and does not get.
+    """
+    types = get_type_hints(cls)
+    known = [entry.name for entry in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"Unknown configuration key '{where}.{key}'.{nearest(key, known)} '{where}' has: {', '.join(known)}."
+            )
+    nested = {
+        key: build(types[key], value, f"{where}.{key}")
+        for key, value in values.items()
+        if is_dataclass(types[key]) and isinstance(value, Mapping)
+    }
+    try:
+        return cls(**{**values, **nested})
+    except TypeError as error:
+        raise UserError(f"Configuration '{where}' is incomplete: {error}.") from error
+
+
+@dataclass(frozen=True)
+class SequenceConfig:
+    """How histories become training examples.
+
+    Attributes:
+        max_length: items of history that a model reads, the latest ones.
+        examples: `last`: one example per user, its last training item (SLMRec). `prefixes`: one example per training item,
+            each with the history before it (E4SRec). `sequence`: the targets of `prefixes`, all predicted in one causal
+            pass over the user's history; needs a model that reads out at every position.
+        targets_per_user: for `prefixes` and `sequence`, at most so many targets per user, the latest first; by default
+            `max_length` (as E4SRec). 0 takes all of them.
+    """
+
+    max_length: int = 50
+    examples: str = "sequence"
+    targets_per_user: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.examples not in EXAMPLES:
+            raise unknown("kind of training examples (sequences.examples)", self.examples, EXAMPLES)
+        if self.max_length < 1:
+            raise UserError(f"sequences.max_length is {self.max_length}. It must be at least 1.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimiser steps of linear warm-up.
+        schedule: after warm-up, `constant` or `cosine` to zero over the whole training.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown("learning-rate schedule (optimizer.schedule)", self.schedule, SCHEDULES)
+        if not self.lr > 0:
+            raise UserError(f"optimizer.lr is {self.lr}. It must be positive.")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Lightning's Trainer, as far as a recipe or a user chooses.
+
+    Attributes:
+        accelerator, devices, num_nodes, strategy, precision: as Lightning names them.
+        batch_size: training rows per device and micro-batch.
+        accumulate_grad_batches: micro-batches per optimiser step.
+        max_epochs: epochs at most.
+        patience: epochs without a better validation NDCG@10 before training stops; 0 never stops early.
+        gradient_clip_val: largest gradient norm; null does not clip.
+        checkpoint_every: batches between two `last.ckpt`, the most that a killed run loses.
+        log_every: optimiser steps between two log lines.
+        limit_train_batches: batches per epoch at most, for a trial run; null takes all.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    batch_size: int = 128
+    accumulate_grad_batches: int = 1
+    max_epochs: int = 40
+    patience: int = 4
+    gradient_clip_val: float | None = 1.0
+    checkpoint_every: int = 200
+    log_every: int = 10
+    limit_train_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate_grad_batches", "max_epochs", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} is {getattr(self, name)}. It must be at least 1.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the target is ranked against.
+
+    Attributes:
+        protocol: `full`: the whole catalogue. `sampled-999`: 999 items the user has never met, drawn once with
+            `candidate_seed` and stored with their hash (the SLMRec paper's number of negatives).
+        mask_history: items that the user has seen do not compete; a repeated target still does.
+        batch_size: users at a time.
+    """
+
+    protocol: str = "full"
+    mask_history: bool = True
+    batch_size: int = 512
+    candidate_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise unknown("evaluation protocol (evaluation.protocol)", self.protocol, PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class SignalsConfig:
+    """How a teacher's word reaches its students.
+
+    Attributes:
+        online: the frozen teacher runs beside the student instead of being recorded.
+        dtype: of the record on disk.
+        shard_rows: rows in one file of the record; null makes files of about 128 MB.
+    """
+
+    online: bool = False
+    dtype: str = "float16"
+    shard_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in SIGNAL_DTYPES:
+            raise unknown("dtype (signals.dtype)", self.dtype, SIGNAL_DTYPES)
+
+
+@dataclass(frozen=True)
+class FitStage:
+    """Train a backbone as a sequential recommender.
+
+    Attributes:
+        fit: the backbone, a file in `lit_llmers/backbones`.
+        model: arguments of the backbone.
+        items: stages whose item tables the backbone reads, side by side (backbones with an `item_table` argument).
+        callbacks: list of one-key mappings, a file in `lit_llmers/callbacks` to its arguments; `from` names the stage that
+            recorded the teacher.
+        sequences, optimizer, trainer: override the run's own for this stage.
+    """
+
+    fit: str
+    model: dict[str, Any] = field(default_factory=dict)
+    items: list[str] = field(default_factory=list)
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    sequences: SequenceConfig = field(default_factory=SequenceConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mask_history: bool = True
+
+
+@dataclass(frozen=True)
+class EncodeStage:
+    """Turn item text into vectors, a table that a fit stage can read.
+
+    Attributes:
+        encode: the encoder; `tfidf`: TF-IDF and truncated SVD, no model needed.
+        fields: columns of the catalogue that are joined to an item's text.
+        dim: width of the vectors.
+    """
+
+    encode: str
+    fields: list[str] = field(default_factory=lambda: ["title", "categories", "text"])
+    dim: int = 64
+
+
+@dataclass(frozen=True)
+class RecordStage:
+    """Ask a trained model about every training target and keep the answers.
+
+    Attributes:
+        record: what to record; `block_states`: hidden states at the end of each block.
+        of: the stage of the teacher.
+        blocks: equal blocks that its layers are cut into.
+        batch_size: rows at a time.
+    """
+
+    record: str
+    of: str
+    blocks: int = 4
+    batch_size: int = 512
+    signals: SignalsConfig = field(default_factory=SignalsConfig)
+
+
+@dataclass(frozen=True)
+class EvaluateStage:
+    """Rank the test items with trained models.
+
+    Attributes:
+        evaluate: `test`, the held-out part.
+        of: stages to compare.
+    """
+
+    evaluate: str
+    of: list[str] = field(default_factory=list)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class ExportStage:
+    """Write a trained model for serving.
+
+    Attributes:
+        export: list of formats, `safetensors` and `onnx`.
+        of: the stage to export (its first seed).
+    """
+
+    export: list[str]
+    of: str = "student"

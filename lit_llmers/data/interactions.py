@@ -1,0 +1,264 @@
+"""Tables of interactions and items: reading them from a folder and checking what they say.
+
+A folder holds `interactions.*` and `items.*` as parquet, CSV or JSON lines, or one RecBole atomic file of each kind
+(`NAME.inter`, `NAME.item`: tab separated, `name:type` headers). User features (`users.*`) are not read: no method here
+uses them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
+
+from lit_llmers.data import Columns
+from lit_llmers.errors import UserError, nearest
+from lit_llmers.files import sha256
+
+TIME_NAMES = ("timestamp", "position")
+CATEGORY_NAMES = ("categories", "category_path", "genres", "category", "genre")
+TEXT_NAMES = ("text", "description", "plot", "summary")
+SUFFIXES = {"interactions": ".inter", "items": ".item"}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a source loads: checked, with the same columns from every source.
+
+    Attributes:
+        interactions: `user_id`, `item_id` (str), `time` (number), and where asked for `rating`, `split` (str); in the
+            order of the file.
+        items: `item_id`, `title`, `categories`, `text` (all str, never missing); one row per item.
+        info: `generated` (bool) and `notes` (list of str), to be kept with the data.
+        origin: the file or place that messages name.
+    """
+
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    info: dict[str, Any] = field(default_factory=lambda: {"generated": False, "notes": []})
+    origin: str = "the data"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file's columns, read on demand. `words`: names of columns that hold blank-separated words (RecBole)."""
+
+    origin: str
+    names: list[str]
+    read: Callable[[list[str]], pd.DataFrame]
+    words: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, origin: str) -> "Table":
+        return cls(origin, list(frame.columns), lambda names: frame[names])
+
+    def require(self, name: str, key: str) -> str:
+        """Return `name` if there is such a column.
+
+        Raises:
+            UserError: there is none; the message names the nearest one and the setting `key` that chooses.
+        """
+        if name not in self.names:
+            raise UserError(
+                f"{self.origin} has no column '{name}'.{nearest(name, self.names)} It has: {', '.join(self.names)}. "
+                f"Choose the column with data.columns.{key}=NAME."
+            )
+        return name
+
+
+def find_table(folder: Path, kind: str) -> Path:
+    """Find the one file of `kind` (interactions or items) in `folder`.
+
+    Raises:
+        UserError: there is no such folder or file, or more than one file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}. Set data.root or data.path to where the data lie.")
+    names = [f"{kind}.{suffix}" for suffix in ("parquet", "csv", "jsonl")]
+    found = [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob(f"*{SUFFIXES[kind]}"))
+    if not found:
+        raise UserError(
+            f"There is no {', '.join(names)} or *{SUFFIXES[kind]} in {folder}. Put the {kind} there under one of these "
+            "names."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{folder} has more than one file of {kind}: {', '.join(p.name for p in found)}. Keep one of them."
+        )
+    return found[0]
+
+
+def open_table(path: Path) -> Table:
+    """Open a parquet, CSV, JSON lines or RecBole atomic file.
+
+    Raises:
+        UserError: the file cannot be read in the format of its suffix.
+    """
+    try:
+        if path.suffix == ".parquet":
+            names = pyarrow.parquet.read_schema(path).names
+            return Table(str(path), names, lambda wanted: pd.read_parquet(path, columns=list(dict.fromkeys(wanted))))
+        if path.suffix == ".jsonl":
+            return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
+        if path.suffix == ".csv":
+            return Table.of(pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]), str(path))
+        frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, na_values=[""], quoting=3)
+        kinds = {name: kind for name, _, kind in (column.partition(":") for column in frame.columns)}
+        frame.columns = pd.Index(list(kinds))
+        words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
+        return Table(str(path), list(kinds), lambda wanted: frame[wanted], words)
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format."
+        ) from error
+
+
+def read_folder(folder: Path, columns: Columns, split: bool = False, rating: bool = False) -> Tables:
+    """Read and check the interactions and items in `folder`; `split` and `rating` say whether these columns matter."""
+    paths = [find_table(Path(folder), kind) for kind in ("interactions", "items")]
+    return check_tables(open_table(paths[0]), open_table(paths[1]), columns, split, rating)
+
+
+def folder_fingerprint(folder: Path) -> dict[str, Any]:
+    """Name the content of the two tables: their SHA-256, whatever the folder is called."""
+    paths = {kind: find_table(Path(folder), kind) for kind in ("interactions", "items")}
+    return {kind: {"format": path.suffix, "sha256": sha256(path)} for kind, path in paths.items()}
+
+
+def check_tables(
+    interactions: Table,
+    items: Table,
+    columns: Columns,
+    split: bool = False,
+    rating: bool = False,
+    info: dict[str, Any] | None = None,
+) -> Tables:
+    """Bring two tables into the form of `Tables`.
+
+    Raises:
+        UserError: a column is missing; an id or a time is missing; a time is no number or negative; an item id occurs
+            twice among the items; an interaction has an item that is not among them.
+    """
+    wanted = {
+        "user_id": interactions.require(columns.user, "user"),
+        "item_id": interactions.require(columns.item, "item"),
+    }
+    wanted["time"] = _time_column(interactions, columns.time)
+    if split:
+        wanted["split"] = interactions.require(columns.split, "split")
+    if rating:
+        wanted["rating"] = interactions.require(columns.rating, "rating")
+    raw = interactions.read(list(wanted.values()))
+    result = pd.DataFrame({name: raw[column] for name, column in wanted.items()}).reset_index(drop=True)
+    for name in ("user_id", "item_id"):
+        result[name] = _ids(result[name], wanted[name], interactions.origin)
+    result["time"] = _numbers(result["time"], wanted["time"], interactions.origin)
+    if (negative := np.flatnonzero(result["time"] < 0)).size:
+        row = negative[0]
+        raise UserError(
+            f"{interactions.origin}: column '{wanted['time']}' is negative in {negative.size} rows, first in row "
+            f"{row + 1} ({result['time'][row]}). Give times as seconds or as positions from 0."
+        )
+    if rating:
+        result["rating"] = _numbers(result["rating"], wanted["rating"], interactions.origin)
+    catalogue = _catalogue(items, columns)
+    unknown = np.flatnonzero(~result["item_id"].isin(catalogue["item_id"]))
+    if unknown.size:
+        ids = result["item_id"][unknown]
+        raise UserError(
+            f"{interactions.origin}: item '{ids.iloc[0]}' (row {unknown[0] + 1}) is not in {items.origin}; "
+            f"{ids.nunique()} items in {unknown.size} interactions are unknown. Add them there or drop the rows."
+        )
+    return Tables(result, catalogue, info or {"generated": False, "notes": []}, interactions.origin)
+
+
+def _time_column(table: Table, chosen: str | None) -> str:
+    if chosen is not None:
+        return table.require(chosen, "time")
+    for name in TIME_NAMES:
+        if name in table.names:
+            return name
+    guesses = [guess for name in TIME_NAMES if (guess := nearest(name, table.names))]
+    raise UserError(
+        f"{table.origin} has neither a column 'timestamp' nor 'position'.{(guesses or [''])[0]} It has: "
+        f"{', '.join(table.names)}. Choose the column with data.columns.time=NAME."
+    )
+
+
+def _catalogue(table: Table, columns: Columns) -> pd.DataFrame:
+    key = "catalogue_item" if columns.catalogue_item else "item"
+    item = table.require(columns.catalogue_item or columns.item, key)
+    title = table.require(columns.title, "title")
+    categories = _chosen(table, columns.categories, "categories", CATEGORY_NAMES)
+    text = _chosen(table, columns.text, "text", TEXT_NAMES)
+    raw = table.read([item, title, *categories, *text]).reset_index(drop=True)
+    ids = _ids(raw[item], item, table.origin)
+    twice = ids[ids.duplicated()]
+    if len(twice):
+        raise UserError(
+            f"{table.origin}: item id '{twice.iloc[0]}' occurs more than once in column '{item}' ({len(twice)} rows "
+            "too many). Keep one row per item."
+        )
+    commas = [_strings(raw[name], ", ", "|" if name not in table.words else " ") for name in categories]
+    return pd.DataFrame(
+        {
+            "item_id": ids,
+            "title": _strings(raw[title], " "),
+            "categories": _join(commas, ", ", len(ids)),
+            "text": _join([_strings(raw[name], ", ") for name in text], " ", len(ids)),
+        }
+    )
+
+
+def _chosen(table: Table, chosen: list[str] | None, key: str, usual: Sequence[str]) -> list[str]:
+    if chosen is None:
+        return [name for name in usual if name in table.names][:1]
+    return [table.require(name, key) for name in chosen]
+
+
+def _ids(column: pd.Series, name: str, origin: str) -> pd.Series:
+    missing = np.flatnonzero(column.isna())
+    if missing.size:
+        raise UserError(
+            f"{origin}: column '{name}' is empty (NaN) in {missing.size} rows, first in row {missing[0] + 1}. Fill "
+            "them in or drop the rows."
+        )
+    if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
+        column = column.astype(np.int64)
+    return column.astype(str).astype(object)
+
+
+def _numbers(column: pd.Series, name: str, origin: str) -> pd.Series:
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = np.flatnonzero(~np.isfinite(numbers.to_numpy(dtype=float, na_value=np.nan)))
+    if wrong.size:
+        raise UserError(
+            f"{origin}: column '{name}' is empty (NaN) or not a number in {wrong.size} rows, first in row "
+            f"{wrong[0] + 1} ({column.iloc[wrong[0]]!r}). Fill them in or drop the rows."
+        )
+    return numbers
+
+
+def _strings(column: pd.Series, separator: str, split: str | None = None) -> list[str]:
+    """Make every cell a string: lists are joined, missing ones are empty, `split` in a string becomes the separator."""
+
+    def one(cell: Any) -> str:
+        if isinstance(cell, (list, tuple, np.ndarray)):
+            return separator.join(str(part) for part in cell if part is not None)
+        if cell is None or cell is pd.NA or cell != cell:
+            return ""
+        return separator.join(str(cell).split(split)) if split else str(cell)
+
+    return [one(cell) for cell in column]
+
+
+def _join(columns: list[list[str]], separator: str, rows: int) -> list[str]:
+    return (
+        [separator.join(cell for cell in cells if cell) for cells in zip(*columns, strict=True)]
+        if columns
+        else [""] * rows
+    )

@@ -1,0 +1,112 @@
+"""Training rows and evaluation rows: which slice of which user's history is read, and what is to be predicted."""
+
+from dataclasses import asdict
+from functools import cached_property
+
+import numpy as np
+
+from lit_llmers.conf.schema import SequenceConfig
+from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
+from lit_llmers.errors import UserError
+from lit_llmers.files import digest
+
+
+class TrainingRows:
+    """The training rows of a dataset: row `r` reads `items[start[r]:stop[r]-1]` and predicts what follows.
+
+    With `examples=sequence` the targets are `items[start+1:stop]`, one per position; otherwise `items[stop-1]` alone.
+
+    Attributes:
+        user, start, stop: `[R]` int64.
+        target_offset: `[R+1]` int64: the targets of row `r` are numbered `target_offset[r]..target_offset[r+1]`; these
+            numbers are the keys of recorded signals.
+    """
+
+    def __init__(self, dataset: Dataset, config: SequenceConfig) -> None:
+        self.dataset, self.config = dataset, config
+        begin = dataset.offsets[:-1]
+        train = np.add.reduceat((dataset.split == TRAIN).astype(np.int64), begin)
+        end = begin + train  # one past the last training interaction of each user
+        limit = config.max_length if config.targets_per_user is None else config.targets_per_user
+        targets = np.maximum(train - 1, 0)  # the first item has no history
+        if config.examples == "last":
+            targets = np.minimum(targets, 1)
+        elif limit:
+            targets = np.minimum(targets, limit)
+        if config.examples == "sequence":  # windows of max_length targets, the latest window full
+            rows = -(-targets // config.max_length)
+            size = config.max_length
+        else:
+            rows, size = targets, 1
+        self.user = np.repeat(np.arange(dataset.n_users), rows)
+        nth = np.arange(len(self.user)) - np.repeat(np.cumsum(rows) - rows, rows)  # 0 = the latest row of its user
+        self.stop = end[self.user] - nth * size
+        if config.examples == "sequence":
+            self.start = np.maximum(self.stop - size, (end - targets)[self.user]) - 1
+            count = self.stop - self.start - 1
+        else:
+            self.start = np.maximum(self.stop - 1 - config.max_length, begin[self.user])
+            count = np.ones(len(self.user), np.int64)
+        self.target_offset = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
+        if not len(self):
+            raise UserError(
+                "There is no training example: no user has two training interactions. Lower data.k_core or take more data."
+            )
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def every_position(self) -> bool:
+        """Whether each position of a row has a target."""
+        return self.config.examples == "sequence"
+
+    @property
+    def targets(self) -> int:
+        """Number of training targets, the rows of every recorded signal."""
+        return int(self.target_offset[-1])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """`[R]` items that each row reads."""
+        return self.stop - self.start - 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the dataset and the way it was cut: equal fingerprints mean equal target numbers."""
+        return digest({"dataset": self.dataset.fingerprint, **asdict(self.config)})
+
+
+class EvaluationRows:
+    """One row per held-out interaction: predict `items[at]` from everything of the user before it.
+
+    Attributes:
+        user, start, at: `[R]` int64; the model reads `items[start:at]`, the last `max_length` of the history
+            `items[offsets[user]:at]`.
+    """
+
+    def __init__(self, dataset: Dataset, part: str, max_length: int) -> None:
+        self.dataset, self.part = dataset, part
+        self.at = np.flatnonzero(dataset.split == {"valid": VALID, "test": TEST}[part])
+        if not len(self.at):
+            raise UserError(f"The {part} part of {dataset.info.get('name', 'the data')} is empty: nothing to evaluate on.")
+        self.user = np.searchsorted(dataset.offsets, self.at, side="right") - 1
+        self.start = np.maximum(self.at - max_length, dataset.offsets[self.user])
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """`[R]` items that each row reads."""
+        return self.at - self.start
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """`[R]` held-out items."""
+        return self.dataset.items[self.at].astype(np.int64)
+
+    @cached_property
+    def history_length(self) -> np.ndarray:
+        """`[R]` interactions before the held-out one, uncut."""
+        return self.at - self.dataset.offsets[self.user]

@@ -1,0 +1,45 @@
+"""Where data sets come from: one file per public source, the generated catalogue, and folders."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from lit_llmers.data import DataConfig
+from lit_llmers.data.interactions import Tables
+from lit_llmers.data.sources.amazon import AmazonReviews2023
+from lit_llmers.data.sources.demo import Demo
+from lit_llmers.data.sources.folder import Folder
+from lit_llmers.data.sources.movielens import MovieLens
+from lit_llmers.errors import UserError
+
+
+class Source(Protocol):
+    """One data set."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able identity of the content, without paths; cheap, and without network."""
+
+    def load(self) -> Tables:
+        """Read (and where needed fetch) the data set.
+
+        Raises:
+            UserError: it cannot be had, or what it says is wrong.
+        """
+
+
+def source_of(config: DataConfig) -> Source:
+    """Choose the source: the generator, the folder that was named, or else the publisher.
+
+    Raises:
+        UserError: `data=local` without `data.path`.
+    """
+    if config.source == "demo":
+        return Demo(config.generator)
+    if config.source == "folder":
+        if config.path is None:
+            raise UserError("data=local needs data.path=FOLDER, the folder with interactions.* and items.*.")
+        return Folder(Path(config.path).expanduser(), config)
+    if config.root is not None:
+        return Folder(Path(config.root).expanduser() / config.name, config)
+    if config.source == "movielens":
+        return MovieLens(config)
+    return AmazonReviews2023(config)

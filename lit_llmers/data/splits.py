@@ -1,0 +1,87 @@
+"""Which interactions are kept, and which train, validate and test. Arrays in, arrays out."""
+
+import numpy as np
+
+from lit_llmers.data.dataset import TEST, TRAIN, VALID
+from lit_llmers.errors import UserError, nearest
+
+NAMES = {"train": TRAIN, "valid": VALID, "val": VALID, "validation": VALID, "test": TEST}
+
+
+def enough(codes: np.ndarray, least: int) -> np.ndarray:
+    """Say of each interaction whether its user (or item) has at least `least` of them: `[N]` codes -> `[N]` bool."""
+    return np.bincount(codes)[codes] >= least if len(codes) else np.zeros(0, bool)
+
+
+def k_core(users: np.ndarray, items: np.ndarray, k_users: int, k_items: int) -> np.ndarray:
+    """Find the largest set of interactions in which every user has `k_users` and every item `k_items` of them.
+
+    Dropping an item may leave a user with too few, and the other way round, so it is repeated until nothing changes.
+
+    `[N]` and `[N]` int codes from 0 -> `[N]` bool, the interactions in the core.
+    """
+    keep = np.ones(len(users), bool)
+    while True:
+        of_user, of_item = np.bincount(users[keep]), np.bincount(items[keep])
+        inside = np.flatnonzero(keep)
+        drop = inside[(of_user[users[inside]] < k_users) | (of_item[items[inside]] < k_items)]
+        if not drop.size:
+            return keep
+        keep[drop] = False
+
+
+def offsets_of(users: np.ndarray) -> np.ndarray:
+    """Where each user's block begins: `[N]` codes 0..U-1, ascending, all present -> `[U+1]` int64."""
+    return np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64)
+
+
+def leave_one_out(offsets: np.ndarray) -> np.ndarray:
+    """The last interaction of a user tests, the one before it validates, the others train: `[U+1]` -> `[N]` uint8.
+
+    Interactions at the same time keep the order of the file, so where times are coarse the file decides.
+    """
+    split = np.full(offsets[-1], TRAIN, np.uint8)
+    split[offsets[1:] - 1] = TEST
+    split[offsets[1:] - 2] = VALID
+    return split
+
+
+def given(labels: np.ndarray, origin: str) -> np.ndarray:
+    """Turn the names of a `split` column into TRAIN, VALID and TEST: `[N]` str -> `[N]` uint8.
+
+    Raises:
+        UserError: a name is none of train, valid (val, validation) and test.
+    """
+    names, codes = np.unique(labels.astype(str), return_inverse=True)
+    for name in names:
+        if name.lower() not in NAMES:
+            raise UserError(
+                f"{origin}: the split '{name}' is none of {', '.join(NAMES)}.{nearest(name.lower(), NAMES)} "
+                "Correct the column."
+            )
+    return np.array([NAMES[name.lower()] for name in names], np.uint8)[codes]
+
+
+def check_order(split: np.ndarray, users: np.ndarray, ids: np.ndarray, origin: str) -> None:
+    """Check that no user's split goes back in time.
+
+    `split` and `users` are `[N]`, ordered by user and time; `ids` are the `[U]` original user ids.
+
+    Raises:
+        UserError: a user has, for example, a train row after a test row; it names the user.
+    """
+    back = np.flatnonzero((users[1:] == users[:-1]) & (split[1:] < split[:-1]))
+    if back.size:
+        names = ("train", "valid", "test")
+        row = back[0]
+        raise UserError(
+            f"{origin}: user '{ids[users[row]]}' has a {names[split[row + 1]]} interaction after a {names[split[row]]} "
+            f"one ({len(np.unique(users[back]))} users have such). A given split must follow time within each user: "
+            "correct the column, or use data.split=leave-one-out."
+        )
+
+
+def without_history(split: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Say which interactions belong to a user without any training interaction: `[N]` bool."""
+    trained = np.bincount(users, weights=split == TRAIN) if len(users) else np.zeros(0)
+    return trained[users] == 0

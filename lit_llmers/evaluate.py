@@ -1,0 +1,176 @@
+"""The `evaluate` stage: rank the test items with every trained model, the same rows in the same order for all."""
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_llmers.conf.schema import EvaluateStage
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.loader import EvaluationBatches
+from lit_llmers.data.sequences import EvaluationRows
+from lit_llmers.errors import unknown
+from lit_llmers.files import atomic_write, write_json
+from lit_llmers.metrics import candidate_ranks, load_candidates, make_candidates, ranking_metrics, save_candidates
+from lit_llmers.models import load_dataset, load_model
+from lit_llmers.stages import Stage
+from lit_llmers.students.sequential import SequentialRecommender
+
+KS = (1, 5, 10, 20)
+HEAD_SHARE = 0.2  # of the catalogue, by training interactions: the "head" of every popularity split in the field
+POPULARITY_BINS = (0, 5, 10, 20, 50, 100, 200, 500)
+
+log = logging.getLogger(__name__)
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Write `evaluation.json`, each model's ranks and the groups of the test rows."""
+    config: EvaluateStage = stage.config
+    if config.evaluate != "test":
+        raise unknown("part to evaluate", config.evaluate, ["test"])
+    dataset = load_dataset(stage)
+    models = []
+    candidates, candidates_hash = _candidates(stage, dataset)
+    for fitted in (need for need in stage.needs if need.verb == "fit"):
+        rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length)
+        model = load_model(fitted, dataset)
+        ranks, seconds = rank_all(model, rows, config, candidates)
+        ranks_file = f"ranks-{fitted.name}-seed{fitted.seed}.npy"
+        with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
+            np.save(file, ranks.astype(np.float32), allow_pickle=False)
+        groups = row_groups(dataset, rows)
+        summary = fitted.summary
+        models.append(
+            {
+                "name": fitted.name,
+                "seed": fitted.seed,
+                "metrics": {name: _metrics(ranks, rows_in) for name, rows_in in _named_groups(groups).items()},
+                "popularity": _by_popularity(ranks, groups["popularity"]),
+                "parameters": summary["parameters"] | {"layers": summary["layers"], "width": summary["width"]},
+                "training": {
+                    "seconds": summary["train_seconds"],
+                    "rows_per_second": summary["rows_per_second"],
+                    "epochs": summary["epochs"],
+                },
+                "inference": {"seconds": seconds, "users_per_second": len(rows) / seconds},
+                "ranks": ranks_file,
+            }
+        )
+        figures = models[-1]["metrics"]["all"]
+        log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
+    with atomic_write(stage.folder / "groups.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **groups)
+    protocol = _protocol(stage, dataset, candidates_hash)
+    write_json(stage.folder / "evaluation.json", {"protocol": protocol, **_legend(), "models": models})
+    best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
+    return {"models": len(models), "best": best["name"], "NDCG@10": best["metrics"]["all"]["NDCG@10"]}
+
+
+@torch.inference_mode()
+def rank_all(
+    model: SequentialRecommender, rows: EvaluationRows, config: EvaluateStage, candidates: np.ndarray | None
+) -> tuple[np.ndarray, float]:
+    """Rank the target of every row.
+
+    Args:
+        candidates: `[R, N]` items that compete with the target, or None for the whole catalogue.
+
+    Returns:
+        ranks `[R]`, 0 is best, ties count half; and the seconds that encoding and ranking took.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    table = model.item_table()
+    settings = config.evaluation
+    batches = EvaluationBatches(rows, settings.batch_size, settings.mask_history and candidates is None)
+    ranks = np.empty(len(rows), np.float64)
+    model.ranks({key: value.to(device) for key, value in next(iter(batches)).items()}, table)  # warm up
+    started = time.perf_counter()
+    for batch in batches:
+        index = batch["row"].numpy()
+        batch = {key: value.to(device) for key, value in batch.items()}
+        if candidates is None:
+            ranked = model.ranks(batch, table)
+        else:
+            user = model.encode(batch["items"], batch["mask"])
+            ranked = candidate_ranks(user, table, batch["target"], torch.from_numpy(candidates[index]).long().to(device))
+        ranks[index] = ranked.cpu().numpy()
+    return ranks, time.perf_counter() - started
+
+
+def row_groups(dataset: Dataset, rows: EvaluationRows) -> dict[str, np.ndarray]:
+    """Which test rows have a popular target and which a short history; by training counts only.
+
+    Returns:
+        `head` `[R]` bool, `short` `[R]` bool, `popularity` `[R]` int8 index into `POPULARITY_BINS`.
+    """
+    count = dataset.popularity()
+    order = np.argsort(-count[1:], kind="stable") + 1
+    head = np.zeros(dataset.n_items + 1, bool)
+    head[order[: max(1, round(HEAD_SHARE * dataset.n_items))]] = True
+    return {
+        "head": head[rows.target],
+        "short": rows.history_length <= np.median(rows.history_length),
+        "popularity": (np.digitize(count[rows.target], POPULARITY_BINS) - 1).astype(np.int8),
+    }
+
+
+def _named_groups(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    head, short = groups["head"], groups["short"]
+    return {"all": np.ones_like(head), "head": head, "tail": ~head, "short": short, "long": ~short}
+
+
+def _metrics(ranks: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
+    users = int(inside.sum())
+    return {"users": users, **(ranking_metrics(torch.from_numpy(ranks[inside]), KS) if users else {})}
+
+
+def _bin_names() -> list[str]:
+    last = f"{POPULARITY_BINS[-1]}+"
+    pairs = zip(POPULARITY_BINS[:-1], POPULARITY_BINS[1:], strict=True)
+    return [f"{low}-{high - 1}" for low, high in pairs] + [last]
+
+
+def _by_popularity(ranks: np.ndarray, group: np.ndarray) -> list[dict[str, Any]]:
+    return [{"group": name, **_metrics(ranks, group == number)} for number, name in enumerate(_bin_names())]
+
+
+def _legend() -> dict[str, Any]:
+    share = f"{HEAD_SHARE:.0%} of the catalogue with the most training interactions"
+    groups = {
+        "head": f"targets among the {share}",
+        "tail": "all other targets",
+        "short": "users whose history is no longer than the median",
+        "long": "all other users",
+    }
+    return {"ks": list(KS), "groups": groups}
+
+
+def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str | None]:
+    """The stored candidates of a sampled protocol and their hash; drawn when there are none yet."""
+    settings = stage.config.evaluation
+    if settings.protocol == "full":
+        return None, None
+    path = stage.folder / "candidates.npy"
+    if not path.is_file():
+        rows = EvaluationRows(dataset, "test", max_length=1)
+        number = int(settings.protocol.partition("-")[2])
+        drawn = make_candidates(
+            dataset.items, dataset.offsets, dataset.n_items, rows.user, rows.target, number, settings.candidate_seed
+        )
+        save_candidates(path, drawn, dataset.fingerprint)
+    return load_candidates(path, dataset.fingerprint)
+
+
+def _protocol(stage: Stage, dataset: Dataset, candidates_hash: str | None) -> dict[str, Any]:
+    settings = stage.config.evaluation
+    return {
+        "name": settings.protocol,
+        "history": "masked" if settings.mask_history or candidates_hash else "kept",
+        "split": dataset.info["split"],
+        "split_hash": dataset.fingerprint,
+        "users": dataset.n_users,
+        "items": dataset.n_items,
+        "candidates": candidates_hash,
+    }

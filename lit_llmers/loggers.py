@@ -1,0 +1,249 @@
+"""Where metrics go: always to `metrics.jsonl` in the stage's folder, and beside it to W&B, TensorBoard or CSV.
+
+W&B is never in the way: it asks nothing, works offline when nobody is logged in, and when it fails, one warning says so and
+training goes on. Nothing is lost by that, for everything it would show is in `metrics.jsonl` and the report.
+"""
+
+import importlib.util
+import logging
+import netrc
+import os
+import re
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.journal import Journal, read_metrics
+
+__all__ = [
+    "JsonlLogger",
+    "QuietWandbLogger",
+    "finish_loggers",
+    "log_images",
+    "log_summary",
+    "log_table",
+    "make_loggers",
+    "read_metrics",
+]
+
+KINDS = ("wandb", "tensorboard", "csv")
+INIT_SECONDS = 30  # that W&B's server may take to answer before the stage goes on offline
+
+log = logging.getLogger(__name__)
+
+
+class JsonlLogger(Logger):
+    """Appends every logged step to `metrics.jsonl` in the stage's folder: step, epoch, Unix time and the metrics."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.journal = Journal(Path(folder) / "metrics.jsonl")
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.journal.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the stage's folder holds its settings."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append one line.
+
+        Raises:
+            UserError: the disk is full or the file may not be written.
+        """
+        epoch = {"epoch": int(metrics["epoch"])} if "epoch" in metrics else {}
+        self.journal.append({**metrics, **epoch, "step": int(step or 0), "time": round(time.time(), 3)})
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.journal.close()
+
+
+class QuietWandbLogger(WandbLogger):
+    """Lightning's WandbLogger around a run of ours, which training survives: its first failure is its last."""
+
+    def __init__(self, run: Any, project: str, save_dir: Path) -> None:
+        super().__init__(experiment=run, project=project, save_dir=str(save_dir), log_model=False)
+        self.failed = False
+
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Do something with W&B, or warn once and do nothing with it any more."""
+        if self.failed:
+            return
+        try:
+            action()
+        except _wandb_failures() as error:
+            self.failed = True
+            _warn("stopped taking metrics", error)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.attempt(lambda: super(QuietWandbLogger, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        self.attempt(lambda: super(QuietWandbLogger, self).log_hyperparams(params))
+
+
+def make_loggers(
+    config: Mapping[str, Any], stage_folder: Path, *, group: str, name: str, run_id: str, settings: Mapping[str, Any]
+) -> list[Logger]:
+    """The loggers of one stage, `JsonlLogger` first.
+
+    Args:
+        config: the composed recipe; its `logger` has `kind` (wandb, tensorboard, csv) and, for W&B, `project`.
+        stage_folder: where all of them write.
+        group: recipe and run name; W&B shows the stages of a run together.
+        name: the stage, with `-seed<k>` where it is repeated; without that it is W&B's job type.
+        run_id: the same each time the stage goes on, so that W&B goes on in the same run.
+        settings: the stage's settings, for W&B's config.
+
+    Raises:
+        UserError: an unknown kind of logger, or TensorBoard is wanted and not installed.
+    """
+    kind = config["logger"]["kind"]
+    if kind not in KINDS:
+        raise unknown("logger (logger.kind)", kind, KINDS)
+    folder = Path(stage_folder)
+    loggers: list[Logger] = [JsonlLogger(folder)]
+    if kind == "csv":
+        loggers.append(CSVLogger(folder, name="csv", version=_next_version(folder / "csv")))
+    elif kind == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError("logger=tensorboard needs TensorBoard: pip install tensorboard. Or choose logger=csv.")
+        loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    elif rank_zero_only.rank == 0:  # one W&B run per stage, not one per process
+        project = str(config["logger"].get("project", "lit_llmers"))
+        wandb_logger = _start_wandb(project, folder, group, name, run_id, settings)
+        loggers += [wandb_logger] if wandb_logger else []
+    return loggers
+
+
+def _next_version(folder: Path) -> str:
+    """A new folder for each time the stage goes on: CSVLogger would empty an old one."""
+    return f"part-{len(list(folder.glob('part-*')))}"
+
+
+def _start_wandb(
+    project: str, folder: Path, group: str, name: str, run_id: str, settings: Mapping[str, Any]
+) -> QuietWandbLogger | None:
+    """Start the stage's W&B run, online if somebody is logged in and the server answers, else offline, else not at all."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # wandb then neither prints nor prompts
+    logging.getLogger("wandb").propagate = False  # its log is in the run's own folder
+    try:
+        import wandb
+
+        mode = _wandb_mode(wandb)
+        arguments: dict[str, Any] = {
+            "project": project,
+            "group": group,
+            "name": name,
+            "job_type": re.sub(r"-seed\d+$", "", name),
+            "id": re.sub(r"[/\\#?%:]", "-", run_id)[-128:],
+            "resume": "allow",
+            "dir": str(folder),
+            "config": dict(settings),
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+        }
+        wandb.finish()
+        try:
+            run = wandb.init(**arguments, mode=mode)
+        except (wandb.errors.Error, OSError) as error:
+            if mode != "online":
+                raise
+            _warn("could not be reached, going on offline", error)
+            os.environ["WANDB_MODE"] = "offline"  # the later stages of this command need not wait for it again
+            run = wandb.init(**arguments, mode="offline")
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    except ImportError as error:
+        _warn("is not installed", error)
+        return None
+    except _wandb_failures() as error:
+        _warn("does not work here", error)
+        return None
+    return QuietWandbLogger(run, project, folder)
+
+
+def _wandb_mode(wandb: Any) -> str:
+    """`WANDB_MODE` where it is set, else online if there are credentials, else offline."""
+    known = wandb.setup().settings
+    if known.mode in ("disabled", "offline", "dryrun"):
+        return "offline" if known.mode == "dryrun" else known.mode
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or known.api_key:
+        return "online"
+    hosts = {urlsplit(str(known.base_url)).netloc, *([] if os.environ.get("WANDB_BASE_URL") else ["api.wandb.ai"])}
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+    return "online" if any(logins.authenticators(host) for host in hosts) else "offline"
+
+
+def _wandb_failures() -> tuple[type[Exception], ...]:
+    """What W&B raises: its own errors; OSError for its service, files and time-outs; ValueError for its settings."""
+    try:
+        from wandb.errors import Error
+    except ImportError:
+        return OSError, ValueError
+    return Error, OSError, ValueError
+
+
+def _warn(what: str, error: Exception) -> None:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    log.warning("W&B %s (%s). Nothing is lost: metrics.jsonl and the report hold everything.", what, reason)
+
+
+# ---- results, beside the metrics of the training --------------------------------------------------------------------
+
+
+def _wandb_loggers(loggers: Iterable[Logger]) -> list[QuietWandbLogger]:
+    return [logger for logger in loggers if isinstance(logger, QuietWandbLogger)]
+
+
+def log_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
+    """Put a stage's results into the summary of its W&B run."""
+    for logger in _wandb_loggers(loggers):
+        logger.attempt(lambda logger=logger: logger.experiment.summary.update(dict(summary)))
+
+
+def log_images(loggers: Iterable[Logger], images: Mapping[str, Path]) -> None:
+    """Put image files into the W&B run, by name."""
+    for logger in _wandb_loggers(loggers):
+        for name, path in images.items():
+            logger.attempt(lambda logger=logger, name=name, path=path: logger.log_image(name, [str(path)]))
+
+
+def log_table(loggers: Iterable[Logger], name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Put a table into the W&B run."""
+    for logger in _wandb_loggers(loggers):
+        logger.attempt(lambda logger=logger: logger.log_table(name, columns=columns, data=rows))
+
+
+def finish_loggers(loggers: Iterable[Logger], summary: Mapping[str, Any] | None = None) -> None:
+    """End a stage's loggers, with its results in W&B's summary, so that the next stage gets a run of its own."""
+    loggers = list(loggers)
+    if summary:
+        log_summary(loggers, summary)
+    for logger in loggers:
+        logger.finalize("success")
+    for wandb_logger in _wandb_loggers(loggers):
+        wandb_logger.attempt(wandb_logger.experiment.finish)

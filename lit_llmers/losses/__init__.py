@@ -1,0 +1,1 @@
+"""Loss functions: pure maths, one equation each, on plain tensors."""

@@ -1,0 +1,84 @@
+"""The recommender's own loss: softmax cross-entropy over the whole catalogue."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_CHUNK = 512  # rows of logits in memory at once
+
+
+def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
+    """Per-row cross-entropy of the target under a softmax over all items.
+
+    With scores `s = user @ item_table.T` the loss of a row is `logsumexp(s) - s[target]`. The logits exist only for a
+    chunk of rows at a time: the gradients of a chunk are made while its logits are in memory and nothing of size rows x
+    items is kept, so that memory does not grow with batch x catalogue.
+
+    Args:
+        user: `[T, d]` user vectors.
+        item_table: `[n, d]` vectors of the items that compete (no padding row).
+        target: `[T]` int64 row of the item table.
+
+    Returns:
+        `[T]` losses in nats.
+    """
+    if not torch.is_grad_enabled() or not (user.requires_grad or item_table.requires_grad):
+        chunks = zip(user.split(_CHUNK), target.split(_CHUNK), strict=True)
+        return torch.cat([F.cross_entropy(u @ item_table.T, t, reduction="none") for u, t in chunks])
+    return _ChunkedCrossEntropy.apply(user, item_table, target)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forward makes the gradients: with p the softmax, d user = p @ W - W[target], d W = p.T @ user - scatter(user).
+
+    They hold for a unit cotangent in every row; backward scales `d user` by row. The table's gradient sums over rows, so
+    it is made for a uniform cotangent, which is what a sum or a mean over rows sends back; anything else is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
+        needs_user, needs_table, _ = ctx.needs_input_grad
+        loss = user.new_empty(len(user))
+        d_user = torch.empty_like(user) if needs_user else None
+        d_table = torch.zeros_like(item_table) if needs_table else None
+        buffer = user.new_empty(min(_CHUNK, len(user)), len(item_table))
+        for start in range(0, len(user), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            logits = torch.mm(user[rows], item_table.T, out=buffer[: len(user[rows])])  # [c, n]
+            top = logits.amax(1, keepdim=True)
+            at_target = logits.gather(1, target[rows, None]).squeeze(1)
+            weights = logits.sub_(top).exp_()  # softmax before its division, in place
+            total = weights.sum(1)
+            loss[rows] = total.log() + top.squeeze(1) - at_target
+            if d_user is not None:
+                torch.mm(weights, item_table, out=d_user[rows]).div_(total[:, None])
+            if d_table is not None:
+                d_table.addmm_(weights.T, user[rows] / total[:, None])
+        if d_user is not None:
+            d_user.sub_(item_table[target])
+        if d_table is not None:
+            d_table.index_add_(0, target, user, alpha=-1.0)
+        ctx.save_for_backward(user, item_table, target, d_user, d_table)
+        return loss
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):  # type: ignore[override]
+        user, item_table, target, d_user, d_table = ctx.saved_tensors
+        if d_table is not None:
+            if bool((cotangent == cotangent[0]).all()):
+                d_table = d_table * cotangent[0]
+            else:
+                d_table = _table_gradient(user, item_table, target, cotangent)
+        if d_user is not None:
+            d_user = d_user * cotangent[:, None]
+        return d_user, d_table, None
+
+
+def _table_gradient(user: Tensor, item_table: Tensor, target: Tensor, cotangent: Tensor) -> Tensor:
+    """Gradient of the item table for a cotangent that differs between rows, again by chunks."""
+    gradient = torch.zeros_like(item_table)
+    for start in range(0, len(user), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        probability = torch.softmax(user[rows] @ item_table.T, 1)
+        gradient.addmm_(probability.T, user[rows] * cotangent[rows, None])
+    return gradient.index_add_(0, target, -user * cotangent[:, None])

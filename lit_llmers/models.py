@@ -1,0 +1,70 @@
+"""The artefacts of `prepare` and `fit` stages, read back: data, item tables and trained models."""
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+
+from lit_llmers.building import build_backbone
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.sequences import TrainingRows
+from lit_llmers.errors import UserError
+from lit_llmers.stages import Stage
+from lit_llmers.students.sequential import SequentialRecommender
+
+TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
+
+
+def load_dataset(stage: Stage) -> Dataset:
+    """The prepared data that a stage needs."""
+    return Dataset.load(stage.need("prepare").folder)
+
+
+def load_item_table(stage: Stage) -> torch.Tensor | None:
+    """The item tables that a fit stage reads, side by side: `[n+1, sum of d]` float32."""
+    tables = [np.load(stage.need(name).folder / TABLE, allow_pickle=False) for name in stage.config.items]
+    return torch.from_numpy(np.concatenate(tables, 1)) if tables else None
+
+
+def build_model(stage: Stage, dataset: Dataset, rows: TrainingRows) -> SequentialRecommender:
+    """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
+    backbone = build_backbone(stage.config, dataset.n_items, load_item_table(stage))
+    return SequentialRecommender(backbone, stage.config.optimizer, rows.targets / len(rows))
+
+
+def load_model(stage: Stage, dataset: Dataset, rows: TrainingRows | None = None) -> SequentialRecommender:
+    """The trained model of a fit stage, at its best validation epoch, in evaluation mode.
+
+    Raises:
+        UserError: the checkpoint is missing or of another model.
+    """
+    path = stage.folder / "best.ckpt"
+    if not path.is_file():
+        raise UserError(f"There is no {path}. Remove the folder and run the recipe again to train '{stage.label}'.")
+    L.seed_everything(stage.seed, verbose=False)
+    model = build_model(stage, dataset, rows or TrainingRows(dataset, stage.config.sequences))
+    load_weights(model, path)
+    return model.eval()
+
+
+def load_weights(model: SequentialRecommender, path: Path) -> None:
+    """Load a checkpoint's weights without any callback.
+
+    Raises:
+        UserError: it is the checkpoint of another model.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.on_load_checkpoint(checkpoint)
+    own = model.state_dict()
+    model.load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name in own})
+
+
+def count_parameters(model: SequentialRecommender) -> dict[str, int]:
+    """Parameters of the model that serves: the item table counts, frozen or not; loss terms do not."""
+    parameters = list(model.backbone.parameters())
+    table = model.item_table()
+    total = sum(parameter.numel() for parameter in parameters)
+    if all(table is not parameter for parameter in parameters):
+        total += table.numel()
+    return {"total": total, "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad)}

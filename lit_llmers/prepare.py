@@ -1,0 +1,148 @@
+"""The first stage: load a data set, filter it, split it, and write it as arrays."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lit_llmers.data import DataConfig
+from lit_llmers.data import splits as s
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.interactions import Tables
+from lit_llmers.data.sources import source_of
+from lit_llmers.errors import UserError
+from lit_llmers.stages import Stage
+
+log = logging.getLogger(__name__)
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """The `prepare` stage: save the data set that its settings describe in its folder."""
+    return prepare(stage.config, stage.folder)
+
+
+def prepare(config: DataConfig, folder: Path) -> dict[str, Any]:
+    """Make the data set that `config` describes and save it in `folder`; return its `info`.
+
+    Raises:
+        UserError: the source cannot be read, its content is wrong, or nothing is left after filtering.
+    """
+    dataset = build(source_of(config).load(), config)
+    dataset.save(folder)
+    for note in dataset.info["notes"]:
+        log.info(note)
+    return dataset.info
+
+
+def build(tables: Tables, config: DataConfig) -> Dataset:
+    """Filter, order and split the tables.
+
+    The filters, one after the other: `min_rating`, `min_interactions`, `k_core` (which keeps users at
+    `min_interactions` or more). Items without interactions leave the catalogue.
+    """
+    rows = _Rows(tables, config.name)
+    if config.min_rating is not None:
+        rows.keep(rows.table["rating"].to_numpy() >= config.min_rating, f"min_rating={config.min_rating:g}")
+    short = rows.users_below(config.min_interactions)
+    rows.keep(s.enough(rows.users, config.min_interactions), f"min_interactions={config.min_interactions}")
+    if short:
+        rows.note(f"{short} users with fewer than {config.min_interactions} interactions were dropped.")
+    if config.k_core > 1:
+        core = s.k_core(rows.users, rows.items, max(config.k_core, config.min_interactions), config.k_core)
+        rows.keep(core, f"k_core={config.k_core}")
+    rows.sort()
+    if config.split == "given":
+        split = s.given(rows.table["split"].to_numpy(), tables.origin)
+        s.check_order(split, rows.users, rows.user_ids, tables.origin)
+        strangers = s.without_history(split, rows.users)
+        rows.keep(~strangers, "split=given (users without a training interaction)")
+        if strangers.any():
+            rows.note(
+                f"{strangers.sum()} held-out interactions of users without any training interaction were dropped."
+            )
+        split = split[~strangers]
+    users, user_ids = rows.present(rows.users, rows.user_ids)
+    items, item_ids = rows.present(rows.items, rows.item_ids)
+    catalogue = tables.items.set_index("item_id").loc[item_ids].reset_index()
+    offsets = s.offsets_of(users)
+    if config.split == "leave-one-out":
+        split = s.leave_one_out(offsets)
+    repeats = len(users) - len(np.unique(users.astype(np.int64) * len(item_ids) + items))
+    if repeats:
+        rows.note(f"{repeats} interactions repeat an item that the user had before; they are kept.")
+    parts = np.bincount(split, minlength=3).tolist()
+    counts = {"users": len(user_ids), "items": len(item_ids), "interactions": len(users)}
+    dropped = rows.dropped | {"items_without_interactions": len(tables.items) - len(item_ids)}
+    info = {
+        "name": config.name,
+        "generated": bool(tables.info["generated"]),
+        "split": config.split,
+        "k_core": config.k_core,
+        "min_interactions": config.min_interactions,
+        "min_rating": config.min_rating,
+        "counts": counts | dict(zip(("train", "valid", "test"), parts, strict=True)),
+        "dropped": dropped,
+        "notes": [*tables.info["notes"], *rows.notes],
+    }
+    return Dataset((items + 1).astype(np.int32), offsets, split, user_ids, catalogue, info)
+
+
+class _Rows:
+    """The interactions still there, with users coded by first appearance and items by place in the catalogue."""
+
+    def __init__(self, tables: Tables, name: str) -> None:
+        self.name = name
+        self.table = tables.interactions
+        self.users, user_ids = pd.factorize(self.table["user_id"])
+        self.user_ids = np.asarray(user_ids, dtype=object)
+        self.item_ids = tables.items["item_id"].to_numpy(dtype=object)
+        self.items = pd.Index(self.item_ids).get_indexer(pd.Index(self.table["item_id"]))
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.notes: list[str] = []
+        if not len(self.table):
+            raise UserError(f"{tables.origin} has no interactions. Check data.root or data.path.")
+
+    def users_below(self, least: int) -> int:
+        count = np.bincount(self.users)
+        return int(np.sum((count > 0) & (count < least)))
+
+    def keep(self, mask: np.ndarray, reason: str) -> None:
+        """Drop the rows outside `mask` and count what went.
+
+        Raises:
+            UserError: nothing is left; it names the filter and how much there was before.
+        """
+        before = self._counts()
+        self.table, self.users, self.items = self.table[mask], self.users[mask], self.items[mask]
+        after = self._counts()
+        if not after["interactions"]:
+            raise UserError(
+                f"No interaction of '{self.name}' is left after the filter {reason}; before it there were "
+                f"{before['interactions']} interactions of {before['users']} users with {before['items']} items. "
+                "Relax that filter or take more data."
+            )
+        if before != after:
+            self.dropped[reason] = {key: before[key] - after[key] for key in before}
+
+    def sort(self) -> None:
+        """Order by user, then by time; at the same time in the order of the file."""
+        order = np.lexsort((self.table["time"].to_numpy(), self.users))
+        self.table, self.users, self.items = self.table.iloc[order], self.users[order], self.items[order]
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @staticmethod
+    def present(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number the codes that occur from 0 without gaps, in their order; return the new codes and their ids."""
+        kept, codes = np.unique(codes, return_inverse=True)
+        return codes, ids[kept]
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "users": len(np.unique(self.users)),
+            "items": len(np.unique(self.items)),
+            "interactions": len(self.users),
+        }

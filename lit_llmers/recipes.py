@@ -1,0 +1,129 @@
+"""Finds recipes, in a checkout's or the wheel's `recipes/` or by path, and composes one into a plain dictionary."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_llmers.errors import UserError, nearest, unknown
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf"
+GROUPS = ("data", "teacher", "student", "trainer", "logger")
+
+
+def folder() -> Path:
+    """Where the shipped recipes are: beside the package in a checkout, inside it in a wheel."""
+    inside = PACKAGE / "_recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def available() -> dict[str, Path]:
+    """Recipes by name: the shipped ones and those in `./recipes`, which win."""
+    return {path.stem: path for place in (folder(), Path("recipes")) for path in sorted(place.glob("*.yaml"))}
+
+
+def options(group: str) -> list[str]:
+    """Names that `group=NAME` takes."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def title(path: Path) -> str:
+    """The first line of a recipe's header."""
+    return path.read_text().split("\n", 1)[0].lstrip("# ").strip()
+
+
+def find(name: str) -> Path:
+    """The file of a recipe, by name or by path.
+
+    Raises:
+        UserError: there is none; the message lists those there are.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise UserError(f"There is no recipe file {path}. The shipped recipes are: {', '.join(sorted(available()))}.")
+    recipes = available()
+    if name not in recipes:
+        raise unknown("recipe", name, recipes)
+    return recipes[name]
+
+
+def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose a recipe with command-line overrides (Hydra's syntax) and resolve it.
+
+    `scale=NAME` stands for the overrides that the recipe lists under `scales: NAME`; overrides given beside it win.
+
+    Raises:
+        UserError: unknown recipe, group option, scale or key, or a malformed override.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = find(name)
+    scale, given = _split_scale(overrides)
+    for override in given:
+        if not re.match(r"^[+~]*[\w@/.-]+(=|$)", override) or ("=" not in override and not override.startswith("~")):
+            raise UserError(f"'{override}' is not an override. Write key=value, for example trainer.max_epochs=2.")
+        group, _, option = override.partition("=")
+        if group in GROUPS and option not in options(group):
+            raise unknown(f"option of {group}", option, options(group))
+    chosen = _scale_overrides(path, scale) + [_open_stage_keys(override) for override in given]
+    with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
+
+        def composed(arguments: list[str]) -> Any:
+            return hydra_compose(path.stem, ["hydra.searchpath=[pkg://lit_llmers.conf]", *arguments])
+
+        try:
+            config = composed(chosen)
+        except (HydraException, OmegaConfBaseException) as error:
+            groups = [override for override in chosen if override.partition("=")[0] in GROUPS]
+            known = list(_keys(OmegaConf.to_container(composed(groups), resolve=False)))
+            for override in given:
+                key = override.partition("=")[0].lstrip("+~")
+                if key not in known and key not in GROUPS:
+                    raise UserError(
+                        f"Unknown configuration key '{key}'.{nearest(key, known)} "
+                        f"'python -m lit_llmers.fit recipe={name} --config' prints them all."
+                    ) from error
+            raise UserError(f"Recipe '{name}' does not compose: {str(error).splitlines()[0]}") from error
+        try:
+            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"Recipe '{name}' does not resolve: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    plain.pop("scales", None)
+    return {"recipe": path.stem, **{str(key): value for key, value in plain.items()}}
+
+
+def _split_scale(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    scales = [override.partition("=")[2] for override in overrides if override.startswith("scale=")]
+    return (scales[-1] if scales else None), [o for o in overrides if not o.startswith("scale=")]
+
+
+def _scale_overrides(path: Path, scale: str | None) -> list[str]:
+    """`scales: NAME: {key: value}` of a recipe as overrides. The file as it stands is the `laptop` scale."""
+    from omegaconf import OmegaConf
+
+    if scale in (None, "laptop"):
+        return []
+    scales = OmegaConf.load(path).get("scales") or {}
+    if scale not in scales:
+        raise unknown(f"scale of {path.stem}", str(scale), ["laptop", *scales])
+    return [_open_stage_keys(f"{key}={'null' if value is None else value}") for key, value in scales[scale].items()]
+
+
+def _open_stage_keys(override: str) -> str:
+    """Let a stage's setting be given although the recipe does not write it; its dataclass refuses what it does not know."""
+    return f"++{override}" if re.match(r"^stages\.\w+\.\w+", override) else override
+
+
+def _keys(config: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")

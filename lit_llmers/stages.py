@@ -1,0 +1,294 @@
+"""Stages: what a recipe is made of. Each reads the artefacts of those it needs and leaves one folder.
+
+The folder's name bears a fingerprint of all that could change its content, so nothing is ever guessed: the same command
+finds the same folders, skips those that are done and goes on in the one that is not; a changed setting gives new names to
+exactly the stages that it affects.
+"""
+
+import importlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_llmers.conf.schema import (
+    EncodeStage,
+    EvaluateStage,
+    EvaluationConfig,
+    ExportStage,
+    FitStage,
+    OptimizerConfig,
+    RecordStage,
+    SequenceConfig,
+    SignalsConfig,
+    TrainerConfig,
+    build,
+)
+from lit_llmers.errors import UserError, nearest, unknown
+from lit_llmers.files import digest, read_json, write_json
+
+FORMAT = 1  # raised when an artefact's format changes, so that no old one is taken for new
+MODULES = {
+    "prepare": "lit_llmers.prepare",
+    "encode": "lit_llmers.encode",
+    "fit": "lit_llmers.training",
+    "record": "lit_llmers.record",
+    "evaluate": "lit_llmers.evaluate",
+    "export": "lit_llmers.export",
+}
+GATHERING = ("evaluate", "export")  # run once, over all seeds
+NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
+    "prepare": {"root", "path"},  # the checksums of the files are in `content`
+    "fit": {"accelerator", "strategy", "checkpoint_every", "log_every"},
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one recipe: `folder` holds its stages and its report; `logger` says where metrics go besides."""
+
+    folder: Path
+    recipe: str
+    name: str
+    logger: dict[str, Any]
+
+
+@dataclass
+class Stage:
+    """One stage for one seed.
+
+    Attributes:
+        name: as in the recipe.
+        verb: what it does, a key of `MODULES`.
+        config: its typed settings.
+        seed: of everything random in it.
+        needs: the stages whose artefacts it reads.
+        content: identity of what it reads from outside the run, such as the checksums of data files.
+        repeated: whether it is run once for each seed.
+        run: the run that it belongs to.
+    """
+
+    name: str
+    verb: str
+    config: Any
+    seed: int
+    needs: list["Stage"]
+    run: Run
+    content: dict[str, Any] = field(default_factory=dict)
+    repeated: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits over format, settings, seed, outside content and the stages it needs."""
+        settings = _without(NOT_IN_FINGERPRINT.get(self.verb, set()), asdict(self.config))
+        needs = [need.fingerprint for need in self.needs]
+        return digest([FORMAT, self.verb, settings, self.seed, self.content, needs])
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-seed{self.seed}" if self.repeated else self.name
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / f"{self.label}-{self.fingerprint}"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "DONE").is_file()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the stage reported when it was done."""
+        return read_json(self.folder / "DONE")["summary"]
+
+    def need(self, name: str) -> "Stage":
+        """The stage of that name that this one needs."""
+        return next(stage for stage in self.needs if stage.name == name)
+
+
+def _without(keys: set[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without some keys, at the top and one level below."""
+    kept = {key: value for key, value in settings.items() if key not in keys}
+    if "trainer" in kept:
+        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in keys}
+    return kept
+
+
+# ---- from a composed recipe to a list of stages ------------------------------------------------------------------------------
+
+
+def plan(config: dict[str, Any]) -> list[Stage]:
+    """Turn a composed recipe into typed stages in run order, checked before anything runs.
+
+    Raises:
+        UserError: an unknown verb, key, stage name or option, or a stage that needs a later one.
+    """
+    place = config["run"]
+    run = Run(Path(place["dir"]) / config["recipe"] / place["name"], config["recipe"], place["name"], config["logger"])
+    entries = {name: _inherit(name, config["stages"]) for name in config["stages"]}
+    for name in config["repeat"]:
+        if name not in entries:
+            raise unknown("stage in 'repeat'", name, entries)
+    planned: dict[str, list[Stage]] = {}
+    for name, entry in entries.items():
+        verb = _verb(name, entry)
+        typed, content = _typed(name, verb, entry, config)
+        wanted = _needs(verb, typed, entries)
+        for need in wanted:
+            if need not in planned:
+                where = "comes later in the recipe" if need in entries else "does not exist"
+                raise UserError(f"Stage '{name}' needs stage '{need}', which {where}.{nearest(need, planned)}")
+        repeated = verb not in GATHERING and (
+            name in config["repeat"] or any(stage.repeated for need in wanted for stage in planned[need])
+        )
+        seeds = config["seeds"] if repeated else [config["seed"]]
+        planned[name] = [
+            Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
+        ]
+    return [stage for stages in planned.values() for stage in stages]
+
+
+def _inherit(name: str, stages: dict[str, Any], chain: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Follow `like`: the other stage's settings, with this one's on top."""
+    entry = dict(stages[name] or {})
+    other = entry.pop("like", None)
+    if other is None:
+        return entry
+    if other not in stages:
+        raise unknown(f"stage in 'stages.{name}.like'", other, stages)
+    if other in chain:
+        raise UserError(f"'like' goes in a circle: {' -> '.join((*chain, name, other))}.")
+    return _inherit(other, stages, (*chain, name)) | entry
+
+
+def _verb(name: str, entry: dict[str, Any]) -> str:
+    verbs = [key for key in entry if key in MODULES]
+    if len(verbs) != 1:
+        raise UserError(
+            f"Stage '{name}' must have exactly one of {', '.join(MODULES)}; it has {', '.join(verbs) or 'none'}. "
+            "It says what the stage does."
+        )
+    return verbs[0]
+
+
+def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The stage's settings as a dataclass, and the identity of what it reads from outside."""
+    where = f"stages.{name}"
+    shared: dict[str, tuple[str, type]] = {}
+    if verb == "prepare":
+        from lit_llmers.data import DataConfig
+        from lit_llmers.data.sources import source_of
+
+        data = build(DataConfig, config["data"], "data")
+        return data, source_of(data).fingerprint()
+    if verb == "fit":
+        shared = {"sequences": ("sequences", SequenceConfig), "optimizer": ("optimizer", OptimizerConfig)}
+        shared["trainer"] = ("trainer", TrainerConfig)
+        entry = {**entry, "mask_history": config["evaluation"]["mask_history"]}
+    if verb == "record":
+        shared = {"signals": ("signals", SignalsConfig)}
+    if verb == "evaluate":
+        shared = {"evaluation": ("evaluation", EvaluationConfig)}
+    for key, (section, cls) in shared.items():
+        own = entry.get(key, {})
+        build(cls, own, f"{where}.{key}")
+        entry = {**entry, key: build(cls, {**config[section], **own}, section)}
+    classes = {"encode": EncodeStage, "fit": FitStage, "record": RecordStage, "evaluate": EvaluateStage, "export": ExportStage}
+    typed = build(classes[verb], entry, where)
+    if verb == "fit":
+        from lit_llmers.building import check
+
+        check(typed, where)
+    return typed, {}
+
+
+def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
+    """Names of the stages whose artefacts a stage reads."""
+    if verb == "prepare":
+        return []
+    preparing = [name for name, entry in entries.items() if "prepare" in entry]
+    if verb == "fit":
+        sources = [arguments["from"] for callback in typed.callbacks for arguments in callback.values() if "from" in arguments]
+        return list(dict.fromkeys([*preparing, *typed.items, *sources]))
+    of = getattr(typed, "of", [])
+    return [*preparing, *([of] if isinstance(of, str) else of)]
+
+
+def _of_seed(planned: dict[str, list[Stage]], wanted: list[str], seed: int, verb: str) -> list[Stage]:
+    """The needed stages: of the same seed where they are repeated, of every seed for a stage that gathers."""
+    if verb == "export":
+        return [planned[need][0] for need in wanted]
+    return [stage for need in wanted for stage in planned[need] if verb == "evaluate" or not stage.repeated or stage.seed == seed]
+
+
+# ---- running -----------------------------------------------------------------------------------------------------------------
+
+
+def run(stages: list[Stage], until: str | None) -> list[Stage]:
+    """Run the stages in order, those that are done excepted, up to the stage named `until`.
+
+    Returns:
+        the stages that are done now.
+    """
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    if until is not None and until not in names:
+        raise unknown("stage", until, names)
+    selected = stages if until is None else [s for s in stages if names.index(s.name) <= names.index(until)]
+    for stage in selected:
+        if stage.done:
+            log.info("%-24s done before, skipped (%s)", stage.label, stage.folder.name)
+        else:
+            _run_one(stage)
+    return selected
+
+
+def _run_one(stage: Stage) -> None:
+    log.info("%-24s %s (%s)", stage.label, "goes on" if stage.folder.is_dir() else "starts", stage.folder.name)
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    for leftover in stage.folder.rglob(".*.tmp"):  # of a killed process
+        leftover.unlink()
+    settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
+    write_json(stage.folder / "config.json", settings)
+    started = time.monotonic()
+    summary = importlib.import_module(MODULES[stage.verb]).run(stage)
+    seconds = time.monotonic() - started
+    write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary})
+    log.info("%-24s done in %.1f s", stage.label, seconds)
+
+
+@contextmanager
+def alone(run_folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process.
+
+    Raises:
+        UserError: the folder may not be written, or another process works in it.
+    """
+    import fcntl
+
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run_folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(
+            f"The run folder {run_folder} cannot be written ({error.strerror}). Choose another with run.dir=FOLDER."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"Another process is working in {run_folder}. Wait for it, or start a second run with run.name=OTHER."
+            ) from error
+        yield
+
+
+def describe(stages: list[Stage]) -> list[dict[str, Any]]:
+    """What the report needs to know of each stage, JSON-able."""
+    return [
+        {"name": s.name, "seed": s.seed, "verb": s.verb, "folder": s.folder.name, "fingerprint": s.fingerprint} for s in stages
+    ]

@@ -1,0 +1,1 @@
+"""LightningModules for recommenders, one per task."""

@@ -1,0 +1,1 @@
+"""What only LLMs need: loading and truncating a base, adapters, prompts."""

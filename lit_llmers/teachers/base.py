@@ -1,0 +1,208 @@
+"""An LLM base: its configuration, and loading its first layers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.teachers.lora import LoraConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EXAMPLES = ("sequence", "prefixes", "last")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which LLM, in which precision, and how it learns.
+
+    Attributes:
+        name: what reports call it.
+        path: a local folder or a hub id; None builds the model from `config` with random weights.
+        revision: branch, tag or commit on the hub.
+        config: settings of a Hugging Face configuration when built from scratch; `model_type` defaults to llama.
+        seed: of the random weights when built from scratch.
+        dtype: of the base's weights: float32, bfloat16 or float16.
+        attention: Hugging Face's `attn_implementation`; None lets it choose.
+        gradient_checkpointing: recompute layers in the backward pass, to save memory.
+        lora: adapters on a frozen base; None trains the whole base.
+        prompt: False for item vectors alone, True for the default instruction around them, or an instruction. A base
+            without a tokenizer gets item vectors alone.
+        examples: the training examples that suit it: sequence, prefixes or last.
+    """
+
+    name: str
+    path: str | None = None
+    revision: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    dtype: str = "float32"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    prompt: bool | str = False
+    examples: str = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise unknown("teacher.dtype", self.dtype, _DTYPES)
+        if self.examples not in EXAMPLES:
+            raise unknown("teacher.examples", self.examples, EXAMPLES)
+
+    @classmethod
+    def of(cls, settings: "BaseConfig | Mapping[str, Any]") -> Self | "BaseConfig":
+        """The configuration itself, or one made from a mapping such as a recipe's `teacher` section.
+
+        Raises:
+            UserError: a key is unknown or `name` is missing.
+        """
+        if isinstance(settings, BaseConfig):
+            return settings
+        values = _checked(settings, "teacher", cls)
+        if "name" not in values:
+            raise UserError("The teacher's configuration has no 'name'. Give it one: reports use it.")
+        if values.get("lora") is not None:
+            lora = _checked(values["lora"], "teacher.lora", LoraConfig)
+            values["lora"] = LoraConfig(**lora | ({"targets": tuple(lora["targets"])} if "targets" in lora else {}))
+        return cls(**values)
+
+
+def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """The first `layers` layers of a decoder, without language-model head, and its tokenizer if it has one.
+
+    After its last layer the decoder still applies the base's final norm. All weights train, or with LoRA the adapters.
+
+    Raises:
+        UserError: the base does not exist or cannot be reached, is not such a decoder, or has fewer layers.
+    """
+    model = _pretrained(config, layers) if config.path else _from_scratch(config, layers)
+    tokenizer = _tokenizer(config) if config.path and config.prompt else None
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
+    return model, tokenizer
+
+
+def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
+    """All layers are made and the first ones kept: whatever their number, layer k of a base always starts the same."""
+    from transformers import AutoConfig, AutoModel
+
+    settings = dict(config.config)
+    try:
+        architecture = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"teacher.config of '{config.name}' is no Hugging Face configuration: {error}") from error
+    _check_depth(config, architecture, layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = AutoModel.from_config(architecture, dtype=_DTYPES[config.dtype], **_attention(config))
+    model.layers = model.layers[:layers]
+    _truncate(model.config, layers)
+    return model
+
+
+def _pretrained(config: BaseConfig, layers: int) -> "PreTrainedModel":
+    """Only the layers that are kept are made and read."""
+    from transformers import AutoConfig, AutoModel
+
+    with _reachable(config):
+        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
+    _check_depth(config, architecture, layers)
+    _truncate(architecture, layers)
+    with _reachable(config), _without_load_report():
+        model, found = AutoModel.from_pretrained(
+            config.path,
+            revision=config.revision,
+            config=architecture,
+            dtype=_DTYPES[config.dtype],
+            output_loading_info=True,
+            **_attention(config),
+        )
+    if found["missing_keys"]:
+        first = sorted(found["missing_keys"])[0]
+        raise UserError(
+            f"The base '{config.path}' lacks {len(found['missing_keys'])} tensors, the first of them '{first}'. "
+            "Its files are incomplete or of another model: fetch it again."
+        )
+    return model
+
+
+def _check_depth(config: BaseConfig, architecture: "PretrainedConfig", layers: int) -> None:
+    depth = getattr(architecture, "num_hidden_layers", None)
+    if depth is None:
+        raise UserError(
+            f"The base '{config.path or config.name}' ({architecture.model_type}) is not a plain decoder. Choose one built "
+            "like Llama, Mistral or Qwen."
+        )
+    if not 1 <= layers <= depth:
+        raise UserError(
+            f"{layers} layers were asked of the base '{config.name}', which has {depth}. Choose layers between 1 and {depth}, "
+            "or a deeper base."
+        )
+
+
+def _truncate(architecture: "PretrainedConfig", layers: int) -> None:
+    architecture.num_hidden_layers = layers
+    if getattr(architecture, "layer_types", None):
+        architecture.layer_types = architecture.layer_types[:layers]
+
+
+def _attention(config: BaseConfig) -> dict[str, str]:
+    return {"attn_implementation": config.attention} if config.attention else {}
+
+
+def _checkpoint_activations(model: "PreTrainedModel") -> None:
+    # renamed in the course of transformers 5
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _tokenizer(config: BaseConfig) -> "PreTrainedTokenizerBase | None":
+    from transformers import AutoTokenizer
+
+    folder = Path(str(config.path))
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    with _reachable(config):
+        return AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+
+
+@contextmanager
+def _reachable(config: BaseConfig) -> Iterator[None]:
+    """Turn Hugging Face's many ways to say that a model cannot be had into one that names the cure."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"The base '{config.path}' cannot be loaded: {reason} Give a local folder that has its config.json and weights "
+            "(teacher=local teacher.path=FOLDER), check the hub name and the network (gated models need a login with "
+            "`hf auth login`), or use teacher=tiny-llama, which needs neither."
+        ) from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence the report of the layers and heads that are left out on purpose; what is missing is checked by the caller."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _checked(settings: Mapping[str, Any], kind: str, schema: type) -> dict[str, Any]:
+    known = [entry.name for entry in fields(schema)]
+    for key in settings:
+        if key not in known:
+            raise unknown(f"key of {kind}", str(key), known)
+    return dict(settings)

@@ -1,0 +1,31 @@
+"""The prompt around a history of item vectors, as in E4SRec (arXiv 2312.02443): instruction ++ item vectors ++ response."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTRUCTION = "Here is what a user chose so far, oldest first. Tell which item the user will choose next."
+_BEFORE = "### Instruction:\n{instruction}\n\n### Input:\n"
+_AFTER = "\n\n### Response:\n"
+
+
+def embed_prompt(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: bool | str
+) -> tuple[Tensor, Tensor]:
+    """Vectors of the tokens before the items `[I, H]`, beginning with BOS where the base has one, and after them `[R, H]`.
+
+    Args:
+        prompt: an instruction, or True for the default one.
+    """
+    instruction = prompt if isinstance(prompt, str) else INSTRUCTION
+    before = tokenizer(_BEFORE.format(instruction=instruction), add_special_tokens=False)["input_ids"]
+    after = tokenizer(_AFTER, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None:
+        before = [tokenizer.bos_token_id, *before]
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        return embed(torch.tensor(before)), embed(torch.tensor(after))

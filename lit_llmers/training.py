@@ -1,0 +1,87 @@
+"""The `fit` stage: train one recommender, from the last checkpoint if there is one, and keep its best epoch."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from lit_llmers.building import build_callbacks
+from lit_llmers.callbacks.progress import Progress
+from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
+from lit_llmers.callbacks.throughput import Throughput
+from lit_llmers.conf.schema import FitStage
+from lit_llmers.data.loader import SequenceDataModule
+from lit_llmers.files import atomic_write
+from lit_llmers.loggers import finish_loggers, make_loggers
+from lit_llmers.models import TABLE, build_model, count_parameters, load_dataset, load_model
+from lit_llmers.record import open_signals
+from lit_llmers.stages import Stage
+
+MONITOR = "val/NDCG@10"
+
+log = logging.getLogger(__name__)
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Train the model of a fit stage and leave `best.ckpt`, `item_table.npy` and `metrics.jsonl` in its folder."""
+    config: FitStage = stage.config
+    dataset = load_dataset(stage)
+    L.seed_everything(stage.seed, verbose=False)
+    data = SequenceDataModule(dataset, config.sequences, config.trainer.batch_size, config.mask_history, stage.seed)
+    model = build_model(stage, dataset, data.rows)
+    terms = build_callbacks(config, {need.name: open_signals(need, data.rows) for need in stage.needs if need.verb == "record"})
+    best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
+    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
+    throughput = Throughput()
+    trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), *terms, best, last])
+    resume_from = str(last.path) if last.path.is_file() else None
+    trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    model = load_model(stage, dataset, data.rows)
+    with atomic_write(stage.folder / TABLE) as temporary, open(temporary, "wb") as file:
+        np.save(file, model.item_table().detach().float().cpu().numpy(), allow_pickle=False)
+    summary = {
+        "parameters": count_parameters(model),
+        "layers": int(model.backbone.layers),  # type: ignore[arg-type]
+        "width": int(model.backbone.width),  # type: ignore[arg-type]
+        "epochs": trainer.current_epoch,
+        "train_seconds": throughput.seconds,
+        "rows_per_second": throughput.rows / max(throughput.seconds, 1e-9),
+        "best": {"epoch": best.epoch, MONITOR: best.score},
+    }
+    finish_loggers(trainer.loggers, summary)
+    last.path.unlink(missing_ok=True)  # done: best.ckpt is what others read
+    return summary
+
+
+def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
+    """Lightning's Trainer with the stage's settings."""
+    settings = stage.config.trainer
+    return L.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        max_epochs=settings.max_epochs,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        limit_train_batches=settings.limit_train_batches,
+        log_every_n_steps=settings.log_every,
+        num_sanity_val_steps=0,
+        logger=make_loggers(
+            {"logger": stage.run.logger},
+            stage.folder,
+            group=f"{stage.run.recipe}/{stage.run.name}",
+            name=stage.label,
+            run_id=f"{stage.run.recipe}-{stage.run.name}-{stage.label}-{stage.fingerprint}",
+            settings=asdict(stage.config),
+        ),
+        callbacks=callbacks,
+        enable_checkpointing=False,  # LastCheckpoint and BestCheckpoint
+        enable_progress_bar=False,  # Progress
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the loader shards itself
+        default_root_dir=stage.folder,
+    )

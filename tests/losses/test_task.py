@@ -1,0 +1,50 @@
+"""The chunked cross-entropy is the plain one, in value and gradient."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_llmers.losses import task
+
+
+def inputs(rows=37, items=50, dim=8, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    user = torch.randn(rows, dim, dtype=torch.float64, generator=generator) * scale
+    table = torch.randn(items, dim, dtype=torch.float64, generator=generator)
+    target = torch.randint(items, (rows,), generator=generator)
+    return user.requires_grad_(), table.requires_grad_(), target
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])  # 300: logits in the thousands, where exp alone would overflow
+@pytest.mark.parametrize("cotangent", ["uniform", "by row"])
+def test_equals_plain_cross_entropy(monkeypatch, scale, cotangent):
+    monkeypatch.setattr(task, "_CHUNK", 10)  # several chunks, the last of them short
+    user, table, target = inputs(scale=scale)
+    weight = torch.full((37,), 0.3) if cotangent == "uniform" else torch.rand(37)
+    ours = task.cross_entropy(user, table, target)
+    plain = F.cross_entropy(user @ table.T, target, reduction="none")
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10)
+    gradients = torch.autograd.grad((weight * ours).sum(), [user, table])
+    expected = torch.autograd.grad((weight * plain).sum(), [user, table])
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_value_worked_out_by_hand():
+    user, table = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.0, 0.0]])
+    loss = task.cross_entropy(user, table, torch.tensor([1]))  # scores 0 and 1, target the second: log(1 + e^-1)
+    torch.testing.assert_close(loss, torch.tensor([0.31326168]))
+
+
+def test_frozen_table_gets_no_gradient_and_the_user_the_same():
+    user, table, target = inputs()
+    with_table = torch.autograd.grad(task.cross_entropy(user, table, target).sum(), user)[0]
+    frozen = torch.autograd.grad(task.cross_entropy(user, table.detach(), target).sum(), user)[0]
+    torch.testing.assert_close(frozen, with_table)
+
+
+def test_without_gradient_the_same_value():
+    user, table, target = inputs()
+    with torch.no_grad():
+        value = task.cross_entropy(user, table, target)
+    torch.testing.assert_close(value, task.cross_entropy(user, table, target).detach())
