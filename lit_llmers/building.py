@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_llmers.callbacks.distillation import Distillation, SignalSource
 from lit_llmers.conf.schema import FitStage
 from lit_llmers.errors import UserError, nearest, unknown
+from lit_llmers.teachers.base import BaseConfig
 
 INJECTED = {"n_items", "max_length", "item_table"}
 
@@ -59,6 +60,8 @@ def check(stage: FitStage, where: str) -> None:
     """
     backbone = find("backbones", stage.fit)
     _check_arguments(backbone, stage.model, f"{where}.model", INJECTED)
+    if "base" in stage.model:
+        BaseConfig.of(stage.model["base"])
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     for position, callback in enumerate(stage.callbacks):

@@ -13,8 +13,8 @@ from lit_llmers.errors import UserError
 class Journal:
     """Appends lines to a `metrics.jsonl` and flushes each one.
 
-    A line that a killed process left half-written is cut off when the file is opened. A line that cannot be written whole
-    is taken back before the error is raised.
+    A line that a killed process left half-written is cut off when the file is opened. A line that cannot be written
+    whole is taken back before the error is raised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class Journal:
 
     def _open(self) -> IO[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.path, "a+b", buffering=0)
+        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         file.seek(0)
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
@@ -75,8 +75,8 @@ def _plain(value: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a `metrics.jsonl`, one dict per step, in order of the steps.
 
-    A resumed run logs again what it had logged after its last checkpoint: lines of the same step are merged and the later
-    value wins. A torn last line is left out. A file that is not there is an empty one.
+    A resumed run logs again what it had logged after its last checkpoint: lines of the same step are merged and the
+    later value wins. A torn last line is left out. A file that is not there is an empty one.
 
     Raises:
         UserError: a line before the last is not JSON.

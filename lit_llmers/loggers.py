@@ -1,7 +1,7 @@
 """Where metrics go: always to `metrics.jsonl` in the stage's folder, and beside it to W&B, TensorBoard or CSV.
 
-W&B is never in the way: it asks nothing, works offline when nobody is logged in, and when it fails, one warning says so and
-training goes on. Nothing is lost by that, for everything it would show is in `metrics.jsonl` and the report.
+W&B is never in the way: it asks nothing, works offline when nobody is logged in, and when it fails, one warning says so
+and training goes on. Nothing is lost by that, for everything it would show is in `metrics.jsonl` and the report.
 """
 
 import importlib.util
@@ -12,12 +12,13 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.journal import Journal, read_metrics
@@ -130,7 +131,7 @@ def make_loggers(
         if importlib.util.find_spec("tensorboard") is None:
             raise UserError("logger=tensorboard needs TensorBoard: pip install tensorboard. Or choose logger=csv.")
         loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
-    elif rank_zero_only.rank == 0:  # one W&B run per stage, not one per process
+    elif getattr(rank_zero_only, "rank", 0) == 0:  # one W&B run per stage, not one per process
         project = str(config["logger"].get("project", "lit_llmers"))
         wandb_logger = _start_wandb(project, folder, group, name, run_id, settings)
         loggers += [wandb_logger] if wandb_logger else []
@@ -145,14 +146,13 @@ def _next_version(folder: Path) -> str:
 def _start_wandb(
     project: str, folder: Path, group: str, name: str, run_id: str, settings: Mapping[str, Any]
 ) -> QuietWandbLogger | None:
-    """Start the stage's W&B run, online if somebody is logged in and the server answers, else offline, else not at all."""
+    """Start the stage's run: online if somebody is logged in and the server answers, else offline, else not at all."""
     os.environ.setdefault("WANDB_SILENT", "true")  # wandb then neither prints nor prompts
-    logging.getLogger("wandb").propagate = False  # its log is in the run's own folder
     try:
         import wandb
 
-        mode = _wandb_mode(wandb)
         arguments: dict[str, Any] = {
+            "mode": _wandb_mode(wandb),
             "project": project,
             "group": group,
             "name": name,
@@ -165,13 +165,13 @@ def _start_wandb(
         }
         wandb.finish()
         try:
-            run = wandb.init(**arguments, mode=mode)
+            run = wandb.init(**arguments)
         except (wandb.errors.Error, OSError) as error:
-            if mode != "online":
+            if arguments["mode"] != "online":
                 raise
             _warn("could not be reached, going on offline", error)
             os.environ["WANDB_MODE"] = "offline"  # the later stages of this command need not wait for it again
-            run = wandb.init(**arguments, mode="offline")
+            run = wandb.init(**{**arguments, "mode": "offline"})
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     except ImportError as error:
@@ -222,20 +222,20 @@ def _wandb_loggers(loggers: Iterable[Logger]) -> list[QuietWandbLogger]:
 def log_summary(loggers: Iterable[Logger], summary: Mapping[str, Any]) -> None:
     """Put a stage's results into the summary of its W&B run."""
     for logger in _wandb_loggers(loggers):
-        logger.attempt(lambda logger=logger: logger.experiment.summary.update(dict(summary)))
+        logger.attempt(partial(logger.experiment.summary.update, dict(summary)))
 
 
 def log_images(loggers: Iterable[Logger], images: Mapping[str, Path]) -> None:
     """Put image files into the W&B run, by name."""
     for logger in _wandb_loggers(loggers):
         for name, path in images.items():
-            logger.attempt(lambda logger=logger, name=name, path=path: logger.log_image(name, [str(path)]))
+            logger.attempt(partial(logger.log_image, name, [str(path)]))
 
 
 def log_table(loggers: Iterable[Logger], name: str, columns: list[str], rows: list[list[Any]]) -> None:
     """Put a table into the W&B run."""
     for logger in _wandb_loggers(loggers):
-        logger.attempt(lambda logger=logger: logger.log_table(name, columns=columns, data=rows))
+        logger.attempt(partial(logger.log_table, name, columns=columns, data=rows))
 
 
 def finish_loggers(loggers: Iterable[Logger], summary: Mapping[str, Any] | None = None) -> None:

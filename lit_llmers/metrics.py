@@ -5,7 +5,7 @@ it. A model that scores all items alike therefore lands in the middle of the cat
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +15,8 @@ from torch import Tensor
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write, read_json, sha256, write_json
 
-if TYPE_CHECKING:
-    from lit_llmers.data.dataset import Dataset
-
 KS = (1, 5, 10, 20)
 CANDIDATES_VERSION = 1
-PARTS = {"valid": 1, "test": 2}  # as in `Dataset.split`
 
 
 @torch.no_grad()
@@ -35,7 +31,7 @@ def target_ranks(
     """Rank each row's target among all items 1..n that are not in its history, by counting; ties count half.
 
     Nothing is sorted: one matrix product per chunk of rows fills a reused buffer `[chunk, n+1]`, what is no candidate
-    becomes -inf, and with s = sign(score - score of the target) the rank is #(s = 1) + #(s = 0) / 2 = (n+1 + sum of s) / 2.
+    becomes -inf, and with s = sign(score - target's score) the rank is #(s = 1) + #(s = 0) / 2 = (n+1 + sum of s) / 2.
     Half-precision inputs are multiplied in float32. Items with equal vectors tie, up to the rounding of the product.
 
     Args:
@@ -170,13 +166,24 @@ class RankingMetrics(torchmetrics.Metric):
 # ---- the sampled protocol: stored candidates, so that every model and every run ranks the same ones -----------------
 
 
-def make_candidates(dataset: "Dataset", part: str, n: int = 999, seed: int = 0) -> np.ndarray:
+def make_candidates(
+    items: np.ndarray,
+    offsets: np.ndarray,
+    n_items: int,
+    user: np.ndarray,
+    target: np.ndarray,
+    n: int = 999,
+    seed: int = 0,
+) -> np.ndarray:
     """Draw for every evaluation row n different items, uniformly among those its user meets in no part of the split.
 
     Args:
-        dataset: its `items`, `offsets`, `split` and `n_items` are read.
-        part: `valid` or `test`; its held-out interactions, in their order, are the rows.
-        n: candidates per row. The target belongs to the user's items, so it is never drawn.
+        items: `[N]` item indices 1..n_items, users one after the other, train, validation and test.
+        offsets: `[U+1]`; user u owns `items[offsets[u]:offsets[u+1]]`.
+        n_items: size of the catalogue.
+        user: `[rows]` user index of each evaluation row.
+        target: `[rows]` its target, which is never drawn.
+        n: candidates per row.
         seed: of the draw; equal arguments give equal candidates.
 
     Returns:
@@ -186,8 +193,6 @@ def make_candidates(dataset: "Dataset", part: str, n: int = 999, seed: int = 0) 
         UserError: a user has fewer than n items left to draw from.
     """
     rng = np.random.default_rng(seed)
-    offsets, n_items = dataset.offsets, dataset.n_items
-    user = np.searchsorted(offsets, np.flatnonzero(dataset.split == PARTS[part]), side="right") - 1
     out = np.empty((len(user), n), dtype=np.int32)
     step = max(1, 2**22 // (n_items + 1))  # 16 MB of keys
     for start in range(0, len(user), step):
@@ -196,13 +201,14 @@ def make_candidates(dataset: "Dataset", part: str, n: int = 999, seed: int = 0) 
         lengths = offsets[who + 1] - offsets[who]
         row = np.repeat(np.arange(len(who)), lengths)
         at = np.arange(len(row)) + np.repeat(offsets[who] - np.cumsum(lengths) + lengths, lengths)
-        keys[row, dataset.items[at]] = 2  # above every key
+        keys[row, items[at]] = 2  # above every key
+        keys[np.arange(len(who)), target[start : start + step]] = 2
         keys[:, 0] = 2
         left = (keys < 2).sum(1)
         if left.min() < n:
             raise UserError(
-                f"protocol=sampled-{n} needs {n} items that a user never met, but of the catalogue's {n_items} items "
-                f"user '{dataset.users[who[left.argmin()]]}' has only {left.min()} left. Use protocol=full, or more items."
+                f"protocol=sampled-{n} needs {n} items that a user never met, but user number {who[left.argmin()]} has "
+                f"only {left.min()} of the catalogue's {n_items} left. Use protocol=full."
             )
         out[start : start + step] = np.argpartition(keys, n - 1, axis=1)[:, :n]
     return out
@@ -218,8 +224,11 @@ def save_candidates(path: Path, candidates: np.ndarray, split: str) -> None:
     write_json(path.with_name(path.name + ".json"), record)
 
 
-def load_candidates(path: Path, split: str) -> np.ndarray:
-    """Read the stored candidates of the split with this fingerprint: `[rows, n]` int32.
+def load_candidates(path: Path, split: str) -> tuple[np.ndarray, str]:
+    """Read the stored candidates of the split with this fingerprint.
+
+    Returns:
+        `[rows, n]` int32, and the file's SHA-256, which belongs into the result.
 
     Raises:
         UserError: the file is missing, damaged, of another version or of another split.
@@ -238,7 +247,7 @@ def load_candidates(path: Path, split: str) -> np.ndarray:
         raise UserError(
             f"{path} is missing or was altered (its checksum is not the stored one). Remove it to draw it anew."
         )
-    return np.load(path, allow_pickle=False)
+    return np.load(path, allow_pickle=False), record["sha256"]
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -280,7 +289,7 @@ def _seen_cells(
         seen_row, order = seen_row.sort()
         seen_item = seen_item[order]
     edges = torch.arange(0, rows + chunk, chunk, device=seen_row.device)
-    return seen_row * width + seen_item, torch.searchsorted(seen_row, edges).tolist()
+    return seen_row * width + seen_item, torch.searchsorted(seen_row.contiguous(), edges).tolist()
 
 
 def _count_above(scores: Tensor, reference: Tensor, own: Tensor | None, ones: Tensor) -> Tensor:

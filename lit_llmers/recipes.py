@@ -72,7 +72,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         group, _, option = override.partition("=")
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
-    chosen = _scale_overrides(path, scale) + [_open_stage_keys(override) for override in given]
+    chosen = _scale_overrides(path, scale) + [_open(override) for override in given]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
 
         def composed(arguments: list[str]) -> Any:
@@ -114,12 +114,12 @@ def _scale_overrides(path: Path, scale: str | None) -> list[str]:
     scales = OmegaConf.load(path).get("scales") or {}
     if scale not in scales:
         raise unknown(f"scale of {path.stem}", str(scale), ["laptop", *scales])
-    return [_open_stage_keys(f"{key}={'null' if value is None else value}") for key, value in scales[scale].items()]
+    return [_open(f"{key}={'null' if value is None else value}") for key, value in scales[scale].items()]
 
 
-def _open_stage_keys(override: str) -> str:
-    """Let a stage's setting be given although the recipe does not write it; its dataclass refuses what it does not know."""
-    return f"++{override}" if re.match(r"^stages\.\w+\.\w+", override) else override
+def _open(override: str) -> str:
+    """Let a setting be given although no YAML writes it; its section's dataclass refuses what it does not know."""
+    return f"++{override}" if re.match(r"^\w+\.", override) else override
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:

@@ -32,7 +32,7 @@ def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[in
     with torch.inference_mode():
         hidden = model(batch, with_hidden=True).hidden
     assert hidden is not None
-    return hidden[:, boundaries]
+    return torch.stack([hidden[layer] for layer in boundaries], 1)
 
 
 class RecordedTeacher:

@@ -248,9 +248,10 @@ class SignalReader:
         self._expect("format version", manifest.pop("format_version", None), FORMAT_VERSION, cure)
         self._shards = manifest.pop("shards")
         self.spec = SignalSpec(**manifest)
-        for what, wanted in (("teacher", teacher), ("split", split), ("rows", rows)):
+        found = (("teacher", self.spec.teacher, teacher), ("split", self.spec.split, split))
+        for what, value, wanted in (*found, ("number of rows", self.spec.rows, rows)):
             if wanted is not None:
-                self._expect(what, getattr(self.spec, what), wanted, cure)
+                self._expect(what, value, wanted, cure)
         for entry in self._shards:
             self._check(entry, verify, cure)
         self._shard_rows = len(self.spec.shards[0])
@@ -296,8 +297,8 @@ class SignalReader:
             return out
         if not 0 <= index.min() <= index.max() < len(self):
             raise UserError(
-                f"Row {index.min() if index.min() < 0 else index.max()} is asked of the teacher's record {self.folder}, "
-                f"which has rows 0..{len(self) - 1}. It was recorded for other training rows: record again."
+                f"Rows {index.min()}..{index.max()} are asked of the teacher's record {self.folder}, which has rows "
+                f"0..{len(self) - 1}. It was recorded for other training rows: run the stage that records it again."
             )
         if self._maps is None:
             files = (self.folder / entry["file"] for entry in self._shards)
@@ -314,6 +315,6 @@ class SignalReader:
 
 
 def _reserve(path: Path) -> None:
-    """Claim the file's blocks: a full disk raises OSError here, where a write to a memory map would kill the process."""
+    """Claim the file's blocks: a full disk raises OSError here; a write to a memory map would kill the process."""
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -14,19 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import (
-    EncodeStage,
-    EvaluateStage,
-    EvaluationConfig,
-    ExportStage,
-    FitStage,
-    OptimizerConfig,
-    RecordStage,
-    SequenceConfig,
-    SignalsConfig,
-    TrainerConfig,
-    build,
-)
+from lit_llmers.conf.schema import SECTIONS, EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, build
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import digest, read_json, write_json
 
@@ -39,6 +27,7 @@ MODULES = {
     "evaluate": "lit_llmers.evaluate",
     "export": "lit_llmers.export",
 }
+SHARED = {"fit": ("sequences", "optimizer", "trainer"), "record": ("signals",), "evaluate": ("evaluation",)}
 GATHERING = ("evaluate", "export")  # run once, over all seeds
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
@@ -128,6 +117,8 @@ def plan(config: dict[str, Any]) -> list[Stage]:
     Raises:
         UserError: an unknown verb, key, stage name or option, or a stage that needs a later one.
     """
+    for section, cls in SECTIONS.items():
+        build(cls, config[section], section)
     place = config["run"]
     run = Run(Path(place["dir"]) / config["recipe"] / place["name"], config["recipe"], place["name"], config["logger"])
     entries = {name: _inherit(name, config["stages"]) for name in config["stages"]}
@@ -179,7 +170,6 @@ def _verb(name: str, entry: dict[str, Any]) -> str:
 def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The stage's settings as a dataclass, and the identity of what it reads from outside."""
     where = f"stages.{name}"
-    shared: dict[str, tuple[str, type]] = {}
     if verb == "prepare":
         from lit_llmers.data import DataConfig
         from lit_llmers.data.sources import source_of
@@ -187,17 +177,10 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         data = build(DataConfig, config["data"], "data")
         return data, source_of(data).fingerprint()
     if verb == "fit":
-        shared = {"sequences": ("sequences", SequenceConfig), "optimizer": ("optimizer", OptimizerConfig)}
-        shared["trainer"] = ("trainer", TrainerConfig)
         entry = {**entry, "mask_history": config["evaluation"]["mask_history"]}
-    if verb == "record":
-        shared = {"signals": ("signals", SignalsConfig)}
-    if verb == "evaluate":
-        shared = {"evaluation": ("evaluation", EvaluationConfig)}
-    for key, (section, cls) in shared.items():
-        own = entry.get(key, {})
-        build(cls, own, f"{where}.{key}")
-        entry = {**entry, key: build(cls, {**config[section], **own}, section)}
+    for section in SHARED.get(verb, ()):  # the run's own settings, with the stage's on top
+        own = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
+        entry = {**entry, section: own}
     classes = {"encode": EncodeStage, "fit": FitStage, "record": RecordStage, "evaluate": EvaluateStage, "export": ExportStage}
     typed = build(classes[verb], entry, where)
     if verb == "fit":

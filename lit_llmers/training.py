@@ -45,7 +45,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "parameters": count_parameters(model),
         "layers": int(model.backbone.layers),  # type: ignore[arg-type]
         "width": int(model.backbone.width),  # type: ignore[arg-type]
-        "epochs": trainer.current_epoch,
+        "epochs": throughput.epochs,
         "train_seconds": throughput.seconds,
         "rows_per_second": throughput.rows / max(throughput.seconds, 1e-9),
         "best": {"epoch": best.epoch, MONITOR: best.score},

@@ -2,10 +2,10 @@
 
 A backbone has `layers`, `width` (D) and `dim` (d), and three methods:
 
-- `forward(items [B, L] int64, mask [B, L] bool, every_position=False)` returns `layers + 1` hidden states `[B, P, D]`, where
-  `P = L` with `every_position` and else 1, the read-out position. Index 0 is the input embedding, the last comes after the
-  final norm. Rows are left-padded with item 0; padding has no influence on what real positions hold, and what padded
-  positions hold is finite and means nothing.
+- `forward(items [B, L] int64, mask [B, L] bool, every_position=False)` returns `layers + 1` hidden states `[B, P, D]`,
+  where `P = L` with `every_position` and else 1, the read-out position. Index 0 is the input embedding, the last comes
+  after the final norm. Rows are left-padded with item 0; padding has no influence on what real positions hold, and what
+  padded positions hold is finite and means nothing.
 - `head(state [..., D]) -> [..., d]` makes the user vector from the last hidden state.
 - `item_table() -> [n+1, d]`: row 0 is padding and stays zero, because item 0 is never a candidate.
 

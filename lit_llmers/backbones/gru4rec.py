@@ -1,4 +1,4 @@
-"""GRU4Rec: Hidasi et al., "Session-based Recommendations with Recurrent Neural Networks", ICLR 2016 (arXiv 1511.06939)."""
+"""GRU4Rec: Hidasi et al., "Session-based Recommendations with Recurrent Neural Networks", ICLR 2016, 1511.06939."""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from lit_llmers.backbones.items import item_embedding
 class GRU4Rec(nn.Module):
     """GRUs over item embeddings; a linear layer maps the last state to a user vector, scored against the item table.
 
-    The form that RecBole made common: GRUs without biases, item embeddings in place of one-hot vectors, whole histories in
-    place of session-parallel mini-batches. One width serves embeddings and states (D = d), and there is no final norm.
+    The form that RecBole made common: GRUs without biases, item embeddings in place of one-hot vectors, whole histories
+    in place of session-parallel mini-batches. One width serves embeddings and states (D = d); there is no final norm.
 
     Args:
         n_items: items in the catalogue, numbered from 1.

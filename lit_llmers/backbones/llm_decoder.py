@@ -1,6 +1,6 @@
 """An LLM that reads a history of item vectors and scores items: E4SRec (arXiv 2312.02443) with SLMRec's head.
 
-SLMRec: "SLMRec: Distilling Large Language Models into Small for Sequential Recommendation", ICLR 2025 (arXiv 2405.17890).
+SLMRec: "Distilling Large Language Models into Small for Sequential Recommendation", ICLR 2025 (arXiv 2405.17890).
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,7 @@ class LLMDecoder(nn.Module):
 
     The first `layers` layers of a Hugging Face decoder run on vectors, so its token table is dropped after the prompt's
     rows were taken from it, and there is no language-model head. With LoRA the base and the prompt are frozen, else all
-    trains; the two projections always do. A row's padding lies between the instruction and its items: it is masked, and
-    positions count real vectors only.
+    trains; the two projections always do. Padding lies to the left of all, is masked, and is not counted in positions.
 
     Args:
         item_table: `[n+1, d]`. Frozen, it is no part of the state dict: it belongs to the stage that made it.
@@ -70,7 +69,7 @@ class LLMDecoder(nn.Module):
                 self.register_parameter(name, nn.Parameter(vectors, requires_grad=config.lora is None))
             else:
                 self.register_buffer(name, vectors, persistent=False)
-        self.base.set_input_embeddings(None)
+        self.base.set_input_embeddings(None)  # type: ignore[arg-type]
         if config.lora:
             add_lora(self.base, config.lora)
 
@@ -78,20 +77,19 @@ class LLMDecoder(nn.Module):
         needed = len(before) + max_length + len(after)
         if positions is not None and needed > positions:
             raise UserError(
-                f"The base '{config.name}' has {positions} positions, but max_length={max_length} with the prompt needs "
-                f"{needed}. Lower max_length or choose another base."
+                f"The base '{config.name}' has {positions} positions, but max_length={max_length} with the prompt "
+                f"needs {needed}. Lower max_length or choose another base."
             )
 
     def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         if every_position and len(self.after):
             raise UserError(
-                "With a prompt the response tokens come after the last item, so only one position of a row can be read. "
-                "Use examples=prefixes to train on every position, or teacher.prompt=false."
+                "With a prompt the response tokens come after the last item, so only one position of a row can be read."
+                " Use examples=prefixes to train on every position, or teacher.prompt=false."
             )
         vectors = self.input_proj(self.dropout(F.embedding(items, self.items, padding_idx=0)))  # [B, L, H]
-        rows = len(items)
-        vectors = torch.cat([self.before.expand(rows, -1, -1), vectors, self.after.expand(rows, -1, -1)], 1)
-        mask = F.pad(mask, (len(self.before), len(self.after)), value=True)  # [B, I+L+R]
+        if len(self.before):
+            vectors, mask = self._put_in_prompt(vectors, mask)
         states = self.base(
             inputs_embeds=vectors.to(self.base.dtype),
             attention_mask=mask,  # causality, and the fast path where nothing is padded, are the base's business
@@ -100,6 +98,16 @@ class LLMDecoder(nn.Module):
             output_hidden_states=True,
         ).hidden_states
         return list(states) if every_position else [state[:, -1:] for state in states]
+
+    def _put_in_prompt(self, vectors: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, L, H]` and `[B, L]` to `[B, I+L+R, H]` and its mask: padding, instruction, items, response."""
+        rows, length, _ = vectors.shape
+        whole = torch.cat([self.before.expand(rows, -1, -1), vectors, self.after.expand(rows, -1, -1)], 1)
+        column = torch.arange(whole.shape[1], device=mask.device)
+        padding = length - mask.sum(1, keepdim=True)  # [B, 1]
+        # until here padding is between instruction and items, where it would count in a sliding attention window
+        source = torch.where(column < padding + len(self.before), (column - padding).clamp(min=0), column)
+        return whole.gather(1, source[..., None].expand_as(whole)), column >= padding
 
     def head(self, state: Tensor) -> Tensor:
         return self.score(state.to(self.score.weight.dtype))

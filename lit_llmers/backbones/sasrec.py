@@ -14,9 +14,9 @@ class SASRec(nn.Module):
     """Causal self-attention over item and position embeddings; the item table also scores (paper, eq. 1-6).
 
     We differ from the paper as pmixer/SASRec.pytorch with `norm_first` does: queries, keys and values all come from the
-    normed input, and the attention has an output projection. Padded keys are masked, which neither code does. Dropout is
-    on the embeddings and on each sub-layer's output (paper, section 3.3), not on attention weights. Positions are counted
-    from the right end, so the last item always has the same one.
+    normed input, and the attention has an output projection. Padded keys are masked, which neither code does.
+    Dropout is on the embeddings and on each sub-layer's output (paper, section 3.3), not on attention weights.
+    Positions are counted from the right end, so the last item always has the same one.
 
     Args:
         n_items: items in the catalogue, numbered from 1.
@@ -30,7 +30,8 @@ class SASRec(nn.Module):
         item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
 
     Raises:
-        UserError: `heads` does not divide `dim`, `item_init` has another shape, or a history is longer than `max_length`.
+        UserError: `heads` does not divide `dim`, `item_init` has another shape, or a history is longer than
+            `max_length`.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Block(nn.Module):
 
 
 def _visible(mask: Tensor) -> Tensor:
-    """Which keys a query sees, `[B, 1, L, L]`: real ones up to itself; a padded query sees itself alone, lest it be NaN."""
+    """Keys that a query sees, `[B, 1, L, L]`: real ones up to itself; a padded query sees itself, lest it be NaN."""
     square = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
     return (mask[:, None, None, :] & square.tril()) | (square.tril() & square.triu())
 

@@ -33,7 +33,7 @@ class DeepSupervisionTerm(Term):
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
         assert output.hidden is not None
         pairs = zip(self.boundaries, self.heads, strict=True)
-        losses = [self.task_loss(head(output.hidden[:, layer]), batch) for layer, head in pairs]
+        losses = [self.task_loss(head(output.hidden[layer]), batch) for layer, head in pairs]
         self.parts = {f"block{k}": loss.detach() for k, loss in enumerate(losses, 1)}
         return torch.stack(losses).sum()
 

@@ -36,14 +36,18 @@ class FeatureTerm(Term):
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
         assert output.hidden is not None
-        student = output.hidden[:, self.boundaries]  # [T, blocks, D_S]
-        if self.projectors is not None:
-            student = torch.stack([project(student[:, k]) for k, project in enumerate(self.projectors)], 1)
-        teacher = batch[KEY].to(student)  # [T, blocks, D_T]
-        cosine = self.reduce(cosine_distance(student, teacher).sum(1), batch)
-        l2 = self.reduce(euclidean_distance(student, teacher).sum(1), batch)
-        self.parts = {"cosine": cosine.detach(), "l2": l2.detach()}
-        return self.cosine * cosine + self.l2 * l2
+        teacher = batch[KEY].unbind(1)  # blocks x [T, D_T]
+        cosine, l2 = [], []
+        for block, layer in enumerate(self.boundaries):
+            state = output.hidden[layer]  # [T, D_S]
+            if self.projectors is not None:
+                state = self.projectors[block](state)
+            cosine.append(cosine_distance(state, teacher[block].to(state)))
+            l2.append(euclidean_distance(state, teacher[block].to(state)))
+        cosine_loss = self.reduce(torch.stack(cosine), batch)
+        l2_loss = self.reduce(torch.stack(l2), batch)
+        self.parts = {"cosine": cosine_loss.detach(), "l2": l2_loss.detach()}
+        return self.cosine * cosine_loss + self.l2 * l2_loss
 
 
 class FeatureDistillation(Distillation):

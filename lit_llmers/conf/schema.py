@@ -168,6 +168,22 @@ class SignalsConfig:
 
 
 @dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept: `<dir>/<recipe>/<name>`."""
+
+    dir: str = "runs"
+    name: str = "default"
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go besides `metrics.jsonl`: `wandb`, `tensorboard` or `csv`; `project` is W&B's."""
+
+    kind: str = "wandb"
+    project: str = "lit_llmers"
+
+
+@dataclass(frozen=True)
 class FitStage:
     """Train a backbone as a sequential recommender.
 
@@ -248,3 +264,14 @@ class ExportStage:
 
     export: list[str]
     of: str = "student"
+
+
+SECTIONS = {
+    "run": RunConfig,
+    "logger": LoggerConfig,
+    "sequences": SequenceConfig,
+    "optimizer": OptimizerConfig,
+    "trainer": TrainerConfig,
+    "evaluation": EvaluationConfig,
+    "signals": SignalsConfig,
+}

@@ -40,11 +40,20 @@ class TrainingBatches:
 
     The order is a function of (seed, epoch) alone, so `(epoch, batch)` is the whole state: a run resumed in mid-epoch goes
     on with the very next batch. Rows of like length share a batch, so that little is spent on padding.
+
+    Lightning restores `state_dict` when it resumes inside an epoch, and calls `sampler.set_epoch` before every epoch; both
+    are needed, for it does not restore the state when it resumes between two epochs.
     """
 
     def __init__(self, rows: TrainingRows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
         self.epoch, self.position = 0, 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch, unless it is the one at hand."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.world))

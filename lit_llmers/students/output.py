@@ -11,9 +11,10 @@ class StudentOutput:
 
     Attributes:
         user: `[T, d]` user vectors that score items by their dot product with the item table.
-        hidden: `[T, layers+1, D]` hidden states at those positions, index 0 the input embedding, the last after the final
-            norm; None unless a loss term requires it.
+        hidden: layers+1 tensors `[T, D]`, the hidden states at those positions; index 0 is the input embedding, the last is
+            after the final norm. None unless a loss term requires it. (A tuple and not one tensor: a term that reads some
+            layers then costs no copy of all, forward or backward.)
     """
 
     user: Tensor
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None

@@ -56,10 +56,12 @@ class SequentialRecommender(L.LightningModule):
         target = batch.get("target")
         every = target is not None and target.dim() == 2
         states = self.backbone(batch["items"], batch["mask"], every)  # layers+1 x [B, P, D]
-        scored = target > 0 if every else torch.ones_like(states[-1][..., 0], dtype=torch.bool)
-        user = self.backbone.head(states[-1][scored])  # [T, d]
-        hidden = torch.stack([state[scored] for state in states], 1) if with_hidden else None
-        return StudentOutput(user, hidden)
+        if every:  # index_select: its gradient is far cheaper than that of a boolean mask
+            scored = target.flatten().nonzero().squeeze(1)
+            flat = [state.flatten(0, 1).index_select(0, scored) for state in (states if with_hidden else states[-1:])]
+        else:
+            flat = [state[:, -1] for state in states]
+        return StudentOutput(self.backbone.head(flat[-1]), tuple(flat) if with_hidden else None)
 
     def encode(self, items: Tensor, mask: Tensor) -> Tensor:
         """User vectors `[B, d]` of the histories `[B, L]`."""
@@ -113,13 +115,15 @@ class SequentialRecommender(L.LightningModule):
         adam = torch.optim.AdamW(
             trainable, lr=self.optimizer.lr, weight_decay=self.optimizer.weight_decay, fused=True
         )
-        steps, warmup = self.trainer.estimated_stepping_batches, self.optimizer.warmup_steps
+        warmup = self.optimizer.warmup_steps
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            if self.optimizer.schedule == "constant":
+            if self.optimizer.schedule == "constant" or step == warmup:
                 return 1.0
+            per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            steps = per_epoch * (self.trainer.max_epochs or 1)  # known only now: asking earlier would set the loader up
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_llmers.conf.schema import EXAMPLES, build
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.teachers.lora import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-EXAMPLES = ("sequence", "prefixes", "last")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -57,7 +57,7 @@ class BaseConfig:
             raise unknown("teacher.examples", self.examples, EXAMPLES)
 
     @classmethod
-    def of(cls, settings: "BaseConfig | Mapping[str, Any]") -> Self | "BaseConfig":
+    def of(cls, settings: "BaseConfig | Mapping[str, Any]") -> "BaseConfig":
         """The configuration itself, or one made from a mapping such as a recipe's `teacher` section.
 
         Raises:
@@ -65,13 +65,10 @@ class BaseConfig:
         """
         if isinstance(settings, BaseConfig):
             return settings
-        values = _checked(settings, "teacher", cls)
-        if "name" not in values:
-            raise UserError("The teacher's configuration has no 'name'. Give it one: reports use it.")
+        values = dict(settings)
         if values.get("lora") is not None:
-            lora = _checked(values["lora"], "teacher.lora", LoraConfig)
-            values["lora"] = LoraConfig(**lora | ({"targets": tuple(lora["targets"])} if "targets" in lora else {}))
-        return cls(**values)
+            values["lora"] = build(LoraConfig, values["lora"], "teacher.lora")
+        return build(cls, values, "teacher")
 
 
 def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
@@ -82,8 +79,8 @@ def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTra
     Raises:
         UserError: the base does not exist or cannot be reached, is not such a decoder, or has fewer layers.
     """
-    model = _pretrained(config, layers) if config.path else _from_scratch(config, layers)
-    tokenizer = _tokenizer(config) if config.path and config.prompt else None
+    model = _pretrained(config, config.path, layers) if config.path else _from_scratch(config, layers)
+    tokenizer = _tokenizer(config, config.path) if config.path and config.prompt else None
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
     return model, tokenizer
@@ -99,7 +96,7 @@ def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
     except (ValueError, TypeError) as error:
         raise UserError(f"teacher.config of '{config.name}' is no Hugging Face configuration: {error}") from error
     _check_depth(config, architecture, layers)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(config.seed)
         model = AutoModel.from_config(architecture, dtype=_DTYPES[config.dtype], **_attention(config))
     model.layers = model.layers[:layers]
@@ -107,17 +104,17 @@ def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
     return model
 
 
-def _pretrained(config: BaseConfig, layers: int) -> "PreTrainedModel":
+def _pretrained(config: BaseConfig, path: str, layers: int) -> "PreTrainedModel":
     """Only the layers that are kept are made and read."""
     from transformers import AutoConfig, AutoModel
 
     with _reachable(config):
-        architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        architecture = AutoConfig.from_pretrained(path, revision=config.revision)
     _check_depth(config, architecture, layers)
     _truncate(architecture, layers)
     with _reachable(config), _without_load_report():
         model, found = AutoModel.from_pretrained(
-            config.path,
+            path,
             revision=config.revision,
             config=architecture,
             dtype=_DTYPES[config.dtype],
@@ -127,7 +124,7 @@ def _pretrained(config: BaseConfig, layers: int) -> "PreTrainedModel":
     if found["missing_keys"]:
         first = sorted(found["missing_keys"])[0]
         raise UserError(
-            f"The base '{config.path}' lacks {len(found['missing_keys'])} tensors, the first of them '{first}'. "
+            f"The base '{path}' lacks {len(found['missing_keys'])} tensors, the first of them '{first}'. "
             "Its files are incomplete or of another model: fetch it again."
         )
     return model
@@ -137,13 +134,13 @@ def _check_depth(config: BaseConfig, architecture: "PretrainedConfig", layers: i
     depth = getattr(architecture, "num_hidden_layers", None)
     if depth is None:
         raise UserError(
-            f"The base '{config.path or config.name}' ({architecture.model_type}) is not a plain decoder. Choose one built "
-            "like Llama, Mistral or Qwen."
+            f"The base '{config.path or config.name}' ({architecture.model_type}) is not a plain decoder. Choose one "
+            "built like Llama, Mistral or Qwen."
         )
     if not 1 <= layers <= depth:
         raise UserError(
-            f"{layers} layers were asked of the base '{config.name}', which has {depth}. Choose layers between 1 and {depth}, "
-            "or a deeper base."
+            f"{layers} layers were asked of the base '{config.name}', which has {depth}. Choose layers between 1 and "
+            f"{depth}, or a deeper base."
         )
 
 
@@ -163,14 +160,14 @@ def _checkpoint_activations(model: "PreTrainedModel") -> None:
     enable({"use_reentrant": False})
 
 
-def _tokenizer(config: BaseConfig) -> "PreTrainedTokenizerBase | None":
+def _tokenizer(config: BaseConfig, path: str) -> "PreTrainedTokenizerBase | None":
     from transformers import AutoTokenizer
 
-    folder = Path(str(config.path))
+    folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
     with _reachable(config):
-        return AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        return AutoTokenizer.from_pretrained(path, revision=config.revision)
 
 
 @contextmanager
@@ -181,15 +178,15 @@ def _reachable(config: BaseConfig) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"The base '{config.path}' cannot be loaded: {reason} Give a local folder that has its config.json and weights "
-            "(teacher=local teacher.path=FOLDER), check the hub name and the network (gated models need a login with "
-            "`hf auth login`), or use teacher=tiny-llama, which needs neither."
+            f"The base '{config.path}' cannot be loaded: {reason} Give a local folder that has its config.json and "
+            "weights (teacher=local teacher.path=FOLDER), check the hub name and the network (gated models need a "
+            "login with `hf auth login`), or use teacher=tiny-llama, which needs neither."
         ) from error
 
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence the report of the layers and heads that are left out on purpose; what is missing is checked by the caller."""
+    """Silence the report of layers and heads left out on purpose; what is missing is checked by the caller."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -198,11 +195,3 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def _checked(settings: Mapping[str, Any], kind: str, schema: type) -> dict[str, Any]:
-    known = [entry.name for entry in fields(schema)]
-    for key in settings:
-        if key not in known:
-            raise unknown(f"key of {kind}", str(key), known)
-    return dict(settings)

@@ -38,8 +38,8 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig) -> None:
     missing = [target for target in config.targets if target not in names]
     if missing or not config.targets:
         raise UserError(
-            f"lora.targets={list(config.targets)} does not fit this base: {missing or 'nothing'} is not a linear layer of it. "
-            f"It has: {', '.join(sorted(names))}."
+            f"lora.targets={list(config.targets)} does not fit this base: {missing or 'nothing'} is not a linear layer "
+            f"of it. It has: {', '.join(sorted(names))}."
         )
     settings = peft.LoraConfig(
         r=config.rank,

@@ -1,4 +1,4 @@
-"""The prompt around a history of item vectors, as in E4SRec (arXiv 2312.02443): instruction ++ item vectors ++ response."""
+"""The prompt around a history, as in E4SRec (arXiv 2312.02443): instruction ++ item vectors ++ response."""
 
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,15 @@ _AFTER = "\n\n### Response:\n"
 def embed_prompt(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: bool | str
 ) -> tuple[Tensor, Tensor]:
-    """Vectors of the tokens before the items `[I, H]`, beginning with BOS where the base has one, and after them `[R, H]`.
+    """Vectors of the tokens before the items, beginning with BOS where the base has one, and of those after them.
 
     Args:
+        model: has the table of token vectors.
+        tokenizer: of that table.
         prompt: an instruction, or True for the default one.
+
+    Returns:
+        `[I, H]` and `[R, H]`.
     """
     instruction = prompt if isinstance(prompt, str) else INSTRUCTION
     before = tokenizer(_BEFORE.format(instruction=instruction), add_special_tokens=False)["input_ids"]

@@ -1,0 +1,252 @@
+"""The plots of a run, as PNG files: losses, validation, comparison, gain by popularity."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lit_llmers.files import atomic_write
+from lit_llmers.results import METRIC, Results, StageResult
+from lit_llmers.significance import paired_test
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe and Ito
+VALIDATION = f"val/{METRIC}"
+SMOOTHING = 40  # a curve is averaged over a window of 1/40 of its points
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "font.size": 10,
+}
+
+
+def write_plots(results: Results) -> dict[str, Path]:
+    """Write every plot that the run has the numbers for to `<run>/plots`, and remove those of an earlier state.
+
+    Returns:
+        file by name; the names are the files' own, without ending.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder = results.run / "plots"
+    folder.mkdir(exist_ok=True)
+    written: dict[str, Path] = {}
+    with matplotlib.rc_context(STYLE):
+        for name, figure in _figures(results):
+            written[name] = folder / f"{name}.png"
+            with atomic_write(written[name]) as temporary:
+                figure.savefig(temporary, dpi=150, format="png")
+    for old in set(folder.glob("*.png")) - set(written.values()):
+        old.unlink()
+    return written
+
+
+def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
+    if results.models:
+        with _figure(results, height=0.8 + 0.5 * len(results.models)) as (figure, axes):
+            _comparison(results, axes)
+            yield "comparison", figure
+    for method, control in results.pairs:
+        gains = _gains(results, method, control)
+        if gains:
+            with _figure(results, columns=2) as (figure, (left, right)):
+                _levels(gains, method, control, left)
+                _gain(gains, method, control, right)
+                yield f"popularity-{method}-{control}", figure
+    if any(VALIDATION in entry for stages in results.fits.values() for stage in stages for entry in stage.metrics):
+        with _figure(results) as (figure, axes):
+            _validation(results, axes)
+            yield "validation", figure
+    for name, stages in results.fits.items():
+        if any("loss" in entry for stage in stages for entry in stage.metrics):
+            with _figure(results) as (figure, axes):
+                _losses(name, stages, axes)
+                yield f"losses-{name}", figure
+
+
+@contextmanager
+def _figure(results: Results, columns: int = 1, height: float = 4.0) -> Iterator[tuple["Figure", Any]]:
+    """A figure and its axes; a subtitle says what data it is of, and that it is generated where it is."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(5.6 * columns + 2.0 * (columns == 1), height + 0.4), layout="constrained"
+    )
+    data = f"{results.data.get('name', 'unknown data')}{' (generated data)' if results.generated else ''}"
+    figure.supxlabel(
+        f"{data} · {results.about['recipe']}/{results.about['run']}", fontsize=8, color="#666666", x=0.99, ha="right"
+    )
+    try:
+        yield figure, axes
+    finally:
+        pyplot.close(figure)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
+    """Every loss term over the steps: the first seed strong, the others thin."""
+    terms = list(dict.fromkeys(key for stage in stages for entry in stage.metrics for key in entry if _is_loss(key)))
+    ends: list[float] = []
+    for number, term in enumerate(terms):
+        for index, stage in enumerate(stages):
+            points = [(entry["step"], entry[term]) for entry in stage.metrics if entry.get(term) is not None]
+            if not points:
+                continue
+            steps, values = np.array(points, dtype=float).T
+            window = max(1, len(values) // SMOOTHING)
+            smooth = _rolling_mean(values, window)
+            ends += [smooth[0], smooth[-1]]
+            style: dict[str, Any] = {
+                "color": COLOURS[number % len(COLOURS)],
+                "linewidth": 1.8 if term == "loss" else 1.3,
+            }
+            if index:
+                style |= {"alpha": 0.35, "linewidth": 0.8}
+            axes.plot(
+                steps,
+                smooth,
+                linestyle="-" if number < len(COLOURS) else "--",
+                label=None if index else _term(term),
+                **style,
+            )
+    if ends and min(ends) > 0 and max(ends) > 20 * min(ends):
+        axes.set_yscale("log")
+    seeds = f", {len(stages)} seeds (the first strong)" if len(stages) > 1 else ""
+    axes.set(
+        title=f"Training loss of {name}, by term{seeds}", xlabel="optimiser step", ylabel="loss, mean over targets"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _is_loss(key: str) -> bool:
+    return key == "loss" or key.startswith("loss/")
+
+
+def _term(key: str) -> str:
+    return "total" if key == "loss" else key.removeprefix("loss/").replace("/", ": ").replace("_", " ")
+
+
+def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` points, over fewer at the ends: `[n]`."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _validation(results: Results, axes: "Axes") -> None:
+    """The validation metric over the epochs: seeds thin, their mean strong, the best epoch of the mean marked."""
+    from matplotlib.ticker import MaxNLocator
+
+    for number, (name, stages) in enumerate(results.fits.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        curves = [
+            {e["epoch"] + 1: e[VALIDATION] for e in stage.metrics if e.get(VALIDATION) is not None} for stage in stages
+        ]
+        curves = [curve for curve in curves if curve]
+        if not curves:
+            continue
+        if len(curves) > 1:
+            for curve in curves:
+                axes.plot(list(curve), list(curve.values()), color=colour, linewidth=0.8, alpha=0.4)
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        mean = [float(np.mean([curve[epoch] for curve in curves])) for epoch in shared]
+        seeds = f" (mean of {len(curves)} seeds)" if len(curves) > 1 else ""
+        axes.plot(shared, mean, color=colour, linewidth=1.8, label=f"{name}{seeds}")
+        best = int(np.argmax(mean))
+        axes.plot(shared[best], mean[best], "o", color=colour, markersize=5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.set(
+        title=f"Validation {METRIC} of every model (dot: best epoch)", xlabel="epoch", ylabel=f"validation {METRIC}"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+# ---- test -----------------------------------------------------------------------------------------------------------
+
+
+def _comparison(results: Results, axes: "Axes") -> None:
+    """One bar for each model: mean over seeds and users, 95 % bootstrap interval over users, a dot for each seed."""
+    names = list(results.models)
+    for place, name in enumerate(names):
+        rows = results.per_row(name)
+        mean = np.mean(rows, axis=0)
+        interval = paired_test(mean, np.zeros_like(mean))
+        level, low, high = (float(interval[key] or 0.0) for key in ("difference", "low", "high"))
+        axes.barh(place, level, height=0.6, color=COLOURS[place % len(COLOURS)], alpha=0.75)
+        axes.errorbar(level, place, xerr=[[level - low], [high - level]], color="black", capsize=4, linewidth=1.2)
+        if len(rows) > 1:
+            axes.plot([row.mean() for row in rows], [place + 0.18] * len(rows), "o", color="black", markersize=3)
+        axes.annotate(f"{level:.4f}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set(title=f"Test {METRIC} (bar: 95 % interval over users; dots: seeds)", xlabel=f"test {METRIC}")
+
+
+def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
+    """For every popularity group with at least two users: its name, users, both levels and the gain."""
+    out = []
+    ours, theirs = np.mean(results.per_row(method), axis=0), np.mean(results.per_row(control), axis=0)
+    for index, group in enumerate(results.models[method][0]["popularity"]):
+        inside = results.groups["popularity"] == index
+        gain = results.compare(method, control, inside)
+        if gain:
+            levels = {"ours": float(ours[inside].mean()), "theirs": float(theirs[inside].mean())}
+            out.append({"group": group["group"], "users": int(inside.sum()), **levels, **gain})
+    return out
+
+
+def _labels(gains: list[dict[str, Any]], axes: "Axes") -> None:
+    axes.set_xticks(range(len(gains)), [f"{gain['group']}\nn={gain['users']}" for gain in gains], fontsize=8)
+    axes.set_xlabel("training interactions of the target item (n: test users)")
+    axes.grid(axis="x", visible=False)
+
+
+def _levels(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
+    places = np.arange(len(gains))
+    axes.bar(places - 0.2, [gain["ours"] for gain in gains], width=0.38, color=COLOURS[0], label=method)
+    axes.bar(places + 0.2, [gain["theirs"] for gain in gains], width=0.38, color=COLOURS[1], label=control)
+    _labels(gains, axes)
+    axes.set(title=f"Test {METRIC} by popularity of the target", ylabel=f"test {METRIC}")
+    axes.legend()
+
+
+def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
+    """Relative gain with its interval; groups in which the control never hits have none."""
+    for place, gain in enumerate(gains):
+        if gain["relative"] is None:
+            axes.annotate(f"{control}\nis 0", (place, 0), ha="center", va="bottom", fontsize=8, color="#666666")
+            continue
+        middle, low, high = (100 * gain[key] / gain["theirs"] for key in ("difference", "low", "high"))
+        certain = low > 0 or high < 0
+        axes.errorbar(
+            place,
+            middle,
+            yerr=[[middle - low], [high - middle]],
+            fmt="o",
+            color=COLOURS[0] if certain else "#888888",
+            capsize=4,
+            linewidth=1.6,
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -110), min(high, 210))
+    _labels(gains, axes)
+    title = f"Gain of {method} over {control}\n(95 % bootstrap over users; grey: contains 0)"
+    axes.set(title=title, ylabel=f"relative gain in {METRIC} [%]")

@@ -1,0 +1,302 @@
+"""`python -m lit_llmers.report run=DIR`: a run's report, `report.md`, with its tables and plots.
+
+Everything in it is worked out from what the stages left on disk, so it can be written at any time, also of a run that is
+not finished, and again.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_llmers import tables
+from lit_llmers.errors import UserError, nearest
+from lit_llmers.files import atomic_write, read_json
+from lit_llmers.plots import write_plots
+from lit_llmers.results import METRIC, Results
+from lit_llmers.tables import percent
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+CAPTIONS = {
+    "comparison": "Every model on the test users",
+    "popularity": "Where the gain comes from: by how often the target was seen in training",
+    "validation": "Validation over the epochs",
+    "losses": "Loss terms",
+}
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.md`, `plots/*.png` and the merged `metrics.jsonl` of a run.
+
+    Args:
+        run: the folder with `run.json`.
+
+    Returns:
+        the path of the report.
+
+    Raises:
+        UserError: there is no run in that folder, or it may not be written.
+    """
+    results = Results(run)
+    plots = write_plots(results)
+    sections = [_title(results), _data_line(results), _state(results)]
+    if results.models:
+        sections += [verdict(results), *_teacher_warnings(results), _results(results), _cost(results)]
+    elif any(stage.done for stage in results.stages if stage.verb == "fit"):
+        sections += ["## Training so far", tables.training_table(results)]
+    sections += [_plots(plots), _protocol(results), _data(results), _reproducibility(results)]
+    path = results.run / "report.md"
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    _merge_metrics(results)
+    return path
+
+
+def summary_table(run: Path) -> str:
+    """The results of a run as plain text for the terminal, with the verdict."""
+    results = Results(run)
+    parts = [tables.terminal_table(results)]
+    if results.generated:
+        parts.append(f"The data set {results.data['name']} is generated: the figures say nothing about real users.")
+    if results.models:
+        parts += [verdict(results), *_teacher_warnings(results)]
+    return "\n\n".join(part.replace("**", "").replace("> ", "") for part in parts if part)
+
+
+def publish(run: Path, loggers: "Iterable[Logger]") -> None:
+    """Put the report's plots and its main table into W&B, where one of `loggers` is for W&B."""
+    from lit_llmers.loggers import log_images, log_summary, log_table
+
+    results = Results(run)
+    loggers = list(loggers)
+    log_images(loggers, {f"report/{path.stem}": path for path in sorted((results.run / "plots").glob("*.png"))})
+    if results.models:
+        names = tables.metric_names(results)
+        rows = [
+            [model["name"], model["seed"], *(model["metrics"]["all"][name] for name in names)]
+            for models in results.models.values()
+            for model in models
+        ]
+        log_table(loggers, "report/models", ["model", "seed", *names], rows)
+        gains = {f"{first} - {second}": results.compare(first, second) for first, second in results.comparisons}
+        log_summary(
+            loggers,
+            {f"gain/{name}/{key}": value for name, gain in gains.items() for key, value in (gain or {}).items()},
+        )
+
+
+# ---- the head of the report ------------------------------------------------------------------------------------------
+
+
+def _title(results: Results) -> str:
+    return (
+        f"# {results.about['recipe']} on {results.data.get('name', 'data not yet prepared')} ({results.about['run']})"
+    )
+
+
+def _data_line(results: Results) -> str:
+    if not results.data:
+        return ""
+    counts = results.data["counts"]
+    line = f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions."
+    if results.generated:
+        warning = "Generated data: a program made this data set."
+        return f"**{warning} The figures below show that the method runs and what it does here; they say nothing about real users.** {line}"
+    return f"Data: {results.data['name']}, {line}"
+
+
+def _state(results: Results) -> str:
+    missing = [f"{stage.name} (seed {stage.seed})" for stage in results.stages if not stage.done]
+    if not missing:
+        return ""
+    return f"**This run is not finished.** Not done: {', '.join(missing)}. The same command goes on from here."
+
+
+def verdict(results: Results) -> str:
+    """One or two sentences for each method: does it beat its control, by how much, and is that more than noise."""
+    return "\n\n".join(_verdict(results, method, control) for method, control in results.pairs)
+
+
+def _verdict(results: Results, method: str, control: str) -> str:
+    gain = results.compare(method, control)
+    if gain is None:
+        return f"{method} and {control} cannot be compared: they were not evaluated with the same seeds."
+    within = gain["low"] <= 0 <= gain["high"]
+    what = "is within noise of" if within else "beats" if gain["difference"] > 0 else "loses to"
+    levels = [
+        sum(row.mean() for row in rows) / len(rows) for rows in (results.per_row(method), results.per_row(control))
+    ]
+    text = (
+        f"**{method} {what} its control {control}: {percent(gain['relative'])} in test {METRIC}** "
+        f"({levels[0]:.4f} against {levels[1]:.4f}; difference {gain['difference']:+.4f}, 95 % interval "
+        f"[{gain['low']:+.4f}, {gain['high']:+.4f}] over users, p {_equals(tables.p_value(gain['p']))})."
+    )
+    by_seed = gain["by_seed"]
+    if len(by_seed) == 1:
+        return f"{text} One seed only: how far training anew would move this is not known."
+    text += f" Over {len(by_seed)} seeds the difference goes from {min(by_seed):+.4f} to {max(by_seed):+.4f}"
+    return text + (", and its sign changes." if min(by_seed) < 0 < max(by_seed) else ".")
+
+
+def _equals(p: str) -> str:
+    return p if p.startswith("<") else f"= {p}"
+
+
+def _teacher_warnings(results: Results) -> list[str]:
+    """A warning for every control that the teacher does not clearly beat."""
+    out = []
+    for control in dict.fromkeys(control for _, control in results.pairs):
+        gain = results.compare(results.teacher, control) if results.teacher and results.teacher != control else None
+        if gain is None or gain["low"] > 0:
+            continue
+        worse = "is worse than" if gain["high"] < 0 else "does not beat"
+        out.append(
+            f"> **WARNING: the teacher {worse} the control.** {results.teacher} − {control} = {gain['difference']:+.4f} "
+            f"{METRIC} ({percent(gain['relative'])}, 95 % interval [{gain['low']:+.4f}, {gain['high']:+.4f}], "
+            f"p {_equals(tables.p_value(gain['p']))}). A teacher that is no better than the undistilled student has nothing "
+            "to teach: whatever the student gains here does not come from the teacher's knowledge. Look for a better "
+            "teacher (more depth or width, more data or training examples); the recipe's record shows the gain against "
+            "the gap between teacher and control."
+        )
+    return out
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def _results(results: Results) -> str:
+    assert results.evaluation is not None
+    parts = [
+        "## Results on the test users",
+        "Means over seeds with their standard deviation; the best of a column is bold.",
+        tables.main_table(results),
+    ]
+    if results.comparisons:
+        parts += [
+            "### Gains",
+            f"Paired over the same users, {METRIC} averaged over the seeds first. The interval is a bootstrap over users, p is of "
+            "the paired t-test; both speak of other users, not of training anew, which the differences by seed show.",
+            tables.gain_table(results),
+        ]
+    users = {group: figures["users"] for group, figures in results.evaluation["models"][0]["metrics"].items()}
+    for title, groups in (("Head and tail items", ("head", "tail")), ("Short and long histories", ("short", "long"))):
+        definitions = [f"*{group}*: {results.evaluation['groups'][group]} ({users[group]:,} users)" for group in groups]
+        parts += [f"### {title}", "; ".join(definitions) + ".", tables.group_table(results, groups)]
+    return "\n\n".join(parts)
+
+
+def _cost(results: Results) -> str:
+    parts = ["## Size and speed", "Measured in this run, on the machine named below.", tables.cost_table(results)]
+    ratios = tables.ratio_table(results)
+    if ratios:
+        parts.append(ratios)
+        note = (results.about.get("paper") or {}).get("note")
+        parts += [str(note).strip()] if note else []
+    return "\n\n".join(parts)
+
+
+def _plots(plots: dict[str, Path]) -> str:
+    if not plots:
+        return ""
+    lines = []
+    for name, path in plots.items():
+        kind, _, rest = name.partition("-")
+        lines.append(f"![{CAPTIONS[kind]}{': ' + rest if rest else ''}]({path.parent.name}/{path.name})")
+    return "\n\n".join(["## Plots", *lines])
+
+
+# ---- how it was done -------------------------------------------------------------------------------------------------
+
+
+def _protocol(results: Results) -> str:
+    if results.evaluation is None:
+        return ""
+    protocol = results.evaluation["protocol"]
+    against = "the whole catalogue" if protocol["name"] == "full" else f"stored candidates ({protocol['name']})"
+    masked = "do not compete (history masked)" if protocol["history"] == "masked" else "compete too (history kept)"
+    lines = [
+        f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, {protocol['items']:,} items.",
+        f"Each user's held-out item is ranked against {against}; items that the user has met before {masked}. "
+        "Ties count half.",
+        "Epochs are selected on the validation part alone; the test part was read once, at the end.",
+    ]
+    if protocol["candidates"]:
+        lines.append(f"Candidates: sha256 `{protocol['candidates']}`.")
+    return "\n".join(["## Protocol\n", *(f"- {line}" for line in lines)])
+
+
+def _data(results: Results) -> str:
+    data = results.data
+    if not data:
+        return ""
+    counts = ", ".join(f"{name} {number:,}" for name, number in data["counts"].items())
+    lines = [
+        f"{data['name']}: {counts}.",
+        f"Kept: {data['min_interactions']} or more interactions per user, k-core {data['k_core']}.",
+    ]
+    lines += [f"Dropped by {reason}: {_dropped(number)}." for reason, number in data["dropped"].items() if number]
+    return "\n".join(["## Data\n", *(f"- {line}" for line in [*lines, *data["notes"]])])
+
+
+def _dropped(number: int | dict[str, int]) -> str:
+    if isinstance(number, dict):
+        return ", ".join(f"{count:,} {what}" for what, count in number.items())
+    return f"{number:,}"
+
+
+def _reproducibility(results: Results) -> str:
+    parts = ["## To do it again", f"```\n{results.about['command']}\n```"]
+    path = results.run / "environment.json"
+    if path.is_file():
+        parts.append(_machine(read_json(path)))
+    parts.append(
+        f"`config.yaml` holds every setting. {tables.duration(sum(stage.seconds or 0 for stage in results.stages))} in all:"
+    )
+    return "\n\n".join([*parts, tables.stage_table(results)])
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = environment["packages"]
+    named = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions
+    )
+    device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
+    git = environment["git"]
+    commit = f" Commit `{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}." if git else ""
+    return (
+        f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."
+    )
+
+
+def _merge_metrics(results: Results) -> None:
+    """All stages' metrics in one `metrics.jsonl`, each line with its stage and seed."""
+    with atomic_write(results.run / "metrics.jsonl") as temporary, open(temporary, "w") as file:
+        for stage in results.stages:
+            for entry in stage.metrics:
+                file.write(json.dumps({"stage": stage.name, "seed": stage.seed, **entry}) + "\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report of the run that `run=DIR` names; return the exit status."""
+    try:
+        given = dict(argument.partition("=")[::2] for argument in arguments)
+        for key in given:
+            if key != "run":
+                raise UserError(
+                    f"Unknown argument '{key}'.{nearest(key, ['run'])} Usage: python -m lit_llmers.report run=DIR"
+                )
+        if not given.get("run"):
+            raise UserError("No run given. Usage: python -m lit_llmers.report run=DIR, as run=runs/RECIPE/NAME")
+        path = write_report(Path(given["run"]))
+        print(f"{summary_table(Path(given['run']))}\n\nReport: {path}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,242 @@
+"""The tables of a run's report, in Markdown, and the one for the terminal."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lit_llmers.results import METRIC, Results
+from lit_llmers.significance import spread
+
+Rows = list[list[str]]
+
+
+def markdown(header: Sequence[str], rows: Rows) -> str:
+    """A Markdown table: first column left, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def plain(header: Sequence[str], rows: Rows) -> str:
+    """A table for the terminal: first column left, the others right."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def metric_names(results: Results) -> list[str]:
+    """HR@k for every k, NDCG@k for every k but 1, where it is HR@1, and MRR."""
+    assert results.evaluation is not None
+    ks = results.evaluation["ks"]
+    return [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks if k > 1] + ["MRR"]
+
+
+def main_table(results: Results) -> str:
+    """Every metric of every model: mean and standard deviation over seeds, the best mean bold."""
+    names = metric_names(results)
+    return markdown(["model", "seeds", *names], _metric_rows(results, [("all", name) for name in names]))
+
+
+def group_table(results: Results, groups: Sequence[str], metrics: Sequence[str] = ("HR@10", METRIC)) -> str:
+    """Some metrics on groups of the test users."""
+    columns = [(group, metric) for group in groups for metric in metrics]
+    header = ["model", "seeds", *(f"{metric} {group}" for group, metric in columns)]
+    return markdown(header, _metric_rows(results, columns))
+
+
+def _metric_rows(results: Results, columns: Sequence[tuple[str, str]]) -> Rows:
+    rows = [[name, str(len(models))] for name, models in results.models.items()]
+    for group, metric in columns:
+        found = [results.values(name, lambda model: model["metrics"][group].get(metric)) for name in results.models]  # noqa: B023
+        means = [spread(values)[0] if values else None for values in found]
+        best = max((mean for mean in means if mean is not None), default=None)
+        for row, values, mean in zip(rows, found, means, strict=True):
+            cell = _with_spread(values)
+            row.append(f"**{cell}**" if mean is not None and mean == best and len(rows) > 1 else cell)
+    return rows
+
+
+def _with_spread(values: list[float], digits: int = 4) -> str:
+    if not values:
+        return "–"
+    mean, deviation = spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+
+
+def gain_table(results: Results) -> str:
+    """Every comparison that matters: difference, relative, interval over users, p, and the difference of each seed."""
+    header = ["comparison", f"{METRIC} difference", "relative", "95 % interval", "p", "by seed"]
+    rows = []
+    for first, second in results.comparisons:
+        gain = results.compare(first, second)
+        if gain is None:
+            rows.append([f"{first} − {second}", *["–"] * (len(header) - 1)])
+            continue
+        seeds = ", ".join(f"{difference:+.4f}" for difference in gain["by_seed"])
+        interval = f"[{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        rows.append(
+            [
+                f"{first} − {second}",
+                f"{gain['difference']:+.4f}",
+                percent(gain["relative"]),
+                interval,
+                p_value(gain["p"]),
+                seeds,
+            ]
+        )
+    return markdown(header, rows)
+
+
+def cost_table(results: Results) -> str:
+    """Size and speed of every model, means over seeds."""
+    header = [
+        "model",
+        "layers",
+        "width",
+        "parameters",
+        "trainable",
+        "epochs",
+        "training",
+        "training rows/s",
+        "inference users/s",
+    ]
+    rows = []
+    for name in results.models:
+        seconds = _mean(results, name, "training", "seconds")
+        rows.append(
+            [
+                name,
+                count(_mean(results, name, "parameters", "layers")),
+                count(_mean(results, name, "parameters", "width")),
+                count(_mean(results, name, "parameters", "total")),
+                count(_mean(results, name, "parameters", "trainable")),
+                f"{_mean(results, name, 'training', 'epochs'):.0f}",
+                duration(seconds),
+                count(_mean(results, name, "training", "rows_per_second")),
+                count(_mean(results, name, "inference", "users_per_second")),
+            ]
+        )
+    return markdown(header, rows)
+
+
+def ratio_table(results: Results) -> str:
+    """Each method against its teacher: parameters, training speed, inference speed; beside what the paper reports."""
+    paper = results.about.get("paper") or {}
+    header = ["", "share of the parameters", "layers", "training speed", "inference speed"]
+    rows = []
+    for method in dict.fromkeys(method for method, _ in results.pairs):
+        if results.teacher is None:
+            continue
+
+        def ratio(part: str, key: str, method: str = method) -> float:
+            return _mean(results, method, part, key) / _mean(results, str(results.teacher), part, key)
+
+        rows.append(
+            [
+                f"{method} : {results.teacher}, this run",
+                f"{ratio('parameters', 'total'):.0%}",
+                f"{_mean(results, method, 'parameters', 'layers'):.0f} : {_mean(results, results.teacher, 'parameters', 'layers'):.0f}",
+                f"{ratio('training', 'rows_per_second'):.1f}×",
+                f"{ratio('inference', 'users_per_second'):.1f}×",
+            ]
+        )
+    if rows and paper:
+        rows.append(
+            ["the paper", *(str(paper.get(key, "–")) for key in ("parameters", "layers", "training", "inference"))]
+        )
+    return markdown(header, rows) if rows else ""
+
+
+def stage_table(results: Results) -> str:
+    """Every stage: state, time and folder."""
+    rows = [
+        [
+            stage.name,
+            str(stage.seed),
+            stage.verb,
+            duration(stage.seconds) if stage.done else "not done",
+            f"`{stage.folder.name}`",
+        ]
+        for stage in results.stages
+    ]
+    return markdown(["stage", "seed", "does", "time", "folder"], rows)
+
+
+def training_table(results: Results) -> str:
+    """What the trainings reported, for a run that was not evaluated."""
+    rows = []
+    for name, stages in results.fits.items():
+        for stage in stages:
+            best = stage.summary.get("best", {})
+            epochs = str(stage.summary.get("epochs", "–"))
+            rows.append(
+                [
+                    name,
+                    str(stage.seed),
+                    epochs,
+                    *(f"{best[key]:.4f}" if key in best else "–" for key in [f"val/{METRIC}"]),
+                ]
+            )
+    return markdown(["model", "seed", "epochs", f"best validation {METRIC}"], rows)
+
+
+def terminal_table(results: Results) -> str:
+    """The short table at the end of a run."""
+    if not results.models:
+        return plain(
+            ["stage", "seed", "time"],
+            [
+                [stage.name, str(stage.seed), duration(stage.seconds) if stage.done else "not done"]
+                for stage in results.stages
+            ],
+        )
+    rows = []
+    for name in results.models:
+        metrics = [_with_spread(results.values(name, _metric(metric))) for metric in ("HR@10", METRIC, "MRR")]
+        sizes = [count(_mean(results, name, "parameters", key)) for key in ("layers", "total")]
+        rows.append([name, *sizes, *metrics, count(_mean(results, name, "inference", "users_per_second"))])
+    return plain(["model", "layers", "parameters", "HR@10", METRIC, "MRR", "users/s"], rows)
+
+
+def _metric(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda model: model["metrics"]["all"].get(name)
+
+
+def _mean(results: Results, name: str, part: str, key: str) -> float:
+    return float(np.mean(results.values(name, lambda model: model[part][key])))
+
+
+def percent(share: float | None) -> str:
+    """A signed share, `+4.2 %`."""
+    return "–" if share is None else f"{100 * share:+.1f} %"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value without false precision."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def count(number: float) -> str:
+    """A number for the eye: `12`, `3,400`, `1.24 M`, `6.74 B`."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for the eye: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from lit_llmers.backbones.sasrec import SASRec, _visible
+from lit_llmers.errors import UserError
+
+
+def test_official_numbers_where_no_row_is_padded(golden):
+    """pmixer/SASRec.pytorch with `norm_first`; it lets padding be attended to, so padded rows differ."""
+    z = golden("backbone_sasrec/case_a_prenorm")
+    table, sequence = z["param.item_emb.weight"], z["in.seq"]
+    layers, length = int(z["hp.blocks"]), sequence.shape[1]
+    model = SASRec(len(table) - 1, length, table.shape[1], layers, int(z["hp.heads"]), dropout=0.0).double()
+    state = {"items.weight": table, "positions": z["param.pos_emb.weight"][1:]}
+    state |= {f"norm.{kind}": z[f"param.last_layernorm.{kind}"] for kind in ("weight", "bias")}
+    for block in range(layers):
+        for kind in ("weight", "bias"):
+            official = {
+                "attention_norm": f"attention_layernorms.{block}.{kind}",
+                "qkv": f"attention_layers.{block}.in_proj_{kind}",
+                "out": f"attention_layers.{block}.out_proj.{kind}",
+                "ffn_norm": f"forward_layernorms.{block}.{kind}",
+                "inner": f"forward_layers.{block}.conv1.{kind}",
+                "outer": f"forward_layers.{block}.conv2.{kind}",
+            }
+            for name, theirs in official.items():
+                value = z[f"param.{theirs}"]
+                state[f"blocks.{block}.{name}.{kind}"] = value.squeeze(-1) if "conv" in theirs else value
+    model.load_state_dict(state)
+
+    full = (sequence > 0).all(1)
+    assert full.sum() == 2
+    features = model(sequence[full], sequence[full] > 0, every_position=True)[-1]
+    torch.testing.assert_close(features, z["out.features"][full], rtol=1e-9, atol=1e-10)
+
+
+def test_item_init_is_the_table_without_its_padding_row():
+    table = torch.randn(11, 8)
+    model = SASRec(10, 5, dim=8, item_init=table)
+    assert torch.equal(model.item_table()[1:], table[1:])
+    assert not model.item_table()[0].any()
+    assert table[0].any()
+
+
+def test_initial_scale():
+    torch.manual_seed(0)
+    table = SASRec(1000, 5, dim=32, init_std=0.1).item_table()[1:]
+    assert abs(table.std().item() - 0.1) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 8, "heads": 3}, "heads=3"),
+        ({"dim": 8, "item_init": torch.zeros(10, 8)}, r"item_init is \[10, 8\].*\[11, 8\]"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        SASRec(10, 5, **arguments)
+
+
+def test_a_longer_history_than_it_was_built_for_is_refused():
+    items = torch.ones(1, 6, dtype=torch.long)
+    with pytest.raises(UserError, match=r"6 items .* max_length=5"):
+        SASRec(10, 5)(items, items > 0)
+
+
+def test_who_sees_whom():
+    """A padded query sees itself: where a softmax over nothing is NaN (ONNX), it would spread to all positions."""
+    visible = _visible(torch.tensor([[False, False, True, True]]))[0, 0]
+    assert visible.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]

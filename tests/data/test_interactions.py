@@ -1,0 +1,208 @@
+"""What a folder may hold, and what is said of a folder that is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lit_llmers.data import Columns, DataConfig
+from lit_llmers.data.interactions import folder_fingerprint, read_folder
+from lit_llmers.data.sources import source_of
+from lit_llmers.errors import UserError
+
+COLUMNS = Columns(categories=["genres"], text=["plot"])
+
+
+def rewrite(folder: Path, kind: str, **columns: object) -> None:
+    path = folder / f"{kind}.parquet"
+    pd.read_parquet(path).assign(**columns).to_parquet(path)
+
+
+def values(frame: pd.DataFrame) -> dict[str, list[object]]:
+    return {name: frame[name].tolist() for name in frame}
+
+
+def test_parquet(folder: Path) -> None:
+    tables = read_folder(folder, COLUMNS)
+    assert values(tables.items) == {
+        "item_id": ["1", "2", "3", "4"],
+        "title": ["One", "Two, Again", "Three", "Four"],
+        "categories": ["Drama", "Drama, Noir", "", "Comedy"],
+        "text": ["first", "", "third", "fourth"],
+    }
+    assert tables.interactions["user_id"].tolist()[:3] == ["b", "a", "a"]
+    assert tables.interactions["time"].tolist()[:3] == [30, 10, 20]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "recbole"])
+def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path: Path, tables: tuple) -> None:
+    interactions, items = tables
+    other = tmp_path / form
+    other.mkdir()
+    columns = Columns(user="who", item="what", time="when", title="name", categories=["kinds"], text=["story"])
+    names = {
+        "user_id": "who",
+        "item_id": "what",
+        "timestamp": "when",
+        "title": "name",
+        "genres": "kinds",
+        "plot": "story",
+    }
+    interactions, items = interactions.rename(columns=names), items.rename(columns=names)
+    if form == "csv":
+        interactions.to_csv(other / "interactions.csv", index=False)
+        items.assign(kinds=items["kinds"].map("|".join)).to_csv(other / "items.csv", index=False)
+    elif form == "jsonl":
+        interactions.to_json(other / "interactions.jsonl", orient="records", lines=True)
+        items.to_json(other / "items.jsonl", orient="records", lines=True)
+    else:
+        head = {"who": "who:token", "what": "what:token", "when": "when:float"}
+        interactions.rename(columns=head).to_csv(other / "shop.inter", sep="\t", index=False)
+        head |= {"name": "name:token_seq", "kinds": "kinds:token_seq", "story": "story:token_seq"}
+        items.assign(kinds=items["kinds"].map(" ".join)).rename(columns=head).to_csv(
+            other / "shop.item", sep="\t", index=False
+        )
+    expected, found = read_folder(folder, COLUMNS), read_folder(other, columns)
+    assert values(found.items) == values(expected.items)
+    assert values(found.interactions) == values(expected.interactions)
+
+
+def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path: Path) -> None:
+    (tmp_path / "interactions.csv").write_text("user_id,item_id,position\nnull,007,0\nNA,7,1\n")
+    (tmp_path / "items.csv").write_text("item_id,title\n007,Bond\n7,Seven\n")
+    tables = read_folder(tmp_path, Columns())
+    assert tables.interactions["user_id"].tolist() == ["null", "NA"]
+    assert tables.interactions["item_id"].tolist() == ["007", "7"]
+    (tmp_path / "interactions.csv").unlink()
+    (tmp_path / "interactions.jsonl").write_text('{"user_id": "01", "item_id": "007", "timestamp": 1400000000}\n')
+    assert read_folder(tmp_path, Columns()).interactions.iloc[0].tolist() == ["01", "007", 1400000000]
+
+
+def test_integers_and_whole_floats_are_the_same_id(folder: Path) -> None:
+    rewrite(folder, "interactions", item_id=np.array([4, 1, 2, 1, 3, 2, 4, 3, 1, 4], dtype=float))
+    rewrite(folder, "items", item_id=np.array([1, 2, 3, 4], dtype=np.int32))
+    assert read_folder(folder, COLUMNS).interactions["item_id"].tolist()[:2] == ["4", "1"]
+
+
+def test_categories_and_texts_are_found_or_left_out(folder: Path) -> None:
+    found = read_folder(folder, Columns()).items
+    assert (found["categories"][1], found["text"][0]) == ("Drama, Noir", "first")
+    none = read_folder(folder, Columns(categories=[], text=[])).items
+    assert set(none["categories"]) == set(none["text"]) == {""}
+    both = read_folder(folder, Columns(categories=["genres", "title"], text=["title", "plot"])).items
+    assert both["categories"].tolist()[2:] == ["Three", "Comedy, Four"]
+    assert both["text"].tolist()[:2] == ["One first", "Two, Again"]
+
+
+class TestBadInput:
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"no folder .*nowhere.*data\.root"):
+            read_folder(tmp_path / "nowhere", COLUMNS)
+
+    @pytest.mark.parametrize("kind", ["interactions", "items"])
+    def test_missing_file(self, kind: str, folder: Path) -> None:
+        (folder / f"{kind}.parquet").unlink()
+        with pytest.raises(UserError, match=rf"{kind}\.parquet, {kind}\.csv"):
+            read_folder(folder, COLUMNS)
+
+    def test_two_files_of_a_kind(self, folder: Path) -> None:
+        (folder / "items.csv").write_text("item_id,title\n1,One\n")
+        with pytest.raises(UserError, match=r"items\.parquet, items\.csv"):
+            read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+    def test_a_file_that_is_something_else(self, suffix: str, folder: Path) -> None:
+        (folder / "items.parquet").unlink()
+        (folder / f"items.{suffix}").write_text("this is not a table")
+        with pytest.raises(UserError, match=rf"items\.{suffix} cannot be read as {suffix}"):
+            read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize(
+        ("change", "wrong", "near", "key"),
+        [
+            ({"user": "usr_id"}, "usr_id", "user_id", "user"),
+            ({"item": "itemid"}, "itemid", "item_id", "item"),
+            ({"time": "timestmp"}, "timestmp", "timestamp", "time"),
+            ({"title": "titel"}, "titel", "title", "title"),
+            ({"categories": ["genre"]}, "genre", "genres", "categories"),
+            ({"text": ["plott"]}, "plott", "plot", "text"),
+        ],
+    )
+    def test_misspelt_column(self, change: dict, wrong: str, near: str, key: str, folder: Path) -> None:
+        with pytest.raises(UserError) as error:
+            read_folder(folder, Columns(**change))
+        assert f"no column '{wrong}'. Did you mean '{near}'?" in str(error.value)
+        assert f"data.columns.{key}=NAME" in str(error.value)
+
+    def test_missing_time_names_both_and_the_nearest(self, folder: Path) -> None:
+        path = folder / "interactions.parquet"
+        pd.read_parquet(path).rename(columns={"timestamp": "timestanp"}).to_parquet(path)
+        with pytest.raises(UserError, match=r"neither a column 'timestamp' nor 'position'\. Did you mean 'timestanp'"):
+            read_folder(folder, COLUMNS)
+
+    def test_split_and_rating_are_needed_only_when_asked_for(self, folder: Path) -> None:
+        for flag in ("split", "rating"):
+            with pytest.raises(UserError, match=f"no column '{flag}'"):
+                read_folder(folder, COLUMNS, **{flag: True})
+
+    def test_duplicate_item_ids(self, folder: Path) -> None:
+        rewrite(folder, "items", item_id=["1", "2", "2", "4"])
+        with pytest.raises(UserError, match=r"items\.parquet: item id '2' occurs more than once"):
+            read_folder(folder, COLUMNS)
+
+    def test_unknown_item(self, folder: Path) -> None:
+        rewrite(folder, "interactions", item_id=["4", "1", "2", "1", "99", "2", "4", "99", "88", "4"])
+        with pytest.raises(
+            UserError, match=r"item '99' \(row 5\) is not in .*items\.parquet; 2 items in 3 interactions"
+        ):
+            read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize(
+        ("times", "message"),
+        [
+            (
+                [1.0, np.nan, 3, 4, 5, 6, 7, 8, 9, 10],
+                r"'timestamp' is empty \(NaN\) or not a number in 1 rows, first in row 2",
+            ),
+            (
+                [1.0, 2, np.inf, 4, 5, 6, 7, 8, 9, 10],
+                r"'timestamp' is empty \(NaN\) or not a number in 1 rows, first in row 3",
+            ),
+            (["1", "2", "3", "x", "5", "6", "7", "8", "9", "y"], r"in 2 rows, first in row 4 \('x'\)"),
+            ([1, 2, 3, 4, -5, 6, 7, -8, 9, 10], r"'timestamp' is negative in 2 rows, first in row 5 \(-5\)"),
+        ],
+    )
+    def test_times(self, times: list, message: str, folder: Path) -> None:
+        rewrite(folder, "interactions", timestamp=times)
+        with pytest.raises(UserError, match=message):
+            read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize(
+        ("kind", "column"), [("interactions", "user_id"), ("interactions", "item_id"), ("items", "item_id")]
+    )
+    def test_empty_ids(self, kind: str, column: str, folder: Path) -> None:
+        ids = pd.read_parquet(folder / f"{kind}.parquet")[column].astype(float if column == "item_id" else object)
+        ids[1] = None
+        rewrite(folder, kind, **{column: ids})
+        with pytest.raises(
+            UserError, match=rf"{kind}\.parquet: column '{column}' is empty \(NaN\) in 1 rows, first in row 2"
+        ):
+            read_folder(folder, COLUMNS)
+
+    def test_local_without_path(self) -> None:
+        with pytest.raises(UserError, match=r"data=local needs data\.path=FOLDER"):
+            source_of(DataConfig(name="local", source="folder"))
+
+
+def test_fingerprint_follows_the_content_and_not_the_path(folder: Path, tmp_path: Path) -> None:
+    first = folder_fingerprint(folder)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert folder_fingerprint(tmp_path / "elsewhere") == first
+    assert str(tmp_path) not in json.dumps(first)
+    rewrite(folder, "items", title=["One", "Two", "Three", "Five"])
+    second = folder_fingerprint(folder)
+    rewrite(folder, "interactions", timestamp=range(10))
+    assert len({json.dumps(f) for f in (first, second, folder_fingerprint(folder))}) == 3

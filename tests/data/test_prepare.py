@@ -1,0 +1,200 @@
+"""From tables to a saved data set: hand-worked, and the real sets where they are."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+import lit_llmers
+from lit_llmers.data import Columns, DataConfig
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.errors import UserError
+from lit_llmers.prepare import prepare
+
+CONFIGS = Path(lit_llmers.__file__).parent / "conf" / "data"
+SHARED = Path(lit_llmers.__file__).parents[2] / "shared" / "data"
+
+
+def local(folder: Path, **settings: object) -> DataConfig:
+    return DataConfig(name="local", source="folder", path=str(folder), **settings)  # type: ignore[arg-type]
+
+
+def named(name: str, **settings: object) -> DataConfig:
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | settings
+    return DataConfig(**config | {"columns": Columns(**config.get("columns", {}))})
+
+
+def histories(dataset: Dataset) -> dict[str, list[str]]:
+    ids = ["", *dataset.catalogue["item_id"]]
+    parts = np.split(np.asarray(dataset.items), dataset.offsets[1:-1])
+    return {user: [ids[i] for i in part] for user, part in zip(dataset.users, parts, strict=True)}
+
+
+def test_order_leave_one_out_and_info(folder: Path, tmp_path: Path) -> None:
+    info = prepare(local(folder), tmp_path / "out")
+    dataset = Dataset.load(tmp_path / "out")
+    # b's rows 4 and 2 share a time: they stay in the order of the file
+    assert histories(dataset) == {"b": ["1", "4", "2"], "a": ["1", "2", "3", "4"], "c": ["4", "3", "1"]}
+    assert dataset.split.tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 1, 2]
+    assert info == dataset.info
+    assert info["counts"] == {"users": 3, "items": 4, "interactions": 10, "train": 4, "valid": 3, "test": 3}
+    assert info["dropped"] == {"items_without_interactions": 0}
+    assert (info["generated"], info["notes"], info["split"]) == (False, [], "leave-one-out")
+
+
+def test_short_users_are_dropped_counted_and_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        info = prepare(local(folder, min_interactions=4), tmp_path / "out")
+    assert info["counts"]["users"] == 1
+    assert info["dropped"]["min_interactions=4"] == {"users": 2, "items": 0, "interactions": 6}
+    assert info["notes"] == ["2 users with fewer than 4 interactions were dropped."]
+    assert info["notes"][0] in caplog.text
+
+
+def test_k_core_on_tables(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    extra = pd.DataFrame({"user_id": ["d", "d", "d"], "item_id": ["5", "1", "2"], "timestamp": [1, 2, 3]})
+    pd.concat([pd.read_parquet(path), extra]).to_parquet(path)
+    items = pd.read_parquet(folder / "items.parquet")
+    pd.concat([items, pd.DataFrame({"item_id": ["5", "6"], "title": ["Five", "Six"]})]).to_parquet(
+        folder / "items.parquet"
+    )
+    info = prepare(local(folder, k_core=2), tmp_path / "out")
+    # item 5 has one interaction; without it user d has two, fewer than min_interactions
+    assert info["dropped"]["k_core=2"] == {"users": 1, "items": 1, "interactions": 3}
+    assert info["dropped"]["items_without_interactions"] == 2
+    assert Dataset.load(tmp_path / "out").catalogue["title"].tolist() == ["One", "Two, Again", "Three", "Four"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"min_interactions": 9},
+            "after the filter min_interactions=9; before it there were 10 interactions of 3 users with 4 items",
+        ),
+        ({"k_core": 4}, "after the filter k_core=4; before it there were 10 interactions"),
+        ({"min_rating": 6}, "after the filter min_rating=6; before it there were 10 interactions"),
+    ],
+)
+def test_nothing_left_names_the_filter(settings: dict, message: str, folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).assign(rating=5).to_parquet(path)
+    with pytest.raises(UserError, match=message):
+        prepare(local(folder, **settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_interactions_at_all(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).iloc[:0].to_parquet(path)
+    with pytest.raises(UserError, match="has no interactions"):
+        prepare(local(folder), tmp_path / "out")
+
+
+def test_min_rating(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).assign(rating=[5, 4, 4, 4, 4, 4, 4, 4, 4, 3]).to_parquet(path)
+    info = prepare(local(folder, min_rating=4), tmp_path / "out")
+    assert info["dropped"]["min_rating=4"] == {"users": 0, "items": 0, "interactions": 1}
+    assert histories(Dataset.load(tmp_path / "out"))["a"] == ["1", "2", "3"]
+
+
+def test_given_split(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    parts = ["test", "train", "train", "train", "valid", "test", "valid", "test", "test", "test"]
+    pd.read_parquet(path).assign(split=parts).to_parquet(path)
+    info = prepare(local(folder, split="given"), tmp_path / "out")
+    dataset = Dataset.load(tmp_path / "out")
+    assert histories(dataset) == {"b": ["1", "4", "2"], "a": ["1", "2", "3", "4"]}
+    assert dataset.split.tolist() == [0, 2, 2, 0, 0, 1, 2]
+    assert info["notes"] == ["3 held-out interactions of users without any training interaction were dropped."]
+    assert info["counts"] == {"users": 2, "items": 4, "interactions": 7, "train": 3, "valid": 1, "test": 3}
+
+
+def test_given_split_without_training(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).assign(split="test").to_parquet(path)
+    with pytest.raises(UserError, match=r"after the filter split=given \(users without a training interaction\)"):
+        prepare(local(folder, split="given"), tmp_path / "out")
+
+
+def test_repeated_items_are_kept_and_said(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).assign(item_id=["1"] * 2 + ["2", "1", "3", "2", "4", "3", "1", "4"]).to_parquet(path)
+    info = prepare(local(folder), tmp_path / "out")
+    assert info["notes"] == ["1 interactions repeat an item that the user had before; they are kept."]
+    assert info["counts"]["interactions"] == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "moveilens"}, "Unknown data.source 'moveilens'. Did you mean 'movielens'"),
+        ({"split": "leave_one_out"}, "Unknown data.split 'leave_one_out'. Did you mean 'leave-one-out'"),
+        ({"min_interactions": 2}, r"data\.min_interactions is 2.*at least 3"),
+        ({"k_core": -1}, r"data\.k_core is -1"),
+    ],
+)
+def test_wrong_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_config_is_valid_and_named_after_its_file(name: str) -> None:
+    assert named(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "users", "items", "interactions", "train", "valid", "test"),
+    [
+        ("ml-100k", 943, 1682, 100000, 98114, 943, 943),
+        ("ml-1m", 6040, 3706, 1000209, 988129, 6040, 6040),
+        ("amazon-beauty", 22363, 12101, 198502, 153776, 22363, 22363),
+        ("amazon-games", 49156, 17332, 342329, 299987, 22609, 19733),
+        ("amazon-pantry", 12871, 8347, 115004, 89262, 12871, 12871),
+    ],
+)
+def test_published_counts(
+    name: str, users: int, items: int, interactions: int, train: int, valid: int, test: int, tmp_path: Path
+) -> None:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"{SHARED / name} is not there")
+    info = prepare(named(name, root=str(SHARED)), tmp_path)
+    counts = {
+        "users": users,
+        "items": items,
+        "interactions": interactions,
+        "train": train,
+        "valid": valid,
+        "test": test,
+    }
+    assert info["counts"] == counts
+    dataset = Dataset.load(tmp_path)
+    steps = np.diff(dataset.split.astype(int))
+    steps[dataset.offsets[1:-1] - 1] = 0
+    assert steps.min() >= 0
+    assert (dataset.catalogue["title"] != "").all()
+    assert dataset.items.min() == 1
+    assert dataset.items.max() == dataset.n_items
+    assert (np.bincount(dataset.items)[1:] > 0).all()
+
+
+def test_ml_100k_last_item_is_the_latest(tmp_path: Path) -> None:
+    if not (SHARED / "ml-100k").is_dir():
+        pytest.skip(f"{SHARED / 'ml-100k'} is not there")
+    prepare(named("ml-100k", root=str(SHARED)), tmp_path)
+    dataset = Dataset.load(tmp_path)
+    rows = pd.read_parquet(SHARED / "ml-100k" / "interactions.parquet")
+    expected = rows.sort_values(["user_id", "timestamp"], kind="stable").groupby("user_id")["item_id"].last()
+    last = {user: items[-1] for user, items in histories(dataset).items()}
+    assert last == {str(user): str(item) for user, item in expected.items()}
+    toy_story = dataset.catalogue.set_index("item_id").loc["1"]
+    assert (toy_story["title"], toy_story["categories"]) == ("Toy Story", "Animation, Children's, Comedy")
+    assert toy_story["text"].startswith("A cowboy doll")

@@ -1,0 +1,120 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_llmers.errors import UserError
+from lit_llmers.teachers.base import BaseConfig, load_base
+
+TEACHERS = sorted((Path(__file__).parents[2] / "lit_llmers/conf/teacher").glob("*.yaml"))
+TINY = {"vocab_size": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 4}
+
+
+def config(**settings) -> BaseConfig:
+    return BaseConfig.of({"name": "tiny"} | settings)
+
+
+@pytest.mark.parametrize("path", TEACHERS, ids=lambda path: path.stem)
+def test_shipped_teachers_name_every_setting(path):
+    settings = yaml.safe_load(path.read_text())
+    assert list(settings) == list(BaseConfig.__dataclass_fields__)
+    assert BaseConfig.of(settings).name == path.stem
+
+
+def test_the_first_layers_of_a_local_folder_are_the_base_s_own(folder):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(folder).model.eval()
+    first, _ = load_base(config(path=str(folder)), layers=2)
+    first.eval()
+    assert len(first.layers) == 2
+    assert not any("lm_head" in name for name, _ in first.named_parameters())
+
+    vectors = torch.randn(3, 6, 32)
+    expected = whole(inputs_embeds=vectors, output_hidden_states=True).hidden_states
+    states = first(inputs_embeds=vectors, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    torch.testing.assert_close(states[1], expected[1])
+    torch.testing.assert_close(states[2], whole.norm(expected[2]))  # the last one has been through the final norm
+    assert (states[2] - expected[2]).abs().max() > 0.1
+
+
+def test_a_base_from_scratch_starts_the_same_at_any_depth():
+    deep, tokenizer = load_base(config(config=TINY), layers=4)
+    torch.manual_seed(123)
+    shallow, _ = load_base(config(config=TINY), layers=2)
+    assert tokenizer is None
+    assert shallow.config.num_hidden_layers == len(shallow.layers) == 2
+    for left, right in zip(shallow.layers, deep.layers, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+    other, _ = load_base(config(config=TINY, seed=1), layers=2)
+    assert not torch.equal(other.layers[0].mlp.up_proj.weight, shallow.layers[0].mlp.up_proj.weight)
+
+
+def test_building_a_base_leaves_the_random_state_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    load_base(config(config=TINY), layers=2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_dtype(folder):
+    for settings in ({"path": str(folder)}, {"config": TINY}):
+        model, _ = load_base(config(dtype="bfloat16", **settings), layers=1)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_teacher_deeper_than_its_base_is_refused(llama):
+    for settings in ({"path": str(llama)}, {"config": TINY}):
+        with pytest.raises(UserError, match=r"8 layers .*'tiny', which has 4"):
+            load_base(config(**settings), layers=8)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "nobody/nothing", "not a name"])
+def test_a_base_that_cannot_be_had_is_named_with_the_cure(path):
+    with pytest.raises(UserError, match=rf"'{path}' cannot be loaded.*teacher=local teacher.path=FOLDER"):
+        load_base(config(path=path), layers=1)
+
+
+def test_a_folder_with_missing_weights_is_refused(llama, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors.*layers\.0\.mlp\.up_proj\.weight"):
+        load_base(config(path=str(broken)), layers=2)
+
+
+def test_a_folder_without_tokenizer_has_none(llama, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    assert load_base(config(path=str(bare), prompt=True), layers=1)[1] is None
+    assert load_base(config(path=str(llama), prompt=True), layers=1)[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pth": "x"}, "teacher.pth.*'path'"),
+        ({"lora": {"rnk": 4}}, "teacher.lora.rnk.*'rank'"),
+        ({"dtype": "bfloat"}, "teacher.dtype 'bfloat'.*'bfloat16'"),
+        ({"examples": "prefix"}, "'prefix'.*'prefixes'"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_nearest(settings, message):
+    with pytest.raises(UserError, match=message):
+        config(**settings)
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(UserError, match=r"teacher\.config of 'tiny'"):
+        load_base(config(config={"model_type": "llamma"}), layers=1)

@@ -1,0 +1,100 @@
+"""The paired test against scipy and by coverage; seeds are averaged before users are compared."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lit_llmers.errors import UserError
+from lit_llmers.significance import paired_over_seeds, paired_test, spread
+
+
+def test_figures_against_scipy():
+    rng = np.random.default_rng(0)
+    b = rng.random(400)
+    a = b + rng.normal(0.02, 0.1, 400)
+    result = paired_test(a, b)
+    assert result["difference"] == pytest.approx((a - b).mean())
+    assert result["relative"] == pytest.approx((a - b).mean() / b.mean())
+    assert result["p"] == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    reference = stats.bootstrap(
+        (a - b,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    width = reference.high - reference.low
+    assert result["low"] == pytest.approx(reference.low, abs=0.05 * width)
+    assert result["high"] == pytest.approx(reference.high, abs=0.05 * width)
+
+
+def test_pairing_is_used():
+    rng = np.random.default_rng(0)
+    b = rng.random(200)
+    a = b + 0.01 + rng.normal(0, 0.005, 200)
+    assert paired_test(a, b)["p"] < 1e-6
+    assert paired_test(a, rng.permutation(b))["p"] > 0.01
+
+
+def test_the_interval_covers_no_difference_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        result = paired_test(rng.normal(size=100), rng.normal(size=100))
+        covered += result["low"] <= 0 <= result["high"]
+    assert 178 <= covered <= 200  # 95 % of 200 is 190, with four standard deviations
+
+
+def test_swapping_the_models_turns_the_sign_and_the_seed_decides_the_draw():
+    rng = np.random.default_rng(3)
+    a, b = rng.random(50), rng.random(50)
+    forth, back = paired_test(a, b), paired_test(b, a)
+    assert forth["difference"] == -back["difference"]
+    assert forth["p"] == pytest.approx(back["p"])
+    assert paired_test(a, b) == forth
+    assert paired_test(a, b, seed=1)["low"] != forth["low"]
+
+
+def test_constant_differences():
+    ones = np.ones(5)
+    equal = {"difference": 0, "relative": 0, "low": 0, "high": 0, "p": 1}
+    assert paired_test(ones, ones) == equal
+    assert paired_test(2 * ones, ones) == {"difference": 1, "relative": 1, "low": 1, "high": 1, "p": 0}
+    assert paired_test(ones, 0 * ones)["relative"] is None
+
+
+def test_bad_input():
+    with pytest.raises(UserError, match="at least two"):
+        paired_test(np.ones(1), np.ones(1))
+    with pytest.raises(ValueError, match="one length"):
+        paired_test(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="finite"):
+        paired_test(np.array([1, math.nan]), np.ones(2))
+    with pytest.raises(ValueError, match="seed by seed"):
+        paired_over_seeds([np.ones(3)], [np.ones(3), np.ones(3)])
+
+
+def test_seeds_are_averaged_per_user_before_the_test():
+    rng = np.random.default_rng(4)
+    a, b = rng.random((3, 80)), rng.random((3, 80))
+    result = paired_over_seeds(list(a), list(b))
+    by_seed = result.pop("by_seed")
+    assert result == paired_test(a.mean(0), b.mean(0))
+    assert by_seed == pytest.approx((a - b).mean(1).tolist())
+    copies = paired_over_seeds([a[0]] * 9, [b[0]] * 9)
+    assert copies["p"] == pytest.approx(paired_test(a[0], b[0])["p"]), "more copies of a seed prove nothing more"
+
+
+def test_spread():
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert spread([5.0]) == (5.0, None)
+    with pytest.raises(ValueError, match="no values"):
+        spread([])
+
+
+def test_memory_does_not_grow_with_the_resamples():
+    values = np.random.default_rng(0).random(30_000)
+    tracemalloc.start()
+    paired_test(values, values[::-1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 * 2**20  # all resamples at once would take 2000 x 30,000 x 8 bytes = 480 MB
