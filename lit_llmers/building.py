@@ -6,11 +6,13 @@ FeatureDistillation in `lit_llmers/callbacks/feature_distillation.py`. Nothing o
 
 import importlib
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_llmers.backbones import Backbone
 from lit_llmers.callbacks.distillation import Distillation, SignalSource
 from lit_llmers.conf.schema import FitStage
 from lit_llmers.errors import UserError, nearest, unknown
@@ -38,7 +40,7 @@ def _class(room: str, name: str) -> type | None:
     module = importlib.import_module(f"lit_llmers.{room}.{name}")
     plain = name.replace("_", "")
     classes = [value for key, value in vars(module).items() if key.lower() == plain and isinstance(value, type)]
-    return next((cls for cls in classes if issubclass(cls, nn.Module | Distillation)), None)
+    return next((cls for cls in classes if issubclass(cls, Backbone | Distillation)), None)
 
 
 def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: set[str]) -> None:
@@ -66,26 +68,35 @@ def check(stage: FitStage, where: str) -> None:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     for position, callback in enumerate(stage.callbacks):
         if len(callback) != 1:
-            raise UserError(f"'{where}.callbacks[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
+            raise UserError(
+                f"'{where}.callbacks[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}."
+            )
         for name, arguments in callback.items():
             cls = find("callbacks", name)
             wants_signals = "signals" in inspect.signature(cls).parameters
             if wants_signals and "from" not in (arguments or {}):
-                raise UserError(f"'{where}.callbacks.{name}.from' is missing: name the stage that recorded the teacher.")
+                raise UserError(
+                    f"'{where}.callbacks.{name}.from' is missing: name the stage that recorded the teacher."
+                )
             own = {key: value for key, value in (arguments or {}).items() if key != "from"}
             _check_arguments(cls, own, f"{where}.callbacks.{name}", {"signals"})
 
 
-def build_backbone(stage: FitStage, n_items: int, item_table: Tensor | None) -> nn.Module:
+def build_backbone(stage: FitStage, seed: int, n_items: int, item_table: Tensor | None) -> Backbone:
     """Make the stage's backbone.
 
     Args:
+        seed: of the stage; an LLM base that is built from scratch draws its weights from this seed plus its own.
         item_table: `[n_items+1, d]` float32, the tables of the stages in `items` side by side.
     """
     cls = find("backbones", stage.fit)
     offered = {"n_items": n_items, "max_length": stage.sequences.max_length, "item_table": item_table}
     wanted = inspect.signature(cls).parameters
-    return cls(**{key: value for key, value in offered.items() if key in wanted}, **stage.model)
+    arguments = dict(stage.model)
+    if "base" in arguments:
+        base = BaseConfig.of(arguments["base"])
+        arguments["base"] = replace(base, seed=base.seed + seed)
+    return cls(**{key: value for key, value in offered.items() if key in wanted}, **arguments)
 
 
 def build_callbacks(stage: FitStage, signals: dict[str, SignalSource]) -> list[Distillation]:

@@ -24,6 +24,7 @@ POPULARITY_BINS = (0, 5, 10, 20, 50, 100, 200, 500)
 
 log = logging.getLogger(__name__)
 
+
 def run(stage: Stage) -> dict[str, Any]:
     """Write `evaluation.json`, each model's ranks and the groups of the test rows."""
     config: EvaluateStage = stage.config
@@ -60,7 +61,7 @@ def run(stage: Stage) -> dict[str, Any]:
         figures = models[-1]["metrics"]["all"]
         log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
     with atomic_write(stage.folder / "groups.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **groups)
+        np.savez(file, **groups)  # type: ignore[arg-type]
     protocol = _protocol(stage, dataset, candidates_hash)
     write_json(stage.folder / "evaluation.json", {"protocol": protocol, **_legend(), "models": models})
     best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
@@ -94,7 +95,9 @@ def rank_all(
             ranked = model.ranks(batch, table)
         else:
             user = model.encode(batch["items"], batch["mask"])
-            ranked = candidate_ranks(user, table, batch["target"], torch.from_numpy(candidates[index]).long().to(device))
+            ranked = candidate_ranks(
+                user, table, batch["target"], torch.from_numpy(candidates[index]).long().to(device)
+            )
         ranks[index] = ranked.cpu().numpy()
     return ranks, time.perf_counter() - started
 

@@ -41,16 +41,20 @@ def main(arguments: Sequence[str]) -> int:
 def fit(config: dict[str, Any], arguments: Sequence[str]) -> None:
     """Run a composed recipe: its stages in order, then the report."""
     _quiet()
-    from lit_llmers.report import summary_table, write_report
+    from lit_llmers.loggers import finish_loggers
+    from lit_llmers.report import publish, summary_table, write_report
     from lit_llmers.stages import alone, plan, run
 
     stages = plan(config)
     folder = stages[0].run.folder
     with alone(folder):
         _describe(folder, config, arguments, stages)
-        done = run(stages, config["stage"])
-        _describe(folder, config, arguments, done)
+        run(stages, config["stage"])
+        _describe(folder, config, arguments, stages)  # the data are prepared now
         report = write_report(folder)
+        loggers = stages[0].run.loggers(folder / "report", "report", config)
+        publish(folder, loggers)
+        finish_loggers(loggers)
     print(summary_table(folder))
     print(f"\nReport: {report}")
 
@@ -96,7 +100,7 @@ def _describe(folder: Path, config: dict[str, Any], arguments: Sequence[str], st
     from omegaconf import OmegaConf
 
     from lit_llmers.environment import environment
-    from lit_llmers.files import atomic_write, read_json, write_json
+    from lit_llmers.files import atomic_write, write_json
     from lit_llmers.stages import describe
 
     with atomic_write(folder / "config.yaml") as temporary:
@@ -109,9 +113,10 @@ def _describe(folder: Path, config: dict[str, Any], arguments: Sequence[str], st
             "recipe": config["recipe"],
             "run": config["run"]["name"],
             "command": shlex.join(["python", "-m", "lit_llmers.fit", *arguments]),
-            "data": read_json(prepared.folder / "dataset.json") if prepared else {},
+            "data": prepared.summary if prepared else {},
             "stages": describe(stages),
-            "pairs": config.get("pairs", []),
+            "pairs": config["pairs"],
+            "paper": config.get("paper"),
             "teacher": next((stage.config.of for stage in stages if stage.verb == "record"), None),
         },
     )

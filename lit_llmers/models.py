@@ -29,7 +29,7 @@ def load_item_table(stage: Stage) -> torch.Tensor | None:
 
 def build_model(stage: Stage, dataset: Dataset, rows: TrainingRows) -> SequentialRecommender:
     """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
-    backbone = build_backbone(stage.config, dataset.n_items, load_item_table(stage))
+    backbone = build_backbone(stage.config, stage.seed, dataset.n_items, load_item_table(stage))
     return SequentialRecommender(backbone, stage.config.optimizer, rows.targets / len(rows))
 
 

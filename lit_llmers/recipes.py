@@ -111,7 +111,7 @@ def _scale_overrides(path: Path, scale: str | None) -> list[str]:
 
     if scale in (None, "laptop"):
         return []
-    scales = OmegaConf.load(path).get("scales") or {}
+    scales: Any = OmegaConf.select(OmegaConf.load(path), "scales") or {}
     if scale not in scales:
         raise unknown(f"scale of {path.stem}", str(scale), ["laptop", *scales])
     return [_open(f"{key}={'null' if value is None else value}") for key, value in scales[scale].items()]

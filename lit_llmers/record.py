@@ -50,7 +50,7 @@ class OnlineTeacher:
 
     def __init__(self, model: SequentialRecommender, boundaries: list[int]) -> None:
         self.model, self.boundaries = model.eval().requires_grad_(False), boundaries
-        self.shape = (len(boundaries), int(model.backbone.width))  # type: ignore[arg-type]
+        self.shape: tuple[int, ...] = (len(boundaries), model.backbone.width)
 
     def read(self, batch: Batch) -> Tensor:
         self.model.to(batch["items"].device)
@@ -68,7 +68,9 @@ def open_signals(stage: Stage, rows: TrainingRows) -> SignalSource:
     if config.signals.online:
         model = load_model(teacher, rows.dataset)
         return OnlineTeacher(model, _boundaries(model, config))
-    return RecordedTeacher(SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint))
+    return RecordedTeacher(
+        SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint)
+    )
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -83,9 +85,11 @@ def run(stage: Stage) -> dict[str, Any]:
     boundaries = _boundaries(model, config)
     if config.signals.online:
         return {"rows": rows.targets, "bytes": 0, "online": True}
-    device = torch.device("cuda" if torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu" else "cpu")
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu" else "cpu"
+    )
     model.to(device)
-    shape = (len(boundaries), int(model.backbone.width))  # type: ignore[arg-type]
+    shape = (len(boundaries), model.backbone.width)
     spec = SignalSpec(
         name=config.record,
         rows=rows.targets,
@@ -113,7 +117,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 
 def _boundaries(model: SequentialRecommender, config: RecordStage) -> list[int]:
-    layers = int(model.backbone.layers)  # type: ignore[arg-type]
+    layers = model.backbone.layers
     try:
         return block_boundaries(layers, config.blocks)
     except ValueError as error:

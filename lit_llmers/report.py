@@ -1,7 +1,7 @@
 """`python -m lit_llmers.report run=DIR`: a run's report, `report.md`, with its tables and plots.
 
-Everything in it is worked out from what the stages left on disk, so it can be written at any time, also of a run that is
-not finished, and again.
+Everything in it is worked out from what the stages left on disk, so it can be written at any time, also of a run that
+is not finished, and again.
 """
 
 import json
@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llmers import tables
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.files import atomic_write, read_json
-from lit_llmers.plots import write_plots
-from lit_llmers.results import METRIC, Results
-from lit_llmers.tables import percent
+from lit_llmers.reporting import tables
+from lit_llmers.reporting.plots import write_plots
+from lit_llmers.reporting.results import METRIC, Results
+from lit_llmers.reporting.verdict import teacher_warnings, verdict
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -44,7 +44,7 @@ def write_report(run: Path) -> Path:
     plots = write_plots(results)
     sections = [_title(results), _data_line(results), _state(results)]
     if results.models:
-        sections += [verdict(results), *_teacher_warnings(results), _results(results), _cost(results)]
+        sections += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
     elif any(stage.done for stage in results.stages if stage.verb == "fit"):
         sections += ["## Training so far", tables.training_table(results)]
     sections += [_plots(plots), _protocol(results), _data(results), _reproducibility(results)]
@@ -62,7 +62,7 @@ def summary_table(run: Path) -> str:
     if results.generated:
         parts.append(f"The data set {results.data['name']} is generated: the figures say nothing about real users.")
     if results.models:
-        parts += [verdict(results), *_teacher_warnings(results)]
+        parts += [verdict(results), *teacher_warnings(results)]
     return "\n\n".join(part.replace("**", "").replace("> ", "") for part in parts if part)
 
 
@@ -103,8 +103,10 @@ def _data_line(results: Results) -> str:
     counts = results.data["counts"]
     line = f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions."
     if results.generated:
-        warning = "Generated data: a program made this data set."
-        return f"**{warning} The figures below show that the method runs and what it does here; they say nothing about real users.** {line}"
+        return (
+            "**Generated data: a program made this data set. The figures show that the method runs and what it does "
+            f"here; they say nothing about real users.** {line}"
+        )
     return f"Data: {results.data['name']}, {line}"
 
 
@@ -113,55 +115,6 @@ def _state(results: Results) -> str:
     if not missing:
         return ""
     return f"**This run is not finished.** Not done: {', '.join(missing)}. The same command goes on from here."
-
-
-def verdict(results: Results) -> str:
-    """One or two sentences for each method: does it beat its control, by how much, and is that more than noise."""
-    return "\n\n".join(_verdict(results, method, control) for method, control in results.pairs)
-
-
-def _verdict(results: Results, method: str, control: str) -> str:
-    gain = results.compare(method, control)
-    if gain is None:
-        return f"{method} and {control} cannot be compared: they were not evaluated with the same seeds."
-    within = gain["low"] <= 0 <= gain["high"]
-    what = "is within noise of" if within else "beats" if gain["difference"] > 0 else "loses to"
-    levels = [
-        sum(row.mean() for row in rows) / len(rows) for rows in (results.per_row(method), results.per_row(control))
-    ]
-    text = (
-        f"**{method} {what} its control {control}: {percent(gain['relative'])} in test {METRIC}** "
-        f"({levels[0]:.4f} against {levels[1]:.4f}; difference {gain['difference']:+.4f}, 95 % interval "
-        f"[{gain['low']:+.4f}, {gain['high']:+.4f}] over users, p {_equals(tables.p_value(gain['p']))})."
-    )
-    by_seed = gain["by_seed"]
-    if len(by_seed) == 1:
-        return f"{text} One seed only: how far training anew would move this is not known."
-    text += f" Over {len(by_seed)} seeds the difference goes from {min(by_seed):+.4f} to {max(by_seed):+.4f}"
-    return text + (", and its sign changes." if min(by_seed) < 0 < max(by_seed) else ".")
-
-
-def _equals(p: str) -> str:
-    return p if p.startswith("<") else f"= {p}"
-
-
-def _teacher_warnings(results: Results) -> list[str]:
-    """A warning for every control that the teacher does not clearly beat."""
-    out = []
-    for control in dict.fromkeys(control for _, control in results.pairs):
-        gain = results.compare(results.teacher, control) if results.teacher and results.teacher != control else None
-        if gain is None or gain["low"] > 0:
-            continue
-        worse = "is worse than" if gain["high"] < 0 else "does not beat"
-        out.append(
-            f"> **WARNING: the teacher {worse} the control.** {results.teacher} − {control} = {gain['difference']:+.4f} "
-            f"{METRIC} ({percent(gain['relative'])}, 95 % interval [{gain['low']:+.4f}, {gain['high']:+.4f}], "
-            f"p {_equals(tables.p_value(gain['p']))}). A teacher that is no better than the undistilled student has nothing "
-            "to teach: whatever the student gains here does not come from the teacher's knowledge. Look for a better "
-            "teacher (more depth or width, more data or training examples); the recipe's record shows the gain against "
-            "the gap between teacher and control."
-        )
-    return out
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -177,8 +130,9 @@ def _results(results: Results) -> str:
     if results.comparisons:
         parts += [
             "### Gains",
-            f"Paired over the same users, {METRIC} averaged over the seeds first. The interval is a bootstrap over users, p is of "
-            "the paired t-test; both speak of other users, not of training anew, which the differences by seed show.",
+            f"Paired over the same users, {METRIC} averaged over the seeds first. The interval is a bootstrap over "
+            "users, p is of the paired t-test; both speak of other users, not of training anew, which the differences "
+            "by seed show.",
             tables.gain_table(results),
         ]
     users = {group: figures["users"] for group, figures in results.evaluation["models"][0]["metrics"].items()}
@@ -218,10 +172,11 @@ def _protocol(results: Results) -> str:
     against = "the whole catalogue" if protocol["name"] == "full" else f"stored candidates ({protocol['name']})"
     masked = "do not compete (history masked)" if protocol["history"] == "masked" else "compete too (history kept)"
     lines = [
-        f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, {protocol['items']:,} items.",
+        f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, "
+        f"{protocol['items']:,} items.",
         f"Each user's held-out item is ranked against {against}; items that the user has met before {masked}. "
         "Ties count half.",
-        "Epochs are selected on the validation part alone; the test part was read once, at the end.",
+        "Epochs are selected on the validation part alone; the test part selects nothing.",
     ]
     if protocol["candidates"]:
         lines.append(f"Candidates: sha256 `{protocol['candidates']}`.")
@@ -237,7 +192,7 @@ def _data(results: Results) -> str:
         f"{data['name']}: {counts}.",
         f"Kept: {data['min_interactions']} or more interactions per user, k-core {data['k_core']}.",
     ]
-    lines += [f"Dropped by {reason}: {_dropped(number)}." for reason, number in data["dropped"].items() if number]
+    lines += [f"Dropped, {reason}: {_dropped(number)}." for reason, number in data["dropped"].items() if number]
     return "\n".join(["## Data\n", *(f"- {line}" for line in [*lines, *data["notes"]])])
 
 
@@ -252,9 +207,8 @@ def _reproducibility(results: Results) -> str:
     path = results.run / "environment.json"
     if path.is_file():
         parts.append(_machine(read_json(path)))
-    parts.append(
-        f"`config.yaml` holds every setting. {tables.duration(sum(stage.seconds or 0 for stage in results.stages))} in all:"
-    )
+    total = tables.duration(sum(stage.seconds or 0 for stage in results.stages))
+    parts.append(f"`config.yaml` holds every setting. The stages took {total}:")
     return "\n\n".join([*parts, tables.stage_table(results)])
 
 

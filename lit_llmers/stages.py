@@ -46,6 +46,17 @@ class Run:
     name: str
     logger: dict[str, Any]
 
+    def loggers(self, folder: Path, label: str, settings: dict[str, Any], identity: str = "") -> list[Any]:
+        """The loggers of one stage of this run, `label`; W&B shows the run's stages as one group."""
+        from lit_llmers.loggers import make_loggers
+
+        run_id = "-".join(part for part in (self.recipe, self.name, label, identity) if part)
+        group = f"{self.recipe}/{self.name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return make_loggers(
+            {"logger": self.logger}, folder, group=group, name=label, run_id=run_id, settings=settings
+        )
+
 
 @dataclass
 class Stage:
@@ -85,6 +96,10 @@ class Stage:
     @property
     def folder(self) -> Path:
         return self.run.folder / f"{self.label}-{self.fingerprint}"
+
+    def loggers(self) -> list[Any]:
+        """Where this stage's metrics go."""
+        return self.run.loggers(self.folder, self.label, asdict(self.config), self.fingerprint)
 
     @property
     def done(self) -> bool:
@@ -139,7 +154,8 @@ def plan(config: dict[str, Any]) -> list[Stage]:
         )
         seeds = config["seeds"] if repeated else [config["seed"]]
         planned[name] = [
-            Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
+            Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated)
+            for seed in seeds
         ]
     return [stage for stages in planned.values() for stage in stages]
 
@@ -179,10 +195,16 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
     if verb == "fit":
         entry = {**entry, "mask_history": config["evaluation"]["mask_history"]}
     for section in SHARED.get(verb, ()):  # the run's own settings, with the stage's on top
-        own = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
+        own: Any = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
         entry = {**entry, section: own}
-    classes = {"encode": EncodeStage, "fit": FitStage, "record": RecordStage, "evaluate": EvaluateStage, "export": ExportStage}
-    typed = build(classes[verb], entry, where)
+    classes = {
+        "encode": EncodeStage,
+        "fit": FitStage,
+        "record": RecordStage,
+        "evaluate": EvaluateStage,
+        "export": ExportStage,
+    }
+    typed: Any = build(classes[verb], entry, where)
     if verb == "fit":
         from lit_llmers.building import check
 
@@ -196,7 +218,9 @@ def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
         return []
     preparing = [name for name, entry in entries.items() if "prepare" in entry]
     if verb == "fit":
-        sources = [arguments["from"] for callback in typed.callbacks for arguments in callback.values() if "from" in arguments]
+        sources = [
+            arguments["from"] for callback in typed.callbacks for arguments in callback.values() if "from" in arguments
+        ]
         return list(dict.fromkeys([*preparing, *typed.items, *sources]))
     of = getattr(typed, "of", [])
     return [*preparing, *([of] if isinstance(of, str) else of)]
@@ -206,7 +230,12 @@ def _of_seed(planned: dict[str, list[Stage]], wanted: list[str], seed: int, verb
     """The needed stages: of the same seed where they are repeated, of every seed for a stage that gathers."""
     if verb == "export":
         return [planned[need][0] for need in wanted]
-    return [stage for need in wanted for stage in planned[need] if verb == "evaluate" or not stage.repeated or stage.seed == seed]
+    return [
+        stage
+        for need in wanted
+        for stage in planned[need]
+        if verb == "evaluate" or not stage.repeated or stage.seed == seed
+    ]
 
 
 # ---- running -----------------------------------------------------------------------------------------------------------------
@@ -240,6 +269,10 @@ def _run_one(stage: Stage) -> None:
     started = time.monotonic()
     summary = importlib.import_module(MODULES[stage.verb]).run(stage)
     seconds = time.monotonic() - started
+    if stage.verb != "fit":  # which logs while it trains
+        from lit_llmers.loggers import finish_loggers
+
+        finish_loggers(stage.loggers(), {"seconds": seconds, **summary})
     write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary})
     log.info("%-24s done in %.1f s", stage.label, seconds)
 
@@ -273,5 +306,6 @@ def alone(run_folder: Path) -> Iterator[None]:
 def describe(stages: list[Stage]) -> list[dict[str, Any]]:
     """What the report needs to know of each stage, JSON-able."""
     return [
-        {"name": s.name, "seed": s.seed, "verb": s.verb, "folder": s.folder.name, "fingerprint": s.fingerprint} for s in stages
+        {"name": s.name, "seed": s.seed, "verb": s.verb, "folder": s.folder.name, "fingerprint": s.fingerprint}
+        for s in stages
     ]

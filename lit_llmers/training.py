@@ -1,7 +1,6 @@
 """The `fit` stage: train one recommender, from the last checkpoint if there is one, and keep its best epoch."""
 
 import logging
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -14,7 +13,7 @@ from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.conf.schema import FitStage
 from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.files import atomic_write
-from lit_llmers.loggers import finish_loggers, make_loggers
+from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import TABLE, build_model, count_parameters, load_dataset, load_model
 from lit_llmers.record import open_signals
 from lit_llmers.stages import Stage
@@ -31,7 +30,9 @@ def run(stage: Stage) -> dict[str, Any]:
     L.seed_everything(stage.seed, verbose=False)
     data = SequenceDataModule(dataset, config.sequences, config.trainer.batch_size, config.mask_history, stage.seed)
     model = build_model(stage, dataset, data.rows)
-    terms = build_callbacks(config, {need.name: open_signals(need, data.rows) for need in stage.needs if need.verb == "record"})
+    terms = build_callbacks(
+        config, {need.name: open_signals(need, data.rows) for need in stage.needs if need.verb == "record"}
+    )
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
     throughput = Throughput()
@@ -43,8 +44,8 @@ def run(stage: Stage) -> dict[str, Any]:
         np.save(file, model.item_table().detach().float().cpu().numpy(), allow_pickle=False)
     summary = {
         "parameters": count_parameters(model),
-        "layers": int(model.backbone.layers),  # type: ignore[arg-type]
-        "width": int(model.backbone.width),  # type: ignore[arg-type]
+        "layers": model.backbone.layers,
+        "width": model.backbone.width,
         "epochs": throughput.epochs,
         "train_seconds": throughput.seconds,
         "rows_per_second": throughput.rows / max(throughput.seconds, 1e-9),
@@ -70,14 +71,7 @@ def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
         limit_train_batches=settings.limit_train_batches,
         log_every_n_steps=settings.log_every,
         num_sanity_val_steps=0,
-        logger=make_loggers(
-            {"logger": stage.run.logger},
-            stage.folder,
-            group=f"{stage.run.recipe}/{stage.run.name}",
-            name=stage.label,
-            run_id=f"{stage.run.recipe}-{stage.run.name}-{stage.label}-{stage.fingerprint}",
-            settings=asdict(stage.config),
-        ),
+        logger=stage.loggers(),
         callbacks=callbacks,
         enable_checkpointing=False,  # LastCheckpoint and BestCheckpoint
         enable_progress_bar=False,  # Progress

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from lit_llmers.errors import UserError
-from lit_llmers.significance import paired_over_seeds, paired_test, spread
+from lit_llmers.reporting.significance import paired_over_seeds, paired_test, spread
 
 
 def test_figures_against_scipy():

@@ -11,3 +11,25 @@ A backbone has `layers`, `width` (D) and `dim` (d), and three methods:
 
 Constructor arguments named `n_items`, `max_length` and `item_table` are given by the stage that builds the backbone.
 """
+
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """What every backbone offers; see the package for the meaning."""
+
+    layers: int
+    width: int
+    dim: int
+
+    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        """`layers + 1` hidden states `[B, P, D]` of histories `[B, L]`."""
+        raise NotImplementedError
+
+    def head(self, state: Tensor) -> Tensor:
+        """User vectors `[..., d]` from the last hidden state `[..., D]`."""
+        raise NotImplementedError
+
+    def item_table(self) -> Tensor:
+        """`[n+1, d]`, row 0 is padding."""
+        raise NotImplementedError

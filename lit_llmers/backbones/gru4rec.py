@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from lit_llmers.backbones import Backbone
 from lit_llmers.backbones.items import item_embedding
 
 
-class GRU4Rec(nn.Module):
+class GRU4Rec(Backbone):
     """GRUs over item embeddings; a linear layer maps the last state to a user vector, scored against the item table.
 
     The form that RecBole made common: GRUs without biases, item embeddings in place of one-hot vectors, whole histories

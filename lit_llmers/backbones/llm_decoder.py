@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llmers.backbones import Backbone
 from lit_llmers.errors import UserError
 from lit_llmers.teachers.base import BaseConfig, load_base
 from lit_llmers.teachers.lora import add_lora
 from lit_llmers.teachers.prompt import embed_prompt
 
 
-class LLMDecoder(nn.Module):
+class LLMDecoder(Backbone):
     """`instruction ++ W_in E[items] + b ++ response -> decoder -> W_score h_last`, scored against the same table E.
 
     The first `layers` layers of a Hugging Face decoder run on vectors, so its token table is dropped after the prompt's

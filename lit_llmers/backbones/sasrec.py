@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llmers.backbones import Backbone
 from lit_llmers.backbones.items import item_embedding
 from lit_llmers.errors import UserError
 
 _EPS = 1e-8  # of every LayerNorm, as in the official code
 
 
-class SASRec(nn.Module):
+class SASRec(Backbone):
     """Causal self-attention over item and position embeddings; the item table also scores (paper, eq. 1-6).
 
     We differ from the paper as pmixer/SASRec.pytorch with `norm_first` does: queries, keys and values all come from the

@@ -53,10 +53,12 @@ class DeepSupervision(Distillation):
         self.blocks = blocks
 
     def build(self, student: SequentialRecommender) -> DeepSupervisionTerm:
-        layers = int(student.backbone.layers)  # type: ignore[arg-type]
-        width, dim = int(student.backbone.width), int(student.backbone.dim)  # type: ignore[arg-type]
+        layers = student.backbone.layers
+        width, dim = student.backbone.width, student.backbone.dim
         if self.blocks < 2:
-            raise UserError("deep_supervision: blocks is 1, so there is no inner block to supervise. Remove the callback.")
+            raise UserError(
+                "deep_supervision: blocks is 1, so there is no inner block to supervise. Remove the callback."
+            )
         try:
             boundaries = block_boundaries(layers, self.blocks)[:-1]
         except ValueError as error:

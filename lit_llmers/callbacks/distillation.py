@@ -72,5 +72,5 @@ class Distillation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if isinstance(pl_module, SequentialRecommender):
-            parts: dict[str, Tensor] = pl_module.distillation[self.name].parts  # type: ignore[assignment]
+            parts = pl_module.terms[self.name].parts
             pl_module.log_losses({f"loss/{self.name}/{part}": value for part, value in parts.items()}, batch)

@@ -70,7 +70,7 @@ class FeatureDistillation(Distillation):
 
     def build(self, student: SequentialRecommender) -> FeatureTerm:
         blocks, teacher_width = self.signals.shape
-        layers, width = int(student.backbone.layers), int(student.backbone.width)  # type: ignore[arg-type]
+        layers, width = student.backbone.layers, student.backbone.width
         try:
             boundaries = block_boundaries(layers, blocks)
         except ValueError as error:

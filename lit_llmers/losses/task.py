@@ -62,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, cotangent: Tensor):  # type: ignore[override]
+    def backward(ctx, cotangent: Tensor):
         user, item_table, target, d_user, d_table = ctx.saved_tensors
         if d_table is not None:
             if bool((cotangent == cotangent[0]).all()):

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lit_llmers.backbones import Backbone
 from lit_llmers.conf.schema import OptimizerConfig
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
@@ -36,7 +37,7 @@ class SequentialRecommender(L.LightningModule):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         optimizer: OptimizerConfig | None = None,
         targets_per_row: float = 1.0,
         ks: tuple[int, ...] = (5, 10, 20),
@@ -49,12 +50,17 @@ class SequentialRecommender(L.LightningModule):
         self.weights: dict[str, float] = {}
         self.ranking = RankingMetrics(ks)
 
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The loss terms by name."""
+        return dict(self.distillation.items())
+
     # ---- what the model says -------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, with_hidden: bool = False) -> StudentOutput:
-        """Read a batch of histories and return user vectors at its targets (with no targets: at the last position)."""
-        target = batch.get("target")
-        every = target is not None and target.dim() == 2
+        """Read a batch of histories and return user vectors at its targets."""
+        target = batch["target"]
+        every = target.dim() == 2
         states = self.backbone(batch["items"], batch["mask"], every)  # layers+1 x [B, P, D]
         if every:  # index_select: its gradient is far cheaper than that of a boolean mask
             scored = target.flatten().nonzero().squeeze(1)
@@ -95,10 +101,10 @@ class SequentialRecommender(L.LightningModule):
         self.log_dict({name: value.detach() * factor for name, value in losses.items()})
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        with_hidden = any("hidden" in term.requires for term in self.distillation.values())
+        with_hidden = any("hidden" in term.requires for term in self.terms.values())
         output = self(batch, with_hidden)
         losses = {"task": self.task_loss(output.user, batch)}
-        for name, term in self.distillation.items():
+        for name, term in self.terms.items():
             losses[name] = term(output, batch)
         loss = torch.stack([self.weights.get(name, 1.0) * value for name, value in losses.items()]).sum()
         if not math.isfinite(loss.item()):
@@ -112,9 +118,7 @@ class SequentialRecommender(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        adam = torch.optim.AdamW(
-            trainable, lr=self.optimizer.lr, weight_decay=self.optimizer.weight_decay, fused=True
-        )
+        adam = torch.optim.AdamW(trainable, lr=self.optimizer.lr, weight_decay=self.optimizer.weight_decay, fused=True)
         warmup = self.optimizer.warmup_steps
 
         def factor(step: int) -> float:

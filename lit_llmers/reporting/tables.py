@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from lit_llmers.results import METRIC, Results
-from lit_llmers.significance import spread
+from lit_llmers.reporting.results import METRIC, Results
+from lit_llmers.reporting.significance import spread
 
 Rows = list[list[str]]
+NONE = "-"
 
 
 def markdown(header: Sequence[str], rows: Rows) -> str:
@@ -64,7 +65,7 @@ def _metric_rows(results: Results, columns: Sequence[tuple[str, str]]) -> Rows:
 
 def _with_spread(values: list[float], digits: int = 4) -> str:
     if not values:
-        return "–"
+        return NONE
     mean, deviation = spread(values)
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
 
@@ -76,13 +77,13 @@ def gain_table(results: Results) -> str:
     for first, second in results.comparisons:
         gain = results.compare(first, second)
         if gain is None:
-            rows.append([f"{first} − {second}", *["–"] * (len(header) - 1)])
+            rows.append([f"{first} against {second}", *[NONE] * (len(header) - 1)])
             continue
         seeds = ", ".join(f"{difference:+.4f}" for difference in gain["by_seed"])
         interval = f"[{gain['low']:+.4f}, {gain['high']:+.4f}]"
         rows.append(
             [
-                f"{first} − {second}",
+                f"{first} against {second}",
                 f"{gain['difference']:+.4f}",
                 percent(gain["relative"]),
                 interval,
@@ -128,27 +129,28 @@ def cost_table(results: Results) -> str:
 def ratio_table(results: Results) -> str:
     """Each method against its teacher: parameters, training speed, inference speed; beside what the paper reports."""
     paper = results.about.get("paper") or {}
-    header = ["", "share of the parameters", "layers", "training speed", "inference speed"]
+    header = ["method : teacher", "share of the parameters", "layers", "training speed", "inference speed"]
     rows = []
     for method in dict.fromkeys(method for method, _ in results.pairs):
         if results.teacher is None:
             continue
 
-        def ratio(part: str, key: str, method: str = method) -> float:
-            return _mean(results, method, part, key) / _mean(results, str(results.teacher), part, key)
+        def ratio(part: str, key: str, method: str = method, teacher: str = results.teacher) -> float:
+            return _mean(results, method, part, key) / _mean(results, teacher, part, key)
 
+        layers = [_mean(results, name, "parameters", "layers") for name in (method, results.teacher)]
         rows.append(
             [
                 f"{method} : {results.teacher}, this run",
-                f"{ratio('parameters', 'total'):.0%}",
-                f"{_mean(results, method, 'parameters', 'layers'):.0f} : {_mean(results, results.teacher, 'parameters', 'layers'):.0f}",
-                f"{ratio('training', 'rows_per_second'):.1f}×",
-                f"{ratio('inference', 'users_per_second'):.1f}×",
+                f"{100 * ratio('parameters', 'total'):.0f} %",
+                f"{layers[0]:.0f} : {layers[1]:.0f}",
+                f"{ratio('training', 'rows_per_second'):.1f} x",
+                f"{ratio('inference', 'users_per_second'):.1f} x",
             ]
         )
     if rows and paper:
         rows.append(
-            ["the paper", *(str(paper.get(key, "–")) for key in ("parameters", "layers", "training", "inference"))]
+            ["the paper", *(str(paper.get(key, NONE)) for key in ("parameters", "layers", "training", "inference"))]
         )
     return markdown(header, rows) if rows else ""
 
@@ -173,16 +175,9 @@ def training_table(results: Results) -> str:
     rows = []
     for name, stages in results.fits.items():
         for stage in stages:
-            best = stage.summary.get("best", {})
-            epochs = str(stage.summary.get("epochs", "–"))
-            rows.append(
-                [
-                    name,
-                    str(stage.seed),
-                    epochs,
-                    *(f"{best[key]:.4f}" if key in best else "–" for key in [f"val/{METRIC}"]),
-                ]
-            )
+            score = stage.summary.get("best", {}).get(f"val/{METRIC}")
+            best = NONE if score is None else f"{score:.4f}"
+            rows.append([name, str(stage.seed), str(stage.summary.get("epochs", NONE)), best])
     return markdown(["model", "seed", "epochs", f"best validation {METRIC}"], rows)
 
 
@@ -214,13 +209,13 @@ def _mean(results: Results, name: str, part: str, key: str) -> float:
 
 def percent(share: float | None) -> str:
     """A signed share, `+4.2 %`."""
-    return "–" if share is None else f"{100 * share:+.1f} %"
+    return NONE if share is None else f"{100 * share:+.1f} %"
 
 
 def p_value(p: float | None) -> str:
     """A p-value without false precision."""
     if p is None:
-        return "–"
+        return NONE
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -235,7 +230,7 @@ def count(number: float) -> str:
 def duration(seconds: float | None) -> str:
     """Seconds for the eye: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds is None:
-        return "–"
+        return NONE
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

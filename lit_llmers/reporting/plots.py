@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_llmers.files import atomic_write
-from lit_llmers.results import METRIC, Results, StageResult
-from lit_llmers.significance import paired_test
+from lit_llmers.reporting.results import METRIC, Results, StageResult
+from lit_llmers.reporting.significance import paired_test
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")  # Okabe and Ito
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")  # Okabe and Ito, and olive
 VALIDATION = f"val/{METRIC}"
 SMOOTHING = 40  # a curve is averaged over a window of 1/40 of its points
 STYLE: dict[Any, Any] = {
@@ -63,8 +63,8 @@ def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
         gains = _gains(results, method, control)
         if gains:
             with _figure(results, columns=2) as (figure, (left, right)):
-                _levels(gains, method, control, left)
-                _gain(gains, method, control, right)
+                _levels(results, gains, method, control, left)
+                _gain(results, gains, method, control, right)
                 yield f"popularity-{method}-{control}", figure
     if any(VALIDATION in entry for stages in results.fits.values() for stage in stages for entry in stage.metrics):
         with _figure(results) as (figure, axes):
@@ -86,9 +86,8 @@ def _figure(results: Results, columns: int = 1, height: float = 4.0) -> Iterator
         1, columns, figsize=(5.6 * columns + 2.0 * (columns == 1), height + 0.4), layout="constrained"
     )
     data = f"{results.data.get('name', 'unknown data')}{' (generated data)' if results.generated else ''}"
-    figure.supxlabel(
-        f"{data} · {results.about['recipe']}/{results.about['run']}", fontsize=8, color="#666666", x=0.99, ha="right"
-    )
+    subject = f"{results.about['recipe']}/{results.about['run']} on {data}"
+    figure.suptitle(subject, fontsize=9, color="#555555", x=0.01, ha="left")
     try:
         yield figure, axes
     finally:
@@ -100,9 +99,10 @@ def _figure(results: Results, columns: int = 1, height: float = 4.0) -> Iterator
 
 def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
     """Every loss term over the steps: the first seed strong, the others thin."""
-    terms = list(dict.fromkeys(key for stage in stages for entry in stage.metrics for key in entry if _is_loss(key)))
+    keys = {key for stage in stages for entry in stage.metrics for key in entry if _is_loss(key)}
     ends: list[float] = []
-    for number, term in enumerate(terms):
+    for number, term in enumerate(sorted(keys)):  # the total first, then each term before its parts
+        colour = "black" if term == "loss" else COLOURS[(number - 1) % len(COLOURS)]
         for index, stage in enumerate(stages):
             points = [(entry["step"], entry[term]) for entry in stage.metrics if entry.get(term) is not None]
             if not points:
@@ -111,26 +111,20 @@ def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
             window = max(1, len(values) // SMOOTHING)
             smooth = _rolling_mean(values, window)
             ends += [smooth[0], smooth[-1]]
-            style: dict[str, Any] = {
-                "color": COLOURS[number % len(COLOURS)],
-                "linewidth": 1.8 if term == "loss" else 1.3,
-            }
-            if index:
-                style |= {"alpha": 0.35, "linewidth": 0.8}
-            axes.plot(
-                steps,
-                smooth,
-                linestyle="-" if number < len(COLOURS) else "--",
-                label=None if index else _term(term),
-                **style,
-            )
+            strong = {"linewidth": 1.6, "label": _term(term), "linestyle": "-" if number <= len(COLOURS) else "--"}
+            axes.plot(steps, smooth, color=colour, **({"linewidth": 0.8, "alpha": 0.35} if index else strong))
     if ends and min(ends) > 0 and max(ends) > 20 * min(ends):
         axes.set_yscale("log")
-    seeds = f", {len(stages)} seeds (the first strong)" if len(stages) > 1 else ""
-    axes.set(
-        title=f"Training loss of {name}, by term{seeds}", xlabel="optimiser step", ylabel="loss, mean over targets"
-    )
+        axes.yaxis.set_major_formatter("{x:g}")
+    seeds = f"; first of {len(stages)} seeds strong" if len(stages) > 1 else ""
+    title = f"Training loss of {name} by term (moving average{seeds})"
+    axes.set(title=title, xlabel="optimiser step", ylabel="loss, mean over targets")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _colour(results: Results, name: str) -> str:
+    """A model's colour, the same in every plot."""
+    return COLOURS[list(results.fits).index(name) % len(COLOURS)]
 
 
 def _is_loss(key: str) -> bool:
@@ -151,8 +145,8 @@ def _validation(results: Results, axes: "Axes") -> None:
     """The validation metric over the epochs: seeds thin, their mean strong, the best epoch of the mean marked."""
     from matplotlib.ticker import MaxNLocator
 
-    for number, (name, stages) in enumerate(results.fits.items()):
-        colour = COLOURS[number % len(COLOURS)]
+    for name, stages in results.fits.items():
+        colour = _colour(results, name)
         curves = [
             {e["epoch"] + 1: e[VALIDATION] for e in stage.metrics if e.get(VALIDATION) is not None} for stage in stages
         ]
@@ -187,7 +181,7 @@ def _comparison(results: Results, axes: "Axes") -> None:
         mean = np.mean(rows, axis=0)
         interval = paired_test(mean, np.zeros_like(mean))
         level, low, high = (float(interval[key] or 0.0) for key in ("difference", "low", "high"))
-        axes.barh(place, level, height=0.6, color=COLOURS[place % len(COLOURS)], alpha=0.75)
+        axes.barh(place, level, height=0.6, color=_colour(results, name), alpha=0.75)
         axes.errorbar(level, place, xerr=[[level - low], [high - level]], color="black", capsize=4, linewidth=1.2)
         if len(rows) > 1:
             axes.plot([row.mean() for row in rows], [place + 0.18] * len(rows), "o", color="black", markersize=3)
@@ -196,7 +190,7 @@ def _comparison(results: Results, axes: "Axes") -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
-    axes.set(title=f"Test {METRIC} (bar: 95 % interval over users; dots: seeds)", xlabel=f"test {METRIC}")
+    axes.set(title=f"Test {METRIC} (whisker: 95 % interval over users; dot: one seed)", xlabel=f"test {METRIC}")
 
 
 def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
@@ -218,16 +212,18 @@ def _labels(gains: list[dict[str, Any]], axes: "Axes") -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _levels(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
+def _levels(results: Results, gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
     places = np.arange(len(gains))
-    axes.bar(places - 0.2, [gain["ours"] for gain in gains], width=0.38, color=COLOURS[0], label=method)
-    axes.bar(places + 0.2, [gain["theirs"] for gain in gains], width=0.38, color=COLOURS[1], label=control)
+    axes.bar(places - 0.2, [gain["ours"] for gain in gains], width=0.38, color=_colour(results, method), label=method)
+    axes.bar(
+        places + 0.2, [gain["theirs"] for gain in gains], width=0.38, color=_colour(results, control), label=control
+    )
     _labels(gains, axes)
     axes.set(title=f"Test {METRIC} by popularity of the target", ylabel=f"test {METRIC}")
     axes.legend()
 
 
-def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
+def _gain(results: Results, gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
     """Relative gain with its interval; groups in which the control never hits have none."""
     for place, gain in enumerate(gains):
         if gain["relative"] is None:
@@ -240,11 +236,12 @@ def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") 
             middle,
             yerr=[[middle - low], [high - middle]],
             fmt="o",
-            color=COLOURS[0] if certain else "#888888",
+            color=_colour(results, method) if certain else "#888888",
             capsize=4,
             linewidth=1.6,
         )
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.08)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -110), min(high, 210))
     _labels(gains, axes)

@@ -11,7 +11,7 @@ import numpy as np
 from lit_llmers.errors import UserError
 from lit_llmers.files import read_json
 from lit_llmers.journal import read_metrics
-from lit_llmers.significance import paired_over_seeds
+from lit_llmers.reporting.significance import paired_over_seeds
 
 METRIC = "NDCG@10"  # what models are selected and compared by
 
@@ -61,6 +61,7 @@ class Results:
             raise UserError(
                 f"There is no run in {self.run}: run.json is missing. Give run=FOLDER, as runs/RECIPE/NAME."
             )
+        self._cache: dict[tuple[str, str], dict[str, Any] | None] = {}
         self.about: dict[str, Any] = read_json(self.run / "run.json")
         self.data: dict[str, Any] = self.about["data"]
         self.stages = [self._stage(entry) for entry in self.about["stages"]]
@@ -156,12 +157,17 @@ class Results:
         A model that was trained once is compared with every seed of the other. None with fewer than two rows, or with
         seeds that do not match.
         """
-        first, second = self.per_row(name), self.per_row(reference)
-        if len(first) != len(second):
-            if min(len(first), len(second)) > 1:
-                return None
-            most = max(len(first), len(second))
-            first, second = first * (most // len(first)), second * (most // len(second))
         if rows is not None:
-            first, second = [row[rows] for row in first], [row[rows] for row in second]
+            return self._compare(name, reference, rows)
+        if (name, reference) not in self._cache:
+            self._cache[name, reference] = self._compare(name, reference, np.array(True))
+        return self._cache[name, reference]
+
+    def _compare(self, name: str, reference: str, rows: np.ndarray) -> dict[str, Any] | None:
+        seeds = [[model["seed"] for model in self.models[model_name]] for model_name in (name, reference)]
+        if seeds[0] != seeds[1] and min(map(len, seeds)) > 1:
+            return None
+        first, second = ([row[rows].ravel() for row in self.per_row(each)] for each in (name, reference))
+        most = max(len(first), len(second))
+        first, second = first * (most // len(first)), second * (most // len(second))
         return paired_over_seeds(first, second) if len(first[0]) > 1 else None

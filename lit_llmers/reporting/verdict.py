@@ -1,0 +1,52 @@
+"""What a run shows, in sentences: does each method beat its control, and had its teacher anything to teach."""
+
+from lit_llmers.reporting.results import METRIC, Results
+from lit_llmers.reporting.tables import p_value, percent
+
+
+def verdict(results: Results) -> str:
+    """One or two sentences for each method: does it beat its control, by how much, and is that more than noise."""
+    return "\n\n".join(_verdict(results, method, control) for method, control in results.pairs)
+
+
+def _verdict(results: Results, method: str, control: str) -> str:
+    gain = results.compare(method, control)
+    if gain is None:
+        return f"{method} and {control} cannot be compared: they were not evaluated with the same seeds."
+    within = gain["low"] <= 0 <= gain["high"]
+    what = "is within noise of" if within else "beats" if gain["difference"] > 0 else "loses to"
+    ours, theirs = (sum(row.mean() for row in rows) / len(rows) for rows in map(results.per_row, (method, control)))
+    relative = "" if gain["relative"] is None else f": {percent(gain['relative'])}"
+    text = (
+        f"**{method} {what} {control}{relative} in test {METRIC}** "
+        f"({ours:.4f} against {theirs:.4f}; difference {gain['difference']:+.4f}, 95 % interval "
+        f"[{gain['low']:+.4f}, {gain['high']:+.4f}] over users, p {_equals(p_value(gain['p']))})."
+    )
+    by_seed = gain["by_seed"]
+    if len(by_seed) == 1:
+        return f"{text} One seed only: how far training anew would move this is not known."
+    text += f" Over {len(by_seed)} seeds the difference goes from {min(by_seed):+.4f} to {max(by_seed):+.4f}"
+    return text + (", and its sign changes." if min(by_seed) < 0 < max(by_seed) else ".")
+
+
+def teacher_warnings(results: Results) -> list[str]:
+    """A warning, as a Markdown quotation, for every control that the teacher does not clearly beat."""
+    out = []
+    for control in dict.fromkeys(control for _, control in results.pairs):
+        gain = results.compare(results.teacher, control) if results.teacher and results.teacher != control else None
+        if gain is None or gain["low"] > 0:
+            continue
+        worse = "is worse than" if gain["high"] < 0 else "does not clearly beat"
+        out.append(
+            f"> **WARNING: the teacher {worse} the control.** {results.teacher} against {control}: "
+            f"{gain['difference']:+.4f} {METRIC} ({percent(gain['relative'])}, 95 % interval "
+            f"[{gain['low']:+.4f}, {gain['high']:+.4f}], p {_equals(p_value(gain['p']))}). A teacher that is no better "
+            "than the undistilled control has nothing to teach: a gain of the student is then not the teacher's "
+            "knowledge passed on, and a loss is no surprise. Make the teacher better (more depth or width, item text, "
+            "more training examples or data); the recipe's record says in which settings the method pays."
+        )
+    return out
+
+
+def _equals(p: str) -> str:
+    return p if p.startswith("<") else f"= {p}"

@@ -1,0 +1,324 @@
+"""The report of a run is worked out from its files; here from a made-up run with known figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_llmers import report
+from lit_llmers.errors import UserError
+from lit_llmers.loggers import finish_loggers, make_loggers
+from lit_llmers.metrics import ranking_metrics
+from lit_llmers.report import publish, summary_table, write_report
+from lit_llmers.reporting.results import Results
+
+USERS, KS, SEEDS = 600, (1, 5, 10, 20), (0, 1, 2)
+GROUPS = ["0-4", "5-9", "10-19", "20-49", "50+"]
+PAPER = {
+    "parameters": "13 %",
+    "layers": "4 : 32",
+    "training": "6.6 x",
+    "inference": "8.0 x",
+    "note": "Of another scale.",
+}
+INFO = {
+    "name": "demo",
+    "generated": True,
+    "split": "leave-one-out",
+    "k_core": 5,
+    "min_interactions": 3,
+    "counts": {"users": USERS, "items": 300, "interactions": 9000, "train": 7800, "valid": USERS, "test": USERS},
+    "dropped": {"k_core=5": {"users": 12, "items": 4, "interactions": 61}, "items_without_interactions": 7},
+    "notes": ["12 interactions repeat an item that the user had before; they are kept."],
+}
+COMMAND = "python -m lit_llmers.fit recipe=slmrec 'seeds=[0,1,2]'"
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def make_run(
+    run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None = None, generated: bool = True
+) -> Path:
+    """A run folder; `levels`: how good each model is, from 0 (random) upwards."""
+    rng = np.random.default_rng(0)
+    repeated = {"student", "control"}
+    stages = [{"name": "prepare", "seed": 0, "verb": "prepare"}]
+    for name in levels:
+        for seed in seeds if name in repeated else (0,):
+            stages.append({"name": name, "seed": seed, "verb": "fit"})
+    stages += [{"name": "evaluate", "seed": 0, "verb": "evaluate"}, {"name": "export", "seed": 0, "verb": "export"}]
+    for stage in stages:
+        label = f"{stage['name']}-seed{stage['seed']}" if stage["name"] in repeated else stage["name"]
+        stage |= {"folder": f"{label}-abc123", "fingerprint": "abc123"}
+    cut = next((i for i, s in enumerate(stages) if s["name"] == until), len(stages) - 1)
+    ease = rng.gumbel(0, 1.5, USERS)  # some users are easier for all
+    popularity = np.clip((rng.random(USERS) * 5).astype(np.int8), 0, 4)
+    groups = {"popularity": popularity, "head": popularity > 2, "short": rng.random(USERS) < 0.5}
+    rows = {"all": np.ones(USERS, bool), "head": groups["head"], "tail": ~groups["head"]}
+    rows |= {"short": groups["short"], "long": ~groups["short"]}
+    models = []
+    for stage in stages[: cut + 1]:
+        folder, name, seed = run / stage["folder"], stage["name"], stage["seed"]
+        summary: dict = {}
+        if stage["verb"] == "fit":
+            fit_log(folder, name, levels[name], rng)
+            parameters = {"total": 260_000 if name == "teacher" else 140_000, "trainable": 90_000}
+            size = {"layers": 8 if name == "teacher" else 4, "width": 64}
+            speed = {"rows_per_second": 900.0 if name == "teacher" else 1700.0, "train_seconds": 21.0, "epochs": 12}
+            summary = {"parameters": parameters, **size, **speed, "best": {"epoch": 9, "val/NDCG@10": 0.11}}
+            noise = rng.normal(0, 0.7, USERS)
+            ranks = np.floor(300 / (1 + np.exp(ease + noise + levels[name] + 0.3 * popularity))).astype(np.float32)
+            models.append(
+                {
+                    "name": name,
+                    "seed": seed,
+                    "metrics": {g: {"users": int(m.sum()), **ranking(ranks[m])} for g, m in rows.items()},
+                    "popularity": [{"group": g, **ranking(ranks[popularity == i])} for i, g in enumerate(GROUPS)],
+                    "parameters": {**parameters, **size},
+                    "training": {"seconds": 21.0, "rows_per_second": speed["rows_per_second"], "epochs": 12},
+                    "inference": {"seconds": 0.5, "users_per_second": 2000.0 if name == "teacher" else 3800.0},
+                    "ranks": f"ranks-{name}-seed{seed}.npy",
+                }
+            )
+            np.save((run / "evaluate-abc123").with_name(f"ranks-{name}-seed{seed}.npy"), ranks)
+        if stage["verb"] == "evaluate":
+            protocol = {"name": "full", "history": "masked", "split": "leave-one-out", "split_hash": "0f0f0f0f0f0f"}
+            protocol |= {"users": USERS, "items": 300, "candidates": None}
+            legend = {group: f"definition of {group}" for group in ("head", "tail", "short", "long")}
+            content = {"protocol": protocol, "ks": list(KS), "groups": legend, "models": models}
+            write(folder / "evaluation.json", content)
+            np.savez(folder / "groups.npz", **groups)
+            for model in models:
+                (run / model["ranks"]).rename(folder / model["ranks"])
+        write(folder / "DONE", {"seconds": 25.5, "summary": summary})
+    about = {"recipe": "slmrec", "run": "default", "command": COMMAND, "data": INFO | {"generated": generated}}
+    about |= {"stages": stages, "pairs": [["student", "control"]], "teacher": "teacher", "paper": PAPER}
+    write(run / "run.json", about)
+    packages = {"torch": "2.13.0", "lightning": "2.6.6"}
+    machine = {"date": "2026-01-01T00:00:00+00:00", "cpu": "A CPU", "cores": 2, "gpus": [], "python": "3.11.7"}
+    write(run / "environment.json", {**machine, "packages": packages, "git": {"commit": "a" * 40, "dirty": True}})
+    return run
+
+
+def ranking(ranks: np.ndarray) -> dict[str, float]:
+    return ranking_metrics(torch.from_numpy(ranks), KS)
+
+
+def fit_log(folder: Path, name: str, level: float, rng: np.random.Generator) -> None:
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(10, 1210, 10):
+        decay = np.exp(-step / 300)
+        entry = {"step": step, "epoch": (step - 1) // 100, "time": 1.7e9 + step}
+        terms = {"loss/task": 3.5 + 2 * decay + rng.normal(0, 0.08)}
+        if name == "student":
+            cosine, l2 = 0.3 + decay + rng.normal(0, 0.02), 1.2 + 3 * decay + rng.normal(0, 0.1)
+            terms |= {"loss/feature/cosine": cosine, "loss/feature/l2": l2, "loss/feature": cosine + 0.1 * l2}
+            terms |= {"loss/deep_supervision": 11 + 5 * decay + rng.normal(0, 0.2)}
+        total = sum(value for key, value in terms.items() if key.count("/") == 1)
+        if step % 100 == 0:
+            entry["val/NDCG@10"] = max(0.0, 0.02 * level + 0.1 * (1 - decay) + rng.normal(0, 0.002))
+        lines.append(json.dumps(entry | terms | {"loss": total}) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 1210, "lo')
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"{title}\n", 1)[1].split("\n#", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """A teacher better than the control, a student between them, three seeds; its report is written."""
+    run = make_run(
+        tmp_path_factory.mktemp("good") / "run", {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2}
+    )
+    write_report(run)
+    return run
+
+
+def test_generated_data_is_said_first(good):
+    lines = [line for line in (good / "report.md").read_text().splitlines() if line]
+    assert lines[0] == "# slmrec on demo (default)"
+    assert lines[1].startswith("**Generated data")
+    assert "generated" in summary_table(good)
+
+
+def test_real_data_is_not_called_generated(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0, "control": 1.0}, seeds=(0,), generated=False)
+    assert "enerated" not in write_report(run).read_text() + summary_table(run)
+
+
+def test_the_verdict_is_worked_out_from_the_ranks(good):
+    folder = good / "evaluate-abc123"
+
+    def ndcg(name: str) -> float:
+        ranks = np.stack([np.load(folder / f"ranks-{name}-seed{seed}.npy") for seed in SEEDS])
+        return float(np.where(ranks < 10, 1 / np.log2(ranks + 2), 0).mean())
+
+    student, control = ndcg("student"), ndcg("control")
+    text = (good / "report.md").read_text()
+    expected = f"**student beats control: +{100 * (student / control - 1):.1f} % in test NDCG@10** "
+    assert f"{expected}({student:.4f} against {control:.4f}; difference {student - control:+.4f}" in text
+    assert "Over 3 seeds the difference goes from" in text
+    assert "WARNING" not in text
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [((2.0, 1.6, 1.6), "student is within noise of control"), ((2.0, 1.2, 1.9), "student loses to control")],
+)
+def test_noise_and_losses_are_called_so(tmp_path, levels, said):
+    run = make_run(tmp_path, dict(zip(("teacher", "student", "control"), levels, strict=True)))
+    assert said in write_report(run).read_text()
+    assert said in summary_table(run)
+
+
+@pytest.mark.parametrize(("level", "said"), [(1.6, "does not clearly beat"), (0.9, "is worse than")])
+def test_a_teacher_that_does_not_beat_the_control_is_a_warning(tmp_path, level, said):
+    run = make_run(tmp_path, {"teacher": level, "student": 1.6, "control": 1.6})
+    text = write_report(run).read_text()
+    assert f"> **WARNING: the teacher {said} the control.**" in text
+    assert f"WARNING: the teacher {said} the control." in summary_table(run)
+
+
+def test_main_table_has_every_metric_with_its_spread_and_the_best_bold(good):
+    table = section((good / "report.md").read_text(), "## Results on the test users")
+    header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in header.strip("|").split("|")]
+    assert columns == ["model", "seeds", *(f"HR@{k}" for k in KS), "NDCG@5", "NDCG@10", "NDCG@20", "MRR"]
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.strip("|").split("|")] for row in rows}
+    models = json.loads((good / "evaluate-abc123" / "evaluation.json").read_text())["models"]
+    for name in ("teacher", "student", "control", "sasrec"):
+        values = [model["metrics"]["all"]["HR@10"] for model in models if model["name"] == name]
+        cell = cells[name][columns.index("HR@10")].strip("*")
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        assert cell == f"{np.mean(values):.4f}{spread}"
+    assert cells["teacher"][columns.index("MRR")].startswith("**")
+    assert not cells["sasrec"][columns.index("MRR")].startswith("**")
+
+
+def test_gains_are_paired_and_by_seed(good):
+    table = section((good / "report.md").read_text(), "### Gains")
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == ["student against control", "student against teacher", "teacher against control"]
+    assert all(row.split("|")[6].count(",") == 2 for row in rows)
+
+
+def test_groups_costs_and_the_papers_figures(good):
+    text = (good / "report.md").read_text()
+    head = np.load(good / "evaluate-abc123" / "groups.npz")["head"].sum()
+    assert f"*head*: definition of head ({head} users)" in text
+    assert "| student : teacher, this run | 54 % | 4 : 8 | 1.9 x | 1.9 x |" in text
+    assert "| the paper | 13 % | 4 : 32 | 6.6 x | 8.0 x |" in text
+    assert "Of another scale." in text
+
+
+def test_protocol_data_and_command_are_there(good):
+    text = (good / "report.md").read_text()
+    assert "hash `0f0f0f0f0f0f`" in text
+    assert "history masked" in text
+    assert "Dropped, k_core=5: 12 users, 4 items, 61 interactions." in text
+    assert INFO["notes"][0] in text
+    assert COMMAND in text
+    assert "`student-seed2-abc123`" in text
+    assert "Commit `aaaaaaaaaaaa` with local changes." in text
+
+
+def test_every_plot_is_there_and_shown(good):
+    names = {"comparison", "popularity-student-control", "validation"}
+    names |= {f"losses-{name}" for name in ("teacher", "student", "control", "sasrec")}
+    plots = {path.stem: path for path in (good / "plots").iterdir()}
+    assert set(plots) == names
+    text = (good / "report.md").read_text()
+    for path in plots.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"](plots/{path.name})" in text
+
+
+def test_the_metrics_of_all_stages_are_merged(good):
+    entries = [json.loads(line) for line in (good / "metrics.jsonl").read_text().splitlines()]
+    assert {(entry["stage"], entry["seed"]) for entry in entries} >= {("student", 0), ("student", 2), ("teacher", 0)}
+    assert len([entry for entry in entries if entry["stage"] == "teacher"]) == 120
+
+
+def test_terminal_table(good):
+    lines = summary_table(good).splitlines()
+    assert lines[0].split() == ["model", "layers", "parameters", "HR@10", "NDCG@10", "MRR", "users/s"]
+    assert [line.split()[0] for line in lines[2:6]] == ["teacher", "student", "control", "sasrec"]
+    assert max(map(len, lines[:6])) <= 100
+
+
+def test_a_run_stopped_after_the_teacher(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0, "student": 1.8, "control": 1.6}, until="teacher")
+    text = write_report(run).read_text()
+    assert "**This run is not finished.** Not done: student (seed 0), student (seed 1)" in text
+    assert "| teacher | 0 | 12 | 0.1100 |" in text
+    assert "## Results" not in text
+    assert {path.stem for path in (run / "plots").iterdir()} == {"losses-teacher", "validation"}
+    assert "not done" in summary_table(run)
+
+
+def test_a_run_before_its_first_stage(tmp_path):
+    stages = [{"name": "prepare", "seed": 0, "verb": "prepare", "folder": "prepare-abc", "fingerprint": "abc"}]
+    about = {"recipe": "slmrec", "run": "default", "command": COMMAND, "data": {}, "stages": stages, "pairs": []}
+    write(tmp_path / "run.json", about | {"teacher": None})
+    assert "Not done: prepare" in write_report(tmp_path).read_text()
+
+
+def test_models_that_no_pair_names(tmp_path):
+    run = make_run(tmp_path, {"gru4rec": 1.0}, seeds=(0,))
+    text = write_report(run).read_text()
+    assert "gru4rec" in section(text, "## Results on the test users")
+    assert "### Gains" not in text
+
+
+def test_plots_of_an_earlier_state_go(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0}, seeds=(0,))
+    (run / "plots").mkdir()
+    (run / "plots" / "losses-student.png").write_bytes(b"old")
+    write_report(run)
+    assert not (run / "plots" / "losses-student.png").exists()
+
+
+def test_one_teacher_is_compared_with_every_seed(good):
+    gain = Results(good).compare("teacher", "control")
+    assert len(gain["by_seed"]) == 3
+    assert gain["difference"] == pytest.approx(np.mean(gain["by_seed"]))
+
+
+def test_tables_and_plots_reach_wandb(good, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = {"logger": {"kind": "wandb"}}
+    loggers = make_loggers(config, tmp_path, group="slmrec/default", name="report", run_id="report-abc", settings={})
+    publish(good, loggers)
+    finish_loggers(loggers)
+    media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
+    assert sum(name.endswith(".png") for name in media) == len(list((good / "plots").iterdir()))
+    assert sum(name.endswith(".table.json") for name in media) == 1
+
+
+def test_a_control_that_never_hits_has_no_relative_gain(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0, "student": 1.8, "control": -40.0}, seeds=(0,))
+    text = write_report(run).read_text()
+    assert "**student beats control in test NDCG@10**" in text
+    assert "One seed only" in text
+
+
+def test_command(good, capsys):
+    assert report.main([f"run={good}"]) == 0
+    assert f"Report: {good / 'report.md'}" in capsys.readouterr().out
+    for arguments, message in (
+        ([], "No run given"),
+        (["rnu=x"], "Did you mean 'run'"),
+        ([f"run={good}/x"], "no run in"),
+    ):
+        assert report.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="no run in"):
+        write_report(good / "nowhere")
