@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.callbacks.distillation import Distillation, SignalSource
-from lit_llmers.conf.schema import FitStage
+from lit_llmers.conf.schema import FitStage, RecordStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 
@@ -80,6 +80,37 @@ def check(stage: FitStage, where: str) -> None:
                 )
             own = {key: value for key, value in (arguments or {}).items() if key != "from"}
             _check_arguments(cls, own, f"{where}.callbacks.{name}", {"signals"})
+
+
+def check_blocks(stages: dict[str, Any]) -> None:
+    """Check that every depth can be cut into the blocks that callbacks and records ask for.
+
+    Args:
+        stages: typed settings of all stages, by name.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for name, stage in stages.items():
+        asked: list[tuple[str, int]] = []
+        if isinstance(stage, RecordStage):
+            asked = [(stage.of, stage.blocks)]
+        elif isinstance(stage, FitStage):
+            arguments = [own or {} for callback in stage.callbacks for own in callback.values()]
+            asked = [(name, stages[own["from"]].blocks) for own in arguments if "from" in own]
+            asked += [(name, own["blocks"]) for own in arguments if "blocks" in own]
+        for model, blocks in asked:
+            layers = _layers(stages[model])
+            if blocks < 1 or layers % blocks:
+                raise UserError(
+                    f"The {layers} layers of stage '{model}' cannot be cut into the {blocks} equal blocks that stage "
+                    f"'{name}' asks for. Choose stages.{model}.model.layers divisible by them, or other blocks."
+                )
+
+
+def _layers(stage: FitStage) -> int:
+    default = inspect.signature(find("backbones", stage.fit)).parameters["layers"].default
+    return int(stage.model.get("layers", default))
 
 
 def build_backbone(stage: FitStage, seed: int, n_items: int, item_table: Tensor | None) -> Backbone:

@@ -22,9 +22,16 @@ def load_dataset(stage: Stage) -> Dataset:
 
 
 def load_item_table(stage: Stage) -> torch.Tensor | None:
-    """The item tables that a fit stage reads, side by side: `[n+1, sum of d]` float32."""
+    """The item tables that a fit stage reads, side by side: `[n+1, sum of d]` float32.
+
+    With several tables, each is scaled to the root mean square of the first, so that none drowns the others' part of the
+    dot product.
+    """
     tables = [np.load(stage.need(name).folder / TABLE, allow_pickle=False) for name in stage.config.items]
-    return torch.from_numpy(np.concatenate(tables, 1)) if tables else None
+    if not tables:
+        return None
+    size = [float(np.sqrt(np.mean(np.square(table[1:])))) or 1.0 for table in tables]
+    return torch.from_numpy(np.concatenate([table * (size[0] / own) for table, own in zip(tables, size, strict=True)], 1))
 
 
 def build_model(stage: Stage, dataset: Dataset, rows: TrainingRows) -> SequentialRecommender:

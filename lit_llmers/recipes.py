@@ -9,6 +9,7 @@ from lit_llmers.errors import UserError, nearest, unknown
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf"
+_STAGE_KEY = re.compile(r"^[+~]*stages\.\w+")
 GROUPS = ("data", "teacher", "student", "trainer", "logger")
 
 
@@ -72,16 +73,18 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         group, _, option = override.partition("=")
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
-    chosen = _scale_overrides(path, scale) + [_open(override) for override in given]
+    chosen = [*_scale_overrides(path, scale), *given]
+    of_stages = [override for override in chosen if _STAGE_KEY.match(override)]
+    others = [_open(override) for override in chosen if override not in of_stages]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
 
         def composed(arguments: list[str]) -> Any:
             return hydra_compose(path.stem, ["hydra.searchpath=[pkg://lit_llmers.conf]", *arguments])
 
         try:
-            config = composed(chosen)
+            config = composed(others)
         except (HydraException, OmegaConfBaseException) as error:
-            groups = [override for override in chosen if override.partition("=")[0] in GROUPS]
+            groups = [override for override in others if override.partition("=")[0] in GROUPS]
             known = list(_keys(OmegaConf.to_container(composed(groups), resolve=False)))
             for override in given:
                 key = override.partition("=")[0].lstrip("+~")
@@ -91,10 +94,11 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
                         f"'python -m lit_llmers.fit recipe={name} --config' prints them all."
                     ) from error
             raise UserError(f"Recipe '{name}' does not compose: {str(error).splitlines()[0]}") from error
-        try:
-            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            raise UserError(f"Recipe '{name}' does not resolve: {str(error).splitlines()[0]}") from error
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain = _with_stage_overrides(plain, of_stages)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"Recipe '{name}' does not resolve: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     plain.pop("scales", None)
     return {"recipe": path.stem, **{str(key): value for key, value in plain.items()}}
@@ -114,7 +118,26 @@ def _scale_overrides(path: Path, scale: str | None) -> list[str]:
     scales: Any = OmegaConf.select(OmegaConf.load(path), "scales") or {}
     if scale not in scales:
         raise unknown(f"scale of {path.stem}", str(scale), ["laptop", *scales])
-    return [_open(f"{key}={'null' if value is None else value}") for key, value in scales[scale].items()]
+    return [f"{key}={'null' if value is None else value}" for key, value in scales[scale].items()]
+
+
+def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:
+    """Set `stages.NAME.KEY=VALUE` after all else is resolved, so that a key below `model: ${student.model}` can be set.
+
+    Keys need not be there: a stage's dataclass refuses what it does not know.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.create(config)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.get_key_element().lstrip("+~")
+        if override.is_delete():
+            parent, _, last = key.rpartition(".")
+            OmegaConf.select(tree, parent).pop(last)
+        else:
+            OmegaConf.update(tree, key, override.value(), merge=False, force_add=True)
+    return OmegaConf.to_container(tree, resolve=True)
 
 
 def _open(override: str) -> str:

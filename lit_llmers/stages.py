@@ -157,6 +157,9 @@ def plan(config: dict[str, Any]) -> list[Stage]:
             Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated)
             for seed in seeds
         ]
+    from lit_llmers.building import check_blocks
+
+    check_blocks({name: stages[0].config for name, stages in planned.items()})
     return [stage for stages in planned.values() for stage in stages]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_CHUNK = 512  # rows of logits in memory at once
+_CHUNK = 128  # rows of logits in memory at once; of 64 to 512 the fastest or equal on a CPU
 
 
 def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:

@@ -83,10 +83,19 @@ class SequentialRecommender(L.LightningModule):
 
     # ---- training ------------------------------------------------------------------------------------------------------
 
-    def task_loss(self, user: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of the batch's targets for user vectors `[T, d]`, reduced as all losses are: a scalar."""
+    def task_loss(self, user: Tensor, batch: Batch, drawn: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the batch's targets, reduced as all losses are: a scalar.
+
+        Args:
+            user: `[T, d]` user vectors, one for each target.
+            drawn: `[K]` random targets that the loss is estimated from; `user` is then `[K, d]`.
+        """
         target = batch["target"]
-        return self.reduce(cross_entropy(user, self.item_table()[1:], target[target > 0] - 1), batch)
+        target = target[target > 0] - 1  # [T]
+        if drawn is None:
+            return self.reduce(cross_entropy(user, self.item_table()[1:], target), batch)
+        estimate = self.reduce(cross_entropy(user, self.item_table()[1:], target[drawn]), batch)
+        return estimate * (len(target) / len(drawn))
 
     def reduce(self, per_target: Tensor, batch: Batch) -> Tensor:
         """Mean over the targets of a typical batch: `sum [T] / (rows x targets_per_row)`."""

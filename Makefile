@@ -1,0 +1,28 @@
+# Everything runs in one virtual environment, made on first use. ARGS passes overrides: make slmrec ARGS="data=ml-1m"
+VENV   ?= .venv
+PYTHON ?= python3
+ARGS   ?=
+READY  := $(VENV)/.ready
+RUN    := $(VENV)/bin/python
+
+.PHONY: slmrec test lint bench
+
+slmrec: $(READY)
+	$(RUN) -m lit_llmers.fit recipe=slmrec $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) benchmarks/slmrec_costs.py $(ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

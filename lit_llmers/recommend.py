@@ -1,0 +1,228 @@
+"""`python -m lit_llmers.recommend run=FOLDER history="TITLE; TITLE"`: ask an exported student what comes next."""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from lit_llmers.errors import UserError, nearest, unknown
+from lit_llmers.serving import GRAPH, ITEMS, OnnxScorer, TorchScorer, find_export, read_config
+
+RUNTIMES = ("onnx", "torch")
+KEYS = ("run", "history", "history_ids", "top", "as")
+WIDTH = 60  # characters of a title in the table
+USAGE = """usage: python -m lit_llmers.recommend run=FOLDER history="TITLE; TITLE" [key=value ...]
+
+Prints the titles that an exported student would show next, best first, with their scores.
+
+  run=FOLDER                 a run, such as runs/slmrec/default, or the folder of an export
+  history="TITLE; TITLE"     what the user chose so far, oldest first; a part of a title does if no other has it
+  history_ids="ID; ID"       the same by item id
+  top=10                     how many titles
+  as=onnx|torch              what runs the student; by default ONNX Runtime, where model.onnx was exported
+"""
+
+
+class Recommender:
+    """A student and its catalogue.
+
+    Args:
+        item_ids, titles, categories: of the items 1, 2, ...
+        max_length: items of history that the student reads, the latest ones.
+        scorer: from histories `[B, L]` int64, left-padded with 0, to scores `[B, n+1]`.
+    """
+
+    def __init__(
+        self,
+        item_ids: Sequence[str],
+        titles: Sequence[str],
+        categories: Sequence[str],
+        max_length: int,
+        scorer: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        self.item_ids, self.categories = ["", *item_ids], ["", *categories]
+        self.titles = ["", *(title or item_id for title, item_id in zip(titles, item_ids, strict=True))]
+        self.max_length, self.scorer = max_length, scorer
+        self._plain = [_plain(title) for title in self.titles]
+        self._exact = _index(self._plain)
+        self._short = _index(map(_short, self._plain))
+        self._ids = {item_id: index for index, item_id in enumerate(self.item_ids) if index}
+
+    @classmethod
+    def load(cls, folder: Path | str, runtime: str | None = None) -> "Recommender":
+        """Open the export of a run, or an export folder.
+
+        Args:
+            runtime: `onnx` or `torch`; by default ONNX where it was exported.
+
+        Raises:
+            UserError: there is no finished export, a file is missing or damaged, or the runtime is unknown.
+        """
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+
+        export = find_export(Path(folder))
+        config = read_config(export)
+        runtime = runtime or ("onnx" if (export / GRAPH).is_file() else "torch")
+        if runtime not in RUNTIMES:
+            raise unknown("runtime (as)", runtime, RUNTIMES)
+        try:
+            items = read_table(export / ITEMS).to_pydict()
+        except (OSError, ArrowException) as error:
+            raise UserError(
+                f"{export / ITEMS} cannot be read ({error}). Copy the export again and completely."
+            ) from error
+        scorer = OnnxScorer(export / GRAPH) if runtime == "onnx" else TorchScorer(export)
+        return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer)
+
+    def recommend(self, history: list[str], top: int = 10) -> list[tuple[str, float]]:
+        """The `top` best titles for a history of titles, oldest first, with their scores, best first.
+
+        Raises:
+            UserError: the history is empty, or a title is unknown or could be several.
+        """
+        return [(self.titles[index], score) for index, score in self.rank([self.find(title) for title in history], top)]
+
+    def rank(self, history: list[int], top: int) -> list[tuple[int, float]]:
+        """The `top` best items, those of the history left out, for a history of item indices.
+
+        Raises:
+            UserError: the history is empty, or `top` is not positive.
+        """
+        if not history:
+            raise UserError('The history is empty. Give at least one title: history="TITLE; TITLE".')
+        if top < 1:
+            raise UserError(f"top is {top}. It must be at least 1.")
+        scores = self.scorer(np.array([history[-self.max_length :]], np.int64))[0]
+        scores[[0, *history]] = -np.inf
+        order = np.argsort(-scores, kind="stable")[: min(top, len(scores) - 1 - len(set(history)))]
+        return [(int(index), float(scores[index])) for index in order]
+
+    # ---- from words to items ----------------------------------------------------------------------------------------
+
+    def find(self, title: str) -> int:
+        """The item that a title means, case aside: the whole title, else the only one that begins so or contains it.
+
+        A whole title may lack a last part in brackets, such as a year, and have its article in front.
+
+        Raises:
+            UserError: none does, or several.
+        """
+        wanted = _plain(title)
+        if not wanted:
+            raise UserError("A title of the history is empty. Write it as TITLE; TITLE.")
+        for found in (
+            self._exact.get(wanted, []),
+            self._short.get(wanted, []),
+            [index for index, name in enumerate(self._plain) if name.startswith(wanted)],
+            [index for index, name in enumerate(self._plain) if wanted in name],
+        ):
+            if len(found) == 1:
+                return found[0]
+            if found:
+                named = "; ".join(f"{self.titles[index]} (id {self.item_ids[index]})" for index in found[:8])
+                more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+                raise UserError(
+                    f"'{title}' could be: {named}{more}. Write the whole title, or give the id: history_ids=\"ID; ID\"."
+                )
+        names = [*self._exact, *self._short]
+        close = get_close_matches(wanted, names, n=1, cutoff=0.5)
+        index = (self._exact.get(close[0]) or self._short[close[0]])[0] if close else 0
+        hint = (
+            f" Did you mean '{self.titles[index]}'?" if index else " Write a word of it, or give ids: history_ids=ID."
+        )
+        raise UserError(f"No item's title contains '{title}'.{hint}")
+
+    def find_id(self, item_id: str) -> int:
+        """The item of that id.
+
+        Raises:
+            UserError: there is none.
+        """
+        if item_id not in self._ids:
+            raise UserError(f"There is no item with the id '{item_id}'.{nearest(item_id, self._ids)}")
+        return self._ids[item_id]
+
+    def split(self, text: str) -> list[str]:
+        """Cut `TITLE; TITLE` at its semicolons, save those inside a title that the catalogue has."""
+        parts, titles = text.split(";"), []
+        while parts:
+            longest = (size for size in range(len(parts), 1, -1) if _plain(";".join(parts[:size])) in self._exact)
+            size = next(longest, 1)
+            titles.append(";".join(parts[:size]).strip())
+            parts = parts[size:]
+        return [title for title in titles if title]
+
+
+def _plain(title: str) -> str:
+    return " ".join(title.casefold().split())
+
+
+def _short(plain: str) -> str:
+    """`matrix, the (1999)` as people write it: `the matrix`."""
+    bare = re.sub(r"\s*\([^()]*\)$", "", plain)
+    return re.sub(r"^(.+), (the|a|an|le|la|les|der|die|das)$", r"\2 \1", bare)
+
+
+def _index(names: Iterable[str]) -> dict[str, list[int]]:
+    """Item indices by name; the padding has none."""
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        if name:
+            found.setdefault(name, []).append(index)
+    return found
+
+
+def table(recommender: Recommender, history: list[int], ranked: list[tuple[int, float]]) -> str:
+    """The history as it was understood, and what comes next."""
+    rows = [("", "score", "title", "categories")]
+    for place, (index, score) in enumerate(ranked, 1):
+        rows.append((str(place), f"{score:.3f}", _cut(recommender.titles[index]), recommender.categories[index]))
+    number, score_width, title = (max(len(row[column]) for row in rows) for column in range(3))
+    lines = [f"{a:>{number}}  {b:>{score_width}}  {c:<{title}}  {d}".rstrip() for a, b, c, d in rows]
+    return "\n".join(["After: " + "; ".join(_cut(recommender.titles[index]) for index in history), "", *lines])
+
+
+def _cut(title: str) -> str:
+    return title if len(title) <= WIDTH else title[: WIDTH - 1] + "…"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print recommendations and return the exit status: 0 done, 2 something that the user can mend."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(USAGE, end="")
+        return 0
+    try:
+        given = _parse(arguments)
+        if "run" not in given:
+            raise UserError("No run given. Add run=FOLDER, such as run=runs/slmrec/default.")
+        if not given["top"].isdecimal():
+            raise UserError(f"top={given['top']} is not a number.")
+        recommender = Recommender.load(given["run"], given.get("as"))
+        history = [recommender.find(title) for title in recommender.split(given.get("history", ""))]
+        ids = re.split(r"[;,]", given.get("history_ids", ""))
+        history += [recommender.find_id(item_id.strip()) for item_id in ids if item_id.strip()]
+        print(table(recommender, history, recommender.rank(history, int(given["top"]))))
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> dict[str, str]:
+    given = {"top": "10"}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"'{argument}' is not key=value. Put titles in quotes: history=\"TITLE; TITLE\".")
+        if key not in KEYS:
+            raise unknown("key", key, KEYS)
+        given[key] = value
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

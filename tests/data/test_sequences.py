@@ -1,0 +1,168 @@
+"""Training and evaluation rows: worked out by hand, and against a plain loop over users."""
+
+import numpy as np
+import pytest
+from tiny import dataset, random_dataset
+
+from lit_llmers.conf.schema import SequenceConfig
+from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
+from lit_llmers.data.sequences import EvaluationRows, TrainingRows
+from lit_llmers.errors import UserError
+
+LONG = [11, 12, 13, 14, 15, 16, 17, 18]  # trains on 11..16
+NONE = [21, 22, 23]  # one training item: nothing precedes it
+SHORT = [31, 32, 33, 34]  # trains on 31, 32
+
+
+@pytest.fixture
+def three() -> Dataset:
+    return dataset([LONG, NONE, SHORT])
+
+
+def read(rows: TrainingRows) -> list[tuple[int, list[int], list[int]]]:
+    """Each row as user, what is read, and the target of the last (or of every) position."""
+    items = rows.dataset.items
+    out = []
+    for user, start, stop in zip(rows.user, rows.start, rows.stop, strict=True):
+        target = items[start + 1 : stop] if rows.every_position else items[stop - 1 : stop]
+        out.append((int(user), items[start : stop - 1].tolist(), target.tolist()))
+    return out
+
+
+def rows_of(data: Dataset, examples: str, max_length: int, targets_per_user: int | None = None) -> TrainingRows:
+    return TrainingRows(data, SequenceConfig(max_length, examples, targets_per_user))
+
+
+def test_last_is_one_row_per_user(three):
+    assert read(rows_of(three, "last", 3)) == [(0, [13, 14, 15], [16]), (2, [31], [32])]
+    assert read(rows_of(three, "last", 50)) == [(0, [11, 12, 13, 14, 15], [16]), (2, [31], [32])]
+    assert read(rows_of(three, "last", 3, 0)) == read(rows_of(three, "last", 3, 7)) == read(rows_of(three, "last", 3))
+
+
+def test_prefixes_give_every_target_its_own_history(three):
+    every = [
+        (0, [13, 14, 15], [16]),
+        (0, [12, 13, 14], [15]),
+        (0, [11, 12, 13], [14]),
+        (0, [11, 12], [13]),
+        (0, [11], [12]),
+        (2, [31], [32]),
+    ]
+    assert read(rows_of(three, "prefixes", 3, 0)) == every
+    assert read(rows_of(three, "prefixes", 3)) == [*every[:3], every[5]], "max_length targets by default"
+    assert read(rows_of(three, "prefixes", 3, 2)) == [*every[:2], every[5]]
+
+
+def test_sequence_has_a_target_at_every_position(three):
+    late, early = (0, [13, 14, 15], [14, 15, 16]), (0, [11, 12], [12, 13])
+    short = (2, [31], [32])
+    assert read(rows_of(three, "sequence", 3)) == [late, short]
+    assert read(rows_of(three, "sequence", 3, 0)) == [late, early, short], "windows, the latest of them full"
+    assert read(rows_of(three, "sequence", 3, 4)) == [late, (0, [12], [13]), short]
+    assert read(rows_of(three, "sequence", 3, 2)) == [(0, [14, 15], [15, 16]), short]
+    assert read(rows_of(three, "sequence", 5)) == [(0, [11, 12, 13, 14, 15], [12, 13, 14, 15, 16]), short]
+
+
+def test_targets_are_numbered_row_by_row(three):
+    assert rows_of(three, "prefixes", 3).target_offset.tolist() == [0, 1, 2, 3, 4]
+    rows = rows_of(three, "sequence", 3, 0)
+    assert rows.target_offset.tolist() == [0, 3, 5, 6]
+    assert rows.targets == 6
+    assert rows.lengths.tolist() == [3, 2, 1]
+
+
+def plain(data: Dataset, examples: str, max_length: int, targets_per_user: int | None) -> set[tuple]:
+    """Every (user, target's place, history) by the definition, one user after the other."""
+    limit = max_length if targets_per_user is None else targets_per_user
+    out = set()
+    for user in range(data.n_users):
+        own = [at for at in range(data.offsets[user], data.offsets[user + 1]) if data.split[at] == TRAIN]
+        targets = own[1:]
+        if examples == "last":
+            targets = targets[-1:]
+        elif limit:
+            targets = targets[-limit:]
+        for number, at in enumerate(reversed(targets)):
+            reach = max_length
+            if examples == "sequence":  # a window's positions see back to its first item
+                window = targets[::-1][number // max_length * max_length :][:max_length]
+                reach = at - (window[-1] - 1)
+            first = max(own[0], at - reach)
+            out.add((user, at, tuple(range(first, at))))
+    return out
+
+
+@pytest.mark.parametrize("targets_per_user", [None, 0, 1, 3, 5])
+@pytest.mark.parametrize("max_length", [1, 3, 4, 50])
+@pytest.mark.parametrize("examples", ["last", "prefixes", "sequence"])
+def test_rows_equal_a_plain_loop(examples, max_length, targets_per_user):
+    data = random_dataset(users=40, longest=17)
+    rows = rows_of(data, examples, max_length, targets_per_user)
+    found = []
+    for user, start, stop in zip(rows.user, rows.start, rows.stop, strict=True):
+        targets = range(start + 1, stop) if rows.every_position else [stop - 1]
+        found += [(user, at, tuple(range(start, at))) for at in targets]
+    assert len(found) == len(set(found)) == rows.targets
+    assert set(found) == plain(data, examples, max_length, targets_per_user)
+    assert (rows.lengths >= 1).all()
+    assert rows.lengths.max() <= max_length
+
+
+def test_nothing_held_out_is_read_or_predicted():
+    data = random_dataset()
+    for examples in ("last", "prefixes", "sequence"):
+        rows = rows_of(data, examples, 5, 0)
+        touched = np.concatenate([np.arange(a, b) for a, b in zip(rows.start, rows.stop, strict=True)])
+        assert (data.split[touched] == TRAIN).all()
+
+
+def test_prefixes_and_sequence_predict_the_same_targets():
+    data = random_dataset()
+    for limit in (None, 0, 4):
+        ends = rows_of(data, "prefixes", 4, limit).stop - 1
+        rows = rows_of(data, "sequence", 4, limit)
+        places = np.concatenate([np.arange(a + 1, b) for a, b in zip(rows.start, rows.stop, strict=True)])
+        assert sorted(ends) == sorted(places)
+
+
+def test_a_fingerprint_names_data_and_cut(three):
+    base = rows_of(three, "prefixes", 3).fingerprint
+    assert rows_of(dataset([LONG, NONE, SHORT]), "prefixes", 3).fingerprint == base
+    others = [rows_of(three, "sequence", 3), rows_of(three, "prefixes", 4), rows_of(three, "prefixes", 3, 0)]
+    others.append(rows_of(dataset([LONG, NONE, [31, 32, 34, 33]]), "prefixes", 3))
+    assert len({base, *(rows.fingerprint for rows in others)}) == 5
+
+
+def test_no_user_with_two_training_items_is_an_error():
+    with pytest.raises(UserError, match="no user has two training interactions"):
+        rows_of(dataset([NONE]), "prefixes", 3)
+
+
+def test_leave_one_out_evaluates_once_per_user_on_all_that_came_before(three):
+    test = EvaluationRows(three, "test", 3)
+    assert test.target.tolist() == [18, 23, 34]
+    assert test.user.tolist() == [0, 1, 2]
+    assert test.lengths.tolist() == [3, 2, 3], "the model reads the last max_length"
+    assert test.history_length.tolist() == [7, 2, 3], "the history is uncut, validation item included"
+    valid = EvaluationRows(three, "valid", 3)
+    assert valid.target.tolist() == [17, 22, 33]
+    assert valid.history_length.tolist() == [6, 1, 2]
+
+
+def test_a_given_split_evaluates_every_held_out_interaction():
+    data = dataset(
+        [[1, 2, 3, 4, 5], [6, 7, 8], [9, 1]],
+        split=[[TRAIN, TRAIN, TEST, TEST, TEST], [TRAIN, VALID, VALID], [TRAIN, TRAIN]],
+    )
+    test = EvaluationRows(data, "test", 3)
+    assert test.user.tolist() == [0, 0, 0]
+    assert test.target.tolist() == [3, 4, 5]
+    assert [data.items[a:b].tolist() for a, b in zip(test.start, test.at, strict=True)] == [[1, 2], [1, 2, 3], [2, 3, 4]]
+    assert EvaluationRows(data, "valid", 3).target.tolist() == [7, 8]
+    assert read(rows_of(data, "prefixes", 3, 0)) == [(0, [1], [2]), (2, [9], [1])]
+
+
+def test_an_empty_part_is_named(three):
+    data = dataset([[1, 2, 3]], split=[[TRAIN, TRAIN, TEST]])
+    with pytest.raises(UserError, match="The valid part of by hand is empty"):
+        EvaluationRows(data, "valid", 3)
