@@ -63,7 +63,12 @@ def check(stage: FitStage, where: str) -> None:
     backbone = find("backbones", stage.fit)
     _check_arguments(backbone, stage.model, f"{where}.model", INJECTED)
     if "base" in stage.model:
-        BaseConfig.of(stage.model["base"])
+        base = BaseConfig.of(stage.model["base"])
+        if base.path and base.prompt and stage.sequences.examples == "sequence":
+            raise UserError(
+                f"'{where}': the base '{base.name}' has a prompt, whose response tokens come after the last item, so only "
+                "one position of a row can be read. Use sequences.examples=prefixes or last, or teacher.prompt=false."
+            )
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     for position, callback in enumerate(stage.callbacks):

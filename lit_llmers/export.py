@@ -151,8 +151,8 @@ def describe(model: SequentialRecommender, fitted: Stage, dataset: Dataset) -> d
 
 def weights_of(backbone: Backbone) -> dict[str, Tensor]:
     """The backbone's weights, and what it holds itself beside them, such as a frozen item table."""
-    tensors = dict(backbone.named_buffers(recurse=False)) | backbone.state_dict()
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    held = {name: value for name, value in backbone.named_buffers(recurse=False) if value.numel()}
+    return {name: value.detach().cpu().contiguous() for name, value in (held | backbone.state_dict()).items()}
 
 
 # ---- checks on real histories ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def fit(config: dict[str, Any], arguments: Sequence[str]) -> None:
     """Run a composed recipe: its stages in order, then the report."""
-    _quiet()
+    quiet()
     from lit_llmers.loggers import finish_loggers
     from lit_llmers.report import publish, summary_table, write_report
     from lit_llmers.stages import alone, plan, run
@@ -48,9 +48,9 @@ def fit(config: dict[str, Any], arguments: Sequence[str]) -> None:
     stages = plan(config)
     folder = stages[0].run.folder
     with alone(folder):
-        _describe(folder, config, arguments, stages)
+        describe_run(folder, config, arguments, stages)
         run(stages, config["stage"])
-        _describe(folder, config, arguments, stages)  # the data are prepared now
+        describe_run(folder, config, arguments, stages)  # the data are prepared now
         report = write_report(folder)
         loggers = stages[0].run.loggers(folder / "report", "report", config)
         publish(folder, loggers)
@@ -95,7 +95,7 @@ def _recipe_name(arguments: Sequence[str]) -> str:
     return names[-1]
 
 
-def _describe(folder: Path, config: dict[str, Any], arguments: Sequence[str], stages: list[Any]) -> None:
+def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str], stages: list[Any]) -> None:
     """Write `config.yaml`, `environment.json` and `run.json`, what the report is made from."""
     from omegaconf import OmegaConf
 
@@ -122,7 +122,7 @@ def _describe(folder: Path, config: dict[str, Any], arguments: Sequence[str], st
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep libraries from talking over the progress lines; their errors still come through."""
     import warnings
 

@@ -56,6 +56,7 @@ class Recommender:
         """Open the export of a run, or an export folder.
 
         Args:
+            folder: of the run or of the export.
             runtime: `onnx` or `torch`; by default ONNX where it was exported.
 
         Raises:

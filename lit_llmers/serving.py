@@ -108,15 +108,16 @@ def rebuild(config: Mapping[str, Any], weights: Mapping[str, "Tensor"]) -> "Sequ
     )
     with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are not to shift anyone's dice
         backbone = build_backbone(described, 0, config["n_items"], torch.zeros(config["n_items"] + 1, config["dim"]))
+    held = [name for name, _ in backbone.named_buffers(recurse=False, remove_duplicate=False)]
+    for name in held:  # frozen item table, prompt; copied into aligned memory: else the last bit of a score may differ
+        if name in weights:
+            setattr(backbone, name, weights[name].clone())
     own = backbone.state_dict()
-    held = dict(backbone.named_buffers(recurse=False))  # such as a frozen item table and the vectors of a prompt
-    for name in held.keys() & weights.keys() - own.keys():
-        setattr(backbone, name, weights[name].clone())  # into aligned memory: else the last bit of a score may differ
-    rest = {name: value for name, value in weights.items() if name in own or name not in held}
-    wrong = sorted(own.keys() ^ rest.keys()) or sorted(name for name in own if own[name].shape != rest[name].shape)
+    expected = own.keys() | {name for name in held if backbone.get_buffer(name).numel()}
+    wrong = sorted(expected ^ weights.keys()) or sorted(name for name in own if own[name].shape != weights[name].shape)
     if wrong:
         raise UserError(f"{WEIGHTS} is not of the model in {CONFIG}: they differ in '{wrong[0]}'. {_AGAIN}")
-    backbone.load_state_dict(rest)
+    backbone.load_state_dict({name: weights[name] for name in own})
     return SequentialRecommender(backbone).eval()
 
 

@@ -31,7 +31,7 @@ SHARED = {"fit": ("sequences", "optimizer", "trainer"), "record": ("signals",), 
 GATHERING = ("evaluate", "export")  # run once, over all seeds
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
-    "fit": {"accelerator", "strategy", "checkpoint_every", "log_every"},
+    "fit": {"accelerator", "checkpoint_every", "log_every"},
 }
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,7 @@ class Run:
         run_id = "-".join(part for part in (self.recipe, self.name, label, identity) if part)
         group = f"{self.recipe}/{self.name}"
         folder.mkdir(parents=True, exist_ok=True)
-        return make_loggers(
-            {"logger": self.logger}, folder, group=group, name=label, run_id=run_id, settings=settings
-        )
+        return make_loggers({"logger": self.logger}, folder, group=group, name=label, run_id=run_id, settings=settings)
 
 
 @dataclass

@@ -61,9 +61,7 @@ def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
     settings = stage.config.trainer
     return L.Trainer(
         accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
+        devices=1,
         precision=settings.precision,
         max_epochs=settings.max_epochs,
         accumulate_grad_batches=settings.accumulate_grad_batches,

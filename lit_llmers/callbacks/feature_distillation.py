@@ -42,8 +42,10 @@ class FeatureTerm(Term):
             state = output.hidden[layer]  # [T, D_S]
             if self.projectors is not None:
                 state = self.projectors[block](state)
-            cosine.append(cosine_distance(state, teacher[block].to(state)))
-            l2.append(euclidean_distance(state, teacher[block].to(state)))
+            state = state.to(torch.promote_types(state.dtype, torch.float32))  # distances need more than half precision
+            signal = teacher[block].to(state)
+            cosine.append(cosine_distance(state, signal))
+            l2.append(euclidean_distance(state, signal))
         cosine_loss = self.reduce(torch.stack(cosine), batch)
         l2_loss = self.reduce(torch.stack(l2), batch)
         self.parts = {"cosine": cosine_loss.detach(), "l2": l2_loss.detach()}

@@ -96,8 +96,8 @@ class TrainerConfig:
     """Lightning's Trainer, as far as a recipe or a user chooses.
 
     Attributes:
-        accelerator, devices, num_nodes, strategy, precision: as Lightning names them.
-        batch_size: training rows per device and micro-batch.
+        accelerator, precision: as Lightning names them.
+        batch_size: training rows per micro-batch.
         accumulate_grad_batches: micro-batches per optimiser step.
         max_epochs: epochs at most.
         patience: epochs without a better validation NDCG@10 before training stops; 0 never stops early.
@@ -108,9 +108,6 @@ class TrainerConfig:
     """
 
     accelerator: str = "auto"
-    devices: int | str = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
     precision: str = "32-true"
     batch_size: int = 128
     accumulate_grad_batches: int = 1

@@ -70,8 +70,7 @@ class TrainingBatches:
         random = np.random.default_rng([self.seed, epoch])
         batches = _length_batches(self.rows.lengths, self.batch_size, random.permutation(len(self.rows)))
         batches = [batches[i] for i in random.permutation(len(batches))]
-        missing = len(self) * self.world - len(batches)
-        return batches + batches[:missing]  # every rank takes equally many steps
+        return [batches[i % len(batches)] for i in range(len(self) * self.world)]  # every rank takes equally many steps
 
     def collate(self, index: np.ndarray) -> Batch:
         """The batch of these training rows."""

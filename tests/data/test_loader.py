@@ -35,7 +35,8 @@ def numbered(rows: TrainingRows) -> dict[int, int]:
 
 def same(ours: list, theirs: list) -> bool:
     return len(ours) == len(theirs) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(ours, theirs, strict=True)
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(ours, theirs, strict=True)
     )
 
 
@@ -172,7 +173,9 @@ def test_the_state_after_the_last_batch_is_the_next_epochs_first():
     loader = TrainingBatches(rows_of(random_dataset()), 16, seed=0)
     assert loader.state_dict() == {"epoch": 0, "position": 0}
     for number, _ in enumerate(loader, start=1):
-        assert loader.state_dict() == ({"epoch": 0, "position": number} if number < len(loader) else {"epoch": 1, "position": 0})
+        assert loader.state_dict() == (
+            {"epoch": 0, "position": number} if number < len(loader) else {"epoch": 1, "position": 0}
+        )
     assert number == len(loader)
 
 

@@ -157,7 +157,11 @@ def test_a_given_split_evaluates_every_held_out_interaction():
     test = EvaluationRows(data, "test", 3)
     assert test.user.tolist() == [0, 0, 0]
     assert test.target.tolist() == [3, 4, 5]
-    assert [data.items[a:b].tolist() for a, b in zip(test.start, test.at, strict=True)] == [[1, 2], [1, 2, 3], [2, 3, 4]]
+    assert [data.items[a:b].tolist() for a, b in zip(test.start, test.at, strict=True)] == [
+        [1, 2],
+        [1, 2, 3],
+        [2, 3, 4],
+    ]
     assert EvaluationRows(data, "valid", 3).target.tolist() == [7, 8]
     assert read(rows_of(data, "prefixes", 3, 0)) == [(0, [1], [2]), (2, [9], [1])]
 

@@ -1,0 +1,231 @@
+"""An export scores as the trained model does, needs nothing but its own folder, and is whole or not there."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_export import DIM, MAX_LENGTH, N_ITEMS, dataset, export_stage, finish
+
+from lit_llmers import export, onnx_graph
+from lit_llmers.errors import UserError
+from lit_llmers.models import load_model
+from lit_llmers.serving import OnnxScorer, TorchScorer, load_exported, score_catalogue
+
+SIZES = {
+    "vocab_size": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+def llm(kind: str, **base) -> dict:
+    return {"base": {"name": kind, "config": SIZES | {"model_type": kind}} | base, "layers": 2}
+
+
+MODELS = {
+    "sasrec": ("sasrec", {"dim": DIM, "layers": 2}),
+    "gru4rec": ("gru4rec", {"dim": DIM, "layers": 2}),
+    "llama": ("llm_decoder", llm("llama") | {"train_items": True}),
+    "sliding window": ("llm_decoder", llm("mistral", config=SIZES | {"model_type": "mistral", "sliding_window": 4})),
+}
+
+
+def histories(random: np.random.Generator) -> list[np.ndarray]:
+    """Left-padded batches of other shapes than any that the export saw."""
+    made = []
+    for rows, length in [(1, 1), (1, MAX_LENGTH), (7, 2), (3, MAX_LENGTH - 1), (2, MAX_LENGTH)]:
+        items = random.integers(1, N_ITEMS + 1, (rows, length))
+        for row in range(1, rows):
+            items[row, : random.integers(0, length)] = 0
+        made.append(items)
+    return made
+
+
+def assert_same_scores(got: np.ndarray, expected: np.ndarray, atol: float) -> None:
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype == np.float32
+    assert np.isneginf(got[:, 0]).all()
+    np.testing.assert_allclose(got[:, 1:], expected[:, 1:], rtol=0, atol=atol)
+
+
+def trained_scores(stage, items: np.ndarray) -> np.ndarray:
+    model = load_model(stage.need("student"), dataset())
+    with torch.inference_mode():
+        return score_catalogue(model, torch.from_numpy(items), torch.from_numpy(items > 0)).numpy()
+
+
+def moved(stage, place):
+    """The export alone, with the run that it comes from gone."""
+    shutil.copytree(stage.folder, place)
+    shutil.rmtree(stage.run.folder)
+    return place
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_files_score_as_the_trained_model(name, tmp_path):
+    stage = export_stage(tmp_path / "run", *MODELS[name], ["safetensors", "onnx"])
+    summary = finish(stage)
+    assert summary["max_difference"]["safetensors"] == 0.0
+    assert summary["max_difference"]["onnx"] < 1e-4
+    assert summary["files"] == ["config.json", "items.parquet", "model.safetensors", "model.onnx"]
+    assert all((stage.folder / file).stat().st_size == size for file, size in summary["bytes"].items())
+    batches = histories(np.random.default_rng(0))
+    expected = [trained_scores(stage, items) for items in batches]
+    folder = moved(stage, tmp_path / "moved")
+    scorers = TorchScorer(folder), OnnxScorer(folder / "model.onnx")
+    for items, scores in zip(batches, expected, strict=True):
+        assert_same_scores(scorers[0](items), scores, atol=0)
+        assert_same_scores(scorers[1](items), scores, atol=1e-4)
+    assert not any(name.startswith("distillation") for name in load_file(folder / "model.safetensors"))
+    assert b"lit_llmers/" not in (folder / "model.onnx").read_bytes()  # no paths of the machine that exported
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """A base on disk with a tokenizer, as a hub has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "#": 2, "user": 3, ":": 4}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": 5})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_a_prompted_base_with_adapters_is_merged_and_needs_no_hub(base_folder, tmp_path, dtype, tolerance):
+    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
+    base = {"name": "hub", "path": str(base_folder), "prompt": "user :", "dtype": dtype, "lora": lora}
+    formats = ["safetensors", "onnx"] if dtype == "bfloat16" else ["safetensors"]
+    stage = export_stage(tmp_path / "run", "llm_decoder", {"base": base, "layers": 3}, formats)
+    difference = finish(stage)["max_difference"]
+    batches = histories(np.random.default_rng(0))
+    expected = [trained_scores(stage, items) for items in batches]
+    shutil.rmtree(base_folder)
+    folder = moved(stage, tmp_path / "moved")
+    largest = max(np.abs(scores[:, 1:]).max() for scores in expected)
+    assert difference["safetensors"] == 0.0
+    assert difference["lora_merge"] <= tolerance * largest
+    names = load_file(folder / "model.safetensors")
+    assert not any("lora" in name for name in names)
+    assert {"before", "after", "items"} < set(names)
+    scorer = TorchScorer(folder)
+    assert scorer.model.backbone.base.dtype == getattr(torch, dtype)
+    assert scorer.model.backbone.layers == 3
+    for items, scores in zip(batches, expected, strict=True):
+        assert_same_scores(scorer(items), scores, atol=tolerance * largest)
+    if "onnx" in formats:  # in float32: what it is compared with was compared by the stage
+        assert difference["onnx"] < 1e-4 * largest
+        for items, scores in zip(batches, expected, strict=True):
+            assert_same_scores(OnnxScorer(folder / "model.onnx")(items), scores, atol=tolerance * largest)
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "LARGE", 100)
+    stage = export_stage(tmp_path / "run", *MODELS["sasrec"], ["onnx"])
+    summary = finish(stage)
+    assert summary["files"] == ["config.json", "items.parquet", "model.onnx", "model.onnx.data"]
+    items = histories(np.random.default_rng(0))[-1]
+    expected = trained_scores(stage, items)
+    folder = moved(stage, tmp_path / "moved")
+    assert_same_scores(OnnxScorer(folder / "model.onnx")(items), expected, atol=1e-4)
+    assert not list(folder.glob(".*"))
+
+
+def test_an_onnx_file_that_scores_otherwise_is_not_kept(tmp_path, monkeypatch):
+    class Wrong(OnnxScorer):
+        def __call__(self, items):
+            return super().__call__(items) + np.float32(0.5)
+
+    monkeypatch.setattr(export, "OnnxScorer", Wrong)
+    stage = export_stage(tmp_path / "run", *MODELS["sasrec"], ["onnx"])
+    with pytest.raises(UserError, match=r"model.onnx scores up to 0.5 away from PyTorch.*not kept"):
+        export.run(stage)
+    assert [path.name for path in stage.folder.iterdir()] == ["items.parquet"]
+
+
+def test_a_nan_is_not_a_small_difference():
+    good = np.array([[-np.inf, 1.0, 2.0]])
+    for bad in ([[-np.inf, np.nan, 2.0]], [[0.0, 1.0, 2.0]]):
+        difference, relative = export.compare([np.array(bad)], [good])
+        assert difference == relative == float("inf")
+    assert export.compare([good + 1.0], [good]) == (1.0, 0.5)
+
+
+def test_unknown_format(tmp_path):
+    stage = export_stage(tmp_path / "run", *MODELS["sasrec"], ["safetensor"])
+    with pytest.raises(UserError, match="Did you mean 'safetensors'"):
+        export.run(stage)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    stage = export_stage(tmp_path_factory.mktemp("whole") / "run", "llm_decoder", llm("llama"), ["safetensors"])
+    finish(stage)
+    return stage.folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("items"), "differ in 'items'"),
+        (lambda weights: weights.pop("score.weight"), "differ in 'score.weight'"),
+        (lambda weights: weights.update(other=torch.ones(1)), "differ in 'other'"),
+        (lambda weights: weights.update({"score.weight": torch.ones(2, 2)}), "differ in 'score.weight'"),
+    ],
+)
+def test_weights_of_another_model(folder, change, message):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_exported(folder)
+
+
+def test_damaged_and_missing_files(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        load_exported(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="no .*model.safetensors"):
+        load_exported(folder)
+    with pytest.raises(UserError, match="no .*model.onnx"):
+        OnnxScorer(folder / "model.onnx")
+    (folder / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(UserError, match="model.onnx is damaged"):
+        OnnxScorer(folder / "model.onnx")
+
+
+def test_another_format_version_and_an_unfinished_export(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(UserError, match="export format 99"):
+        load_exported(folder)
+    (folder / "config.json").write_text(json.dumps({"stage": "export", "settings": {}}))  # as the stage begins
+    with pytest.raises(UserError, match="was not finished"):
+        load_exported(folder)
+
+
+def test_loading_leaves_the_random_numbers_alone(folder):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    load_exported(folder)
+    assert torch.equal(torch.rand(3), expected)
