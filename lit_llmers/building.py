@@ -73,16 +73,12 @@ def check(stage: FitStage, where: str) -> None:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     for position, callback in enumerate(stage.callbacks):
         if len(callback) != 1:
-            raise UserError(
-                f"'{where}.callbacks[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}."
-            )
+            raise UserError(f"'{where}.callbacks[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
         for name, arguments in callback.items():
             cls = find("callbacks", name)
             wants_signals = "signals" in inspect.signature(cls).parameters
             if wants_signals and "from" not in (arguments or {}):
-                raise UserError(
-                    f"'{where}.callbacks.{name}.from' is missing: name the stage that recorded the teacher."
-                )
+                raise UserError(f"'{where}.callbacks.{name}.from' is missing: name the stage that recorded the teacher.")
             own = {key: value for key, value in (arguments or {}).items() if key != "from"}
             _check_arguments(cls, own, f"{where}.callbacks.{name}", {"signals"})
 

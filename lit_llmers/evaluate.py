@@ -2,6 +2,7 @@
 
 import logging
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,7 @@ def rank_all(
             ranked = model.ranks(batch, table)
         else:
             user = model.encode(batch["items"], batch["mask"])
-            ranked = candidate_ranks(
-                user, table, batch["target"], torch.from_numpy(candidates[index]).long().to(device)
-            )
+            ranked = candidate_ranks(user, table, batch["target"], torch.from_numpy(candidates[index]).long().to(device))
         ranks[index] = ranked.cpu().numpy()
     return ranks, time.perf_counter() - started
 
@@ -131,8 +130,7 @@ def _metrics(ranks: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
 
 def _bin_names() -> list[str]:
     last = f"{POPULARITY_BINS[-1]}+"
-    pairs = zip(POPULARITY_BINS[:-1], POPULARITY_BINS[1:], strict=True)
-    return [f"{low}-{high - 1}" for low, high in pairs] + [last]
+    return [f"{low}-{high - 1}" for low, high in pairwise(POPULARITY_BINS)] + [last]
 
 
 def _by_popularity(ranks: np.ndarray, group: np.ndarray) -> list[dict[str, Any]]:

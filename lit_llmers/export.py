@@ -122,9 +122,7 @@ def describe(model: SequentialRecommender, fitted: Stage, dataset: Dataset) -> d
         architecture |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         arguments["base"] = {
             "name": BaseConfig.of(arguments["base"]).name,
-            "config": {
-                key: value for key, value in architecture.items() if key not in ("dtype", "transformers_version")
-            },
+            "config": {key: value for key, value in architecture.items() if key not in ("dtype", "transformers_version")},
             "dtype": str(backbone.base.dtype).removeprefix("torch."),
             "attention": backbone.base.config._attn_implementation,
         }

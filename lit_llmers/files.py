@@ -56,9 +56,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}). Remove it and run the stage that writes it again."
-        ) from error
+        raise UserError(f"{path} is not valid JSON ({error}). Remove it and run the stage that writes it again.") from error
 
 
 def sha256(path: Path) -> str:

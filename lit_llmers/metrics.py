@@ -155,11 +155,7 @@ class RankingMetrics(torchmetrics.Metric):
         Raises:
             UserError: no rank was added.
         """
-        ranks = (
-            self.ranks
-            if isinstance(self.ranks, Tensor)
-            else torch.cat([torch.empty(0), *(r.cpu() for r in self.ranks)])
-        )
+        ranks = self.ranks if isinstance(self.ranks, Tensor) else torch.cat([torch.empty(0), *(r.cpu() for r in self.ranks)])
         return ranking_metrics(ranks, self.ks)
 
 
@@ -236,17 +232,11 @@ def load_candidates(path: Path, split: str) -> tuple[np.ndarray, str]:
     path = Path(path)
     record = read_json(path.with_name(path.name + ".json"))
     if record["version"] != CANDIDATES_VERSION:
-        raise UserError(
-            f"{path} has format version {record['version']}, not {CANDIDATES_VERSION}. Remove it to draw it anew."
-        )
+        raise UserError(f"{path} has format version {record['version']}, not {CANDIDATES_VERSION}. Remove it to draw it anew.")
     if record["split"] != split:
-        raise UserError(
-            f"{path} holds candidates for the split {record['split']}, not for {split}. Remove it to draw it anew."
-        )
+        raise UserError(f"{path} holds candidates for the split {record['split']}, not for {split}. Remove it to draw it anew.")
     if not path.exists() or sha256(path) != record["sha256"]:
-        raise UserError(
-            f"{path} is missing or was altered (its checksum is not the stored one). Remove it to draw it anew."
-        )
+        raise UserError(f"{path} is missing or was altered (its checksum is not the stored one). Remove it to draw it anew.")
     return np.load(path, allow_pickle=False), record["sha256"]
 
 

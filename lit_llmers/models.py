@@ -31,9 +31,7 @@ def load_item_table(stage: Stage) -> torch.Tensor | None:
     if not tables:
         return None
     size = [float(np.sqrt(np.mean(np.square(table[1:])))) or 1.0 for table in tables]
-    return torch.from_numpy(
-        np.concatenate([table * (size[0] / own) for table, own in zip(tables, size, strict=True)], 1)
-    )
+    return torch.from_numpy(np.concatenate([table * (size[0] / own) for table, own in zip(tables, size, strict=True)], 1))
 
 
 def build_model(stage: Stage, dataset: Dataset, rows: TrainingRows) -> SequentialRecommender:

@@ -59,9 +59,7 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         strangers = s.without_history(split, rows.users)
         rows.keep(~strangers, "split=given (users without a training interaction)")
         if strangers.any():
-            rows.note(
-                f"{strangers.sum()} held-out interactions of users without any training interaction were dropped."
-            )
+            rows.note(f"{strangers.sum()} held-out interactions of users without any training interaction were dropped.")
         split = split[~strangers]
     users, user_ids = rows.present(rows.users, rows.user_ids)
     items, item_ids = rows.present(rows.items, rows.item_ids)

@@ -73,9 +73,7 @@ class Recommender:
         try:
             items = read_table(export / ITEMS).to_pydict()
         except (OSError, ArrowException) as error:
-            raise UserError(
-                f"{export / ITEMS} cannot be read ({error}). Copy the export again and completely."
-            ) from error
+            raise UserError(f"{export / ITEMS} cannot be read ({error}). Copy the export again and completely.") from error
         scorer = OnnxScorer(export / GRAPH) if runtime == "onnx" else TorchScorer(export)
         return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer)
 
@@ -132,9 +130,7 @@ class Recommender:
         names = [*self._exact, *self._short]
         close = get_close_matches(wanted, names, n=1, cutoff=0.5)
         index = (self._exact.get(close[0]) or self._short[close[0]])[0] if close else 0
-        hint = (
-            f" Did you mean '{self.titles[index]}'?" if index else " Write a word of it, or give ids: history_ids=ID."
-        )
+        hint = f" Did you mean '{self.titles[index]}'?" if index else " Write a word of it, or give ids: history_ids=ID."
         raise UserError(f"No item's title contains '{title}'.{hint}")
 
     def find_id(self, item_id: str) -> int:

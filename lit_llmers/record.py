@@ -68,9 +68,7 @@ def open_signals(stage: Stage, rows: TrainingRows) -> SignalSource:
     if config.signals.online:
         model = load_model(teacher, rows.dataset)
         return OnlineTeacher(model, _boundaries(model, config))
-    return RecordedTeacher(
-        SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint)
-    )
+    return RecordedTeacher(SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint))
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -85,9 +83,7 @@ def run(stage: Stage) -> dict[str, Any]:
     boundaries = _boundaries(model, config)
     if config.signals.online:
         return {"rows": rows.targets, "bytes": 0, "online": True}
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu" else "cpu"
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
     shape = (len(boundaries), model.backbone.width)
     spec = SignalSpec(

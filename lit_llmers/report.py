@@ -92,9 +92,7 @@ def publish(run: Path, loggers: "Iterable[Logger]") -> None:
 
 
 def _title(results: Results) -> str:
-    return (
-        f"# {results.about['recipe']} on {results.data.get('name', 'data not yet prepared')} ({results.about['run']})"
-    )
+    return f"# {results.about['recipe']} on {results.data.get('name', 'data not yet prepared')} ({results.about['run']})"
 
 
 def _data_line(results: Results) -> str:
@@ -174,8 +172,7 @@ def _protocol(results: Results) -> str:
     lines = [
         f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, "
         f"{protocol['items']:,} items.",
-        f"Each user's held-out item is ranked against {against}; items that the user has met before {masked}. "
-        "Ties count half.",
+        f"Each user's held-out item is ranked against {against}; items that the user has met before {masked}. Ties count half.",
         "Epochs are selected on the validation part alone; the test part selects nothing.",
     ]
     if protocol["candidates"]:
@@ -214,15 +211,11 @@ def _reproducibility(results: Results) -> str:
 
 def _machine(environment: dict[str, Any]) -> str:
     versions = environment["packages"]
-    named = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions
-    )
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions)
     device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
     git = environment["git"]
     commit = f" Commit `{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}." if git else ""
-    return (
-        f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."
-    )
+    return f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."
 
 
 def _merge_metrics(results: Results) -> None:
@@ -239,9 +232,7 @@ def main(arguments: Sequence[str]) -> int:
         given = dict(argument.partition("=")[::2] for argument in arguments)
         for key in given:
             if key != "run":
-                raise UserError(
-                    f"Unknown argument '{key}'.{nearest(key, ['run'])} Usage: python -m lit_llmers.report run=DIR"
-                )
+                raise UserError(f"Unknown argument '{key}'.{nearest(key, ['run'])} Usage: python -m lit_llmers.report run=DIR")
         if not given.get("run"):
             raise UserError("No run given. Usage: python -m lit_llmers.report run=DIR, as run=runs/RECIPE/NAME")
         path = write_report(Path(given["run"]))

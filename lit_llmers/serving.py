@@ -153,9 +153,7 @@ class OnnxScorer:
         from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         if not graph.is_file():
-            raise UserError(
-                f"There is no {graph}. Export with stages.export.export=[safetensors,onnx], or use as=torch."
-            )
+            raise UserError(f"There is no {graph}. Export with stages.export.export=[safetensors,onnx], or use as=torch.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         try:

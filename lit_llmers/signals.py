@@ -50,9 +50,7 @@ class SignalSpec:
         if self.dtype not in DTYPES:
             raise unknown("dtype (signals.dtype)", self.dtype, DTYPES)
         if self.rows < 1 or min(self.shape, default=1) < 1:
-            raise UserError(
-                f"There is nothing to record: {self.rows} rows of shape {list(self.shape)}. Look at the data."
-            )
+            raise UserError(f"There is nothing to record: {self.rows} rows of shape {list(self.shape)}. Look at the data.")
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.rows_per_shard is None:
             row_bytes = math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -184,9 +182,7 @@ class Shard:
         index = np.asarray(rows) - self.rows.start
         values = torch.as_tensor(values).detach()
         if tuple(values.shape) != (len(index), *self.spec.shape):
-            raise ValueError(
-                f"values of shape {list(values.shape)} for {len(index)} rows of shape {list(self.spec.shape)}"
-            )
+            raise ValueError(f"values of shape {list(values.shape)} for {len(index)} rows of shape {list(self.spec.shape)}")
         if index.size and not 0 <= index.min() <= index.max() < len(self.rows):
             raise ValueError(f"a row lies outside of the shard's rows {self.rows.start}..{self.rows.stop - 1}")
         if values.is_floating_point() != self.spec.torch_dtype.is_floating_point:
@@ -240,9 +236,7 @@ class SignalReader:
         path = self.folder / "manifest.json"
         if not path.exists():
             state = "is unfinished (it has no manifest.json)" if self.folder.is_dir() else "does not exist"
-            raise UserError(
-                f"The teacher's record {self.folder} {state}. Run the stage that records it to its end first."
-            )
+            raise UserError(f"The teacher's record {self.folder} {state}. Run the stage that records it to its end first.")
         manifest = read_json(path)
         cure = f"Remove {self.folder.parent} and run the stage that records it again."
         self._expect("format version", manifest.pop("format_version", None), FORMAT_VERSION, cure)
@@ -259,9 +253,7 @@ class SignalReader:
 
     def _expect(self, what: str, found: Any, wanted: Any, cure: str) -> None:
         if found != wanted:
-            raise UserError(
-                f"The teacher's record {self.folder} is of another {what}: {found} instead of {wanted}. {cure}"
-            )
+            raise UserError(f"The teacher's record {self.folder} is of another {what}: {found} instead of {wanted}. {cure}")
 
     def _check(self, entry: dict[str, Any], verify: bool, cure: str) -> None:
         path = self.folder / entry["file"]

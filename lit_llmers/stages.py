@@ -152,8 +152,7 @@ def plan(config: dict[str, Any]) -> list[Stage]:
         )
         seeds = config["seeds"] if repeated else [config["seed"]]
         planned[name] = [
-            Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated)
-            for seed in seeds
+            Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
         ]
     from lit_llmers.building import check_blocks
 
@@ -219,9 +218,7 @@ def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
         return []
     preparing = [name for name, entry in entries.items() if "prepare" in entry]
     if verb == "fit":
-        sources = [
-            arguments["from"] for callback in typed.callbacks for arguments in callback.values() if "from" in arguments
-        ]
+        sources = [arguments["from"] for callback in typed.callbacks for arguments in callback.values() if "from" in arguments]
         return list(dict.fromkeys([*preparing, *typed.items, *sources]))
     of = getattr(typed, "of", [])
     return [*preparing, *([of] if isinstance(of, str) else of)]
@@ -232,10 +229,7 @@ def _of_seed(planned: dict[str, list[Stage]], wanted: list[str], seed: int, verb
     if verb == "export":
         return [planned[need][0] for need in wanted]
     return [
-        stage
-        for need in wanted
-        for stage in planned[need]
-        if verb == "evaluate" or not stage.repeated or stage.seed == seed
+        stage for need in wanted for stage in planned[need] if verb == "evaluate" or not stage.repeated or stage.seed == seed
     ]
 
 
@@ -289,7 +283,7 @@ def alone(run_folder: Path) -> Iterator[None]:
 
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run_folder / ".lock", "w")
+        lock = open(run_folder / ".lock", "w")  # noqa: SIM115  (closed by the `with` below)
     except OSError as error:
         raise UserError(
             f"The run folder {run_folder} cannot be written ({error.strerror}). Choose another with run.dir=FOLDER."
@@ -307,6 +301,5 @@ def alone(run_folder: Path) -> Iterator[None]:
 def describe(stages: list[Stage]) -> list[dict[str, Any]]:
     """What the report needs to know of each stage, JSON-able."""
     return [
-        {"name": s.name, "seed": s.seed, "verb": s.verb, "folder": s.folder.name, "fingerprint": s.fingerprint}
-        for s in stages
+        {"name": s.name, "seed": s.seed, "verb": s.verb, "folder": s.folder.name, "fingerprint": s.fingerprint} for s in stages
     ]

@@ -30,9 +30,7 @@ def run(stage: Stage) -> dict[str, Any]:
     L.seed_everything(stage.seed, verbose=False)
     data = SequenceDataModule(dataset, config.sequences, config.trainer.batch_size, config.mask_history, stage.seed)
     model = build_model(stage, dataset, data.rows)
-    terms = build_callbacks(
-        config, {need.name: open_signals(need, data.rows) for need in stage.needs if need.verb == "record"}
-    )
+    terms = build_callbacks(config, {need.name: open_signals(need, data.rows) for need in stage.needs if need.verb == "record"})
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
     throughput = Throughput()

@@ -96,7 +96,9 @@ def base_folder(tmp_path):
 
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "#": 2, "user": 3, ":": 4}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(
+        tmp_path / "base"
+    )
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": 5})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")

@@ -28,9 +28,7 @@ def warnings(caplog) -> list:
 
 def start(folder: Path, name: str = "student-seed0", config: dict | None = None) -> list:
     settings = {"settings": {"layers": 4}}
-    return make_loggers(
-        config or WANDB, folder, group="slmrec/default", name=name, run_id=f"{name}-abc", settings=settings
-    )
+    return make_loggers(config or WANDB, folder, group="slmrec/default", name=name, run_id=f"{name}-abc", settings=settings)
 
 
 # ---- metrics.jsonl --------------------------------------------------------------------------------------------------
@@ -38,9 +36,7 @@ def start(folder: Path, name: str = "student-seed0", config: dict | None = None)
 
 def test_lines_hold_plain_numbers_and_null_for_what_json_lacks(tmp_path):
     logger = JsonlLogger(tmp_path)
-    logger.log_metrics(
-        {"loss": torch.tensor(0.5), "epoch": 1.0, "nan": float("nan"), "inf": torch.tensor(float("inf"))}, 3
-    )
+    logger.log_metrics({"loss": torch.tensor(0.5), "epoch": 1.0, "nan": float("nan"), "inf": torch.tensor(float("inf"))}, 3)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # flushed although not closed
     entry = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert entry.pop("time") > 1.7e9

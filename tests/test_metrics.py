@@ -222,9 +222,7 @@ def test_too_small_a_catalogue_is_named():
     longest = np.diff(data["offsets"]).argmax()
     left = 60 - np.diff(data["offsets"]).max()
     assert make_candidates(**data, n=left).shape == (40, left)
-    with pytest.raises(
-        UserError, match=f"needs {left + 1} items .* user number {longest} has only {left} of .* 60 left"
-    ):
+    with pytest.raises(UserError, match=f"needs {left + 1} items .* user number {longest} has only {left} of .* 60 left"):
         make_candidates(**data, n=left + 1)
 
 

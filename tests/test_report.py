@@ -41,9 +41,7 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def make_run(
-    run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None = None, generated: bool = True
-) -> Path:
+def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None = None, generated: bool = True) -> Path:
     """A run folder; `levels`: how good each model is, from 0 (random) upwards."""
     rng = np.random.default_rng(0)
     repeated = {"student", "control"}
@@ -134,9 +132,7 @@ def section(text: str, title: str) -> str:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     """A teacher better than the control, a student between them, three seeds; its report is written."""
-    run = make_run(
-        tmp_path_factory.mktemp("good") / "run", {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2}
-    )
+    run = make_run(tmp_path_factory.mktemp("good") / "run", {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2})
     write_report(run)
     return run
 

@@ -43,9 +43,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkey
     make_trainer = training_stage.make_trainer
     killed = KillAfter(batches)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training_stage, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed])
-        )
+        patch.setattr(training_stage, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed]))
         with pytest.raises(Killed):
             run(planned, name)
     assert not stage.done

@@ -383,8 +383,6 @@ assert growth < room
 def test_a_record_larger_than_memory_is_written_and_read(tmp_path, rows_per_shard):
     """A record of 293 MB in a process that may allocate 64 MB; the first case has it in one shard."""
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(rows_per_shard)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False, timeout=120
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     print(result.stdout)

@@ -9,16 +9,10 @@ import torch
 
 from lit_llmers import recipes
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
+from lit_llmers.journal import read_metrics
 from lit_llmers.stages import Stage, plan
 
-TEACHER = [
-    "teacher.config.hidden_size=16",
-    "teacher.config.intermediate_size=16",
-    "teacher.config.num_attention_heads=2",
-    "teacher.config.num_key_value_heads=2",
-    "teacher.config.num_hidden_layers=4",
-]
-SMALL = [
+COMMON = [  # for any recipe
     "logger=csv",
     "data.generator.users=150",
     "data.generator.items=100",
@@ -28,8 +22,17 @@ SMALL = [
     "trainer.max_epochs=3",
     "trainer.patience=2",
     "trainer.checkpoint_every=3",
+    "trainer.log_every=1",
+    "teacher.config.hidden_size=16",
+    "teacher.config.intermediate_size=16",
+    "teacher.config.num_attention_heads=2",
+    "teacher.config.num_key_value_heads=2",
+    "teacher.config.num_hidden_layers=4",
+]
+SMALL = [
+    *COMMON,
     "stages.item_embeddings.model.dim=8",
-    *TEACHER,
+    "stages.text.dim=8",
     "stages.teacher.model.layers=4",
     "stages.student.model.layers=2",
     "stages.signals.blocks=2",
@@ -52,18 +55,20 @@ BASE = {
 }
 
 
+def arguments(folder: Path, *overrides: str, recipe: str = "slmrec") -> list[str]:
+    """The smallest recipe's overrides in `folder`, with others on top."""
+    base = SMALL if recipe == "slmrec" else COMMON
+    given = {override.partition("=")[0]: override for override in (*base, f"run.dir={folder}", *overrides)}
+    return list(given.values())
+
+
 def small(folder: Path, *overrides: str, recipe: str = "slmrec") -> list[Stage]:
     """The stages of the smallest recipe, in `folder`."""
-    given = {override.partition("=")[0]: override for override in (*SMALL, f"run.dir={folder}", *overrides)}
-    return plan(recipes.compose(recipe, list(given.values())))
-
-
-def stage(stages: list[Stage], name: str) -> Stage:
-    """The first stage of that name."""
-    return next(each for each in stages if each.name == name)
+    return plan(recipes.compose(recipe, arguments(folder, *overrides, recipe=recipe)))
 
 
 def by_name(stages: list[Stage]) -> dict[str, Stage]:
+    """The stages by name; of repeated ones the last seed's."""
     return {each.name: each for each in stages}
 
 
@@ -100,3 +105,8 @@ def random_dataset(users: int = 30, n_items: int = 50, longest: int = 14, seed: 
     rng = np.random.default_rng(seed)
     histories: list[Any] = [rng.integers(1, n_items + 1, rng.integers(3, longest + 1)).tolist() for _ in range(users)]
     return dataset(histories, n_items)
+
+
+def losses(stage: Stage, name: str) -> list[float]:
+    """The logged values of a loss, in order of the steps."""
+    return [entry[name] for entry in read_metrics(stage.folder / "metrics.jsonl") if name in entry]

@@ -69,9 +69,7 @@ class DeepSupervision(Distillation):
         layers = student.backbone.layers
         width, dim = student.backbone.width, student.backbone.dim
         if self.blocks < 2:
-            raise UserError(
-                "deep_supervision: blocks is 1, so there is no inner block to supervise. Remove the callback."
-            )
+            raise UserError("deep_supervision: blocks is 1, so there is no inner block to supervise. Remove the callback.")
         try:
             boundaries = block_boundaries(layers, self.blocks)[:-1]
         except ValueError as error:

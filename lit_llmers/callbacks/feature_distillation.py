@@ -85,7 +85,5 @@ class FeatureDistillation(Distillation):
             projectors = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(blocks))
         return FeatureTerm(boundaries, projectors, self.cosine, self.l2, student.reduce)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         batch[KEY] = self.signals.read(batch).to(pl_module.device, non_blocking=True)

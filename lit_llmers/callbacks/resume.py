@@ -26,9 +26,7 @@ class SeedEachStep(L.Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         key = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(hash(key) & 0x7FFF_FFFF_FFFF_FFFF)
 

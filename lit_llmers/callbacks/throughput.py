@@ -15,9 +15,7 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         self.epochs, self.rows, self.seconds, self.started = 0, 0, 0.0, 0.0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self.started = time.perf_counter()
 
     def on_train_batch_end(

@@ -90,8 +90,7 @@ class Dataset:
         record = read_json(folder / "dataset.json")
         with _readable(folder, cure):
             items, offsets, split = (
-                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("items", "offsets", "split")
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("items", "offsets", "split")
             )
             catalogue = pd.read_parquet(folder / "catalogue.parquet")
             users = pd.read_parquet(folder / "users.parquet")["user_id"].to_numpy(dtype=object)

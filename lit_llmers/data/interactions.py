@@ -82,13 +82,10 @@ def find_table(folder: Path, kind: str) -> Path:
     found = [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob(f"*{SUFFIXES[kind]}"))
     if not found:
         raise UserError(
-            f"There is no {', '.join(names)} or *{SUFFIXES[kind]} in {folder}. Put the {kind} there under one of these "
-            "names."
+            f"There is no {', '.join(names)} or *{SUFFIXES[kind]} in {folder}. Put the {kind} there under one of these names."
         )
     if len(found) > 1:
-        raise UserError(
-            f"{folder} has more than one file of {kind}: {', '.join(p.name for p in found)}. Keep one of them."
-        )
+        raise UserError(f"{folder} has more than one file of {kind}: {', '.join(p.name for p in found)}. Keep one of them.")
     return found[0]
 
 
@@ -112,9 +109,7 @@ def open_table(path: Path) -> Table:
         words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
         return Table(str(path), list(kinds), lambda wanted: frame[wanted], words)
     except (ValueError, OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format."
-        ) from error
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
 
 
 def read_folder(folder: Path, columns: Columns, split: bool = False, rating: bool = False) -> Tables:
@@ -257,8 +252,4 @@ def _strings(column: pd.Series, separator: str, split: str | None = None) -> lis
 
 
 def _join(columns: list[list[str]], separator: str, rows: int) -> list[str]:
-    return (
-        [separator.join(cell for cell in cells if cell) for cells in zip(*columns, strict=True)]
-        if columns
-        else [""] * rows
-    )
+    return [separator.join(cell for cell in cells if cell) for cells in zip(*columns, strict=True)] if columns else [""] * rows

@@ -128,9 +128,7 @@ class EvaluationBatches:
         mask_history: also give the index pairs of the items seen before, which do not compete with the target.
     """
 
-    def __init__(
-        self, rows: EvaluationRows, batch_size: int, mask_history: bool = True, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, rows: EvaluationRows, batch_size: int, mask_history: bool = True, rank: int = 0, world: int = 1) -> None:
         self.rows, self.mask_history = rows, mask_history
         order = np.argsort(rows.lengths, kind="stable")
         self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
@@ -166,9 +164,7 @@ class EvaluationBatches:
 class SequenceDataModule(L.LightningDataModule):
     """Training batches and validation rows of one dataset. The test rows are not in reach of the Trainer."""
 
-    def __init__(
-        self, dataset: Dataset, config: SequenceConfig, batch_size: int, mask_history: bool, seed: int
-    ) -> None:
+    def __init__(self, dataset: Dataset, config: SequenceConfig, batch_size: int, mask_history: bool, seed: int) -> None:
         super().__init__()
         self.dataset, self.config = dataset, config
         self.batch_size, self.mask_history, self.seed = batch_size, mask_history, seed

@@ -89,9 +89,7 @@ class EvaluationRows:
         self.dataset, self.part = dataset, part
         self.at = np.flatnonzero(dataset.split == {"valid": VALID, "test": TEST}[part])
         if not len(self.at):
-            raise UserError(
-                f"The {part} part of {dataset.info.get('name', 'the data')} is empty: nothing to evaluate on."
-            )
+            raise UserError(f"The {part} part of {dataset.info.get('name', 'the data')} is empty: nothing to evaluate on.")
         self.user = np.searchsorted(dataset.offsets, self.at, side="right") - 1
         self.start = np.maximum(self.at - max_length, dataset.offsets[self.user])
 

@@ -56,8 +56,7 @@ def given(labels: np.ndarray, origin: str) -> np.ndarray:
     for name in names:
         if name.lower() not in NAMES:
             raise UserError(
-                f"{origin}: the split '{name}' is none of {', '.join(NAMES)}.{nearest(name.lower(), NAMES)} "
-                "Correct the column."
+                f"{origin}: the split '{name}' is none of {', '.join(NAMES)}.{nearest(name.lower(), NAMES)} Correct the column."
             )
     return np.array([NAMES[name.lower()] for name in names], np.uint8)[codes]
 

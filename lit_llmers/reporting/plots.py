@@ -147,9 +147,7 @@ def _validation(results: Results, axes: "Axes") -> None:
 
     for name, stages in results.fits.items():
         colour = _colour(results, name)
-        curves = [
-            {e["epoch"] + 1: e[VALIDATION] for e in stage.metrics if e.get(VALIDATION) is not None} for stage in stages
-        ]
+        curves = [{e["epoch"] + 1: e[VALIDATION] for e in stage.metrics if e.get(VALIDATION) is not None} for stage in stages]
         curves = [curve for curve in curves if curve]
         if not curves:
             continue
@@ -164,9 +162,7 @@ def _validation(results: Results, axes: "Axes") -> None:
         axes.plot(shared[best], mean[best], "o", color=colour, markersize=5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
-    axes.set(
-        title=f"Validation {METRIC} of every model (dot: best epoch)", xlabel="epoch", ylabel=f"validation {METRIC}"
-    )
+    axes.set(title=f"Validation {METRIC} of every model (dot: best epoch)", xlabel="epoch", ylabel=f"validation {METRIC}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
@@ -215,9 +211,7 @@ def _labels(gains: list[dict[str, Any]], axes: "Axes") -> None:
 def _levels(results: Results, gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
     places = np.arange(len(gains))
     axes.bar(places - 0.2, [gain["ours"] for gain in gains], width=0.38, color=_colour(results, method), label=method)
-    axes.bar(
-        places + 0.2, [gain["theirs"] for gain in gains], width=0.38, color=_colour(results, control), label=control
-    )
+    axes.bar(places + 0.2, [gain["theirs"] for gain in gains], width=0.38, color=_colour(results, control), label=control)
     _labels(gains, axes)
     axes.set(title=f"Test {METRIC} by popularity of the target", ylabel=f"test {METRIC}")
     axes.legend()

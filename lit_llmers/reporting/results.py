@@ -58,9 +58,7 @@ class Results:
     def __init__(self, run: Path) -> None:
         self.run = Path(run)
         if not (self.run / "run.json").is_file():
-            raise UserError(
-                f"There is no run in {self.run}: run.json is missing. Give run=FOLDER, as runs/RECIPE/NAME."
-            )
+            raise UserError(f"There is no run in {self.run}: run.json is missing. Give run=FOLDER, as runs/RECIPE/NAME.")
         self._cache: dict[tuple[str, str], dict[str, Any] | None] = {}
         self.about: dict[str, Any] = read_json(self.run / "run.json")
         self.data: dict[str, Any] = self.about["data"]
@@ -75,9 +73,7 @@ class Results:
         folder = self.run / entry["folder"]
         done = read_json(folder / "DONE") if (folder / "DONE").is_file() else {"seconds": None, "summary": {}}
         metrics = read_metrics(folder / "metrics.jsonl")
-        return StageResult(
-            entry["name"], entry["seed"], entry["verb"], folder, done["seconds"], done["summary"], metrics
-        )
+        return StageResult(entry["name"], entry["seed"], entry["verb"], folder, done["seconds"], done["summary"], metrics)
 
     @property
     def generated(self) -> bool:

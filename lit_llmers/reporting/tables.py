@@ -149,9 +149,7 @@ def ratio_table(results: Results) -> str:
             ]
         )
     if rows and paper:
-        rows.append(
-            ["the paper", *(str(paper.get(key, NONE)) for key in ("parameters", "layers", "training", "inference"))]
-        )
+        rows.append(["the paper", *(str(paper.get(key, NONE)) for key in ("parameters", "layers", "training", "inference"))])
     return markdown(header, rows) if rows else ""
 
 
@@ -186,10 +184,7 @@ def terminal_table(results: Results) -> str:
     if not results.models:
         return plain(
             ["stage", "seed", "time"],
-            [
-                [stage.name, str(stage.seed), duration(stage.seconds) if stage.done else "not done"]
-                for stage in results.stages
-            ],
+            [[stage.name, str(stage.seed), duration(stage.seconds) if stage.done else "not done"] for stage in results.stages],
         )
     rows = []
     for name in results.models:

@@ -13,9 +13,7 @@ _BEFORE = "### Instruction:\n{instruction}\n\n### Input:\n"
 _AFTER = "\n\n### Response:\n"
 
 
-def embed_prompt(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: bool | str
-) -> tuple[Tensor, Tensor]:
+def embed_prompt(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: bool | str) -> tuple[Tensor, Tensor]:
     """Vectors of the tokens before the items, beginning with BOS where the base has one, and of those after them.
 
     Args:

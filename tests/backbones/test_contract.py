@@ -82,9 +82,7 @@ def test_padding_has_no_influence(backbone, items):
     together = backbone(items, items > 0, every_position=True)
     for row, length in ((0, 8), (1, 5), (2, 1)):
         alone = items[row : row + 1, -length:]
-        assert_same(
-            [state[row : row + 1, -length:] for state in together], backbone(alone, alone > 0, every_position=True)
-        )
+        assert_same([state[row : row + 1, -length:] for state in together], backbone(alone, alone > 0, every_position=True))
 
 
 def test_more_padding_changes_nothing(backbone, items):

@@ -43,11 +43,7 @@ def test_sizes_and_form(tables) -> None:
 
 
 def test_series_are_read_in_order(tables) -> None:
-    parts = (
-        tables.items["title"]
-        .str.extract(r"^(?P<series>.*), Part (?P<part>\d+)$")
-        .assign(item_id=tables.items["item_id"])
-    )
+    parts = tables.items["title"].str.extract(r"^(?P<series>.*), Part (?P<part>\d+)$").assign(item_id=tables.items["item_id"])
     rows = tables.interactions.merge(parts.dropna(), on="item_id", sort=False)
     part = rows["part"].astype(int)
     assert (part == rows.groupby(["user_id", "series"]).cumcount() + 1).all()

@@ -62,9 +62,7 @@ def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path
         head = {"who": "who:token", "what": "what:token", "when": "when:float"}
         interactions.rename(columns=head).to_csv(other / "shop.inter", sep="\t", index=False)
         head |= {"name": "name:token_seq", "kinds": "kinds:token_seq", "story": "story:token_seq"}
-        items.assign(kinds=items["kinds"].map(" ".join)).rename(columns=head).to_csv(
-            other / "shop.item", sep="\t", index=False
-        )
+        items.assign(kinds=items["kinds"].map(" ".join)).rename(columns=head).to_csv(other / "shop.item", sep="\t", index=False)
     expected, found = read_folder(folder, COLUMNS), read_folder(other, columns)
     assert values(found.items) == values(expected.items)
     assert values(found.interactions) == values(expected.interactions)
@@ -155,9 +153,7 @@ class TestBadInput:
 
     def test_unknown_item(self, folder: Path) -> None:
         rewrite(folder, "interactions", item_id=["4", "1", "2", "1", "99", "2", "4", "99", "88", "4"])
-        with pytest.raises(
-            UserError, match=r"item '99' \(row 5\) is not in .*items\.parquet; 2 items in 3 interactions"
-        ):
+        with pytest.raises(UserError, match=r"item '99' \(row 5\) is not in .*items\.parquet; 2 items in 3 interactions"):
             read_folder(folder, COLUMNS)
 
     @pytest.mark.parametrize(
@@ -187,9 +183,7 @@ class TestBadInput:
         ids = pd.read_parquet(folder / f"{kind}.parquet")[column].astype(float if column == "item_id" else object)
         ids[1] = None
         rewrite(folder, kind, **{column: ids})
-        with pytest.raises(
-            UserError, match=rf"{kind}\.parquet: column '{column}' is empty \(NaN\) in 1 rows, first in row 2"
-        ):
+        with pytest.raises(UserError, match=rf"{kind}\.parquet: column '{column}' is empty \(NaN\) in 1 rows, first in row 2"):
             read_folder(folder, COLUMNS)
 
     def test_local_without_path(self) -> None:

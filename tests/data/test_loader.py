@@ -1,5 +1,7 @@
 """Batches hold what the rows say, in an order that (seed, epoch) alone decides; a loader goes on where it stood."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -30,13 +32,12 @@ def numbered(rows: TrainingRows) -> dict[int, int]:
     items = rows.dataset.items.tolist()
     spans = zip(rows.start.tolist(), rows.stop.tolist(), strict=True)
     targets = [items[a + 1 : b] if rows.every_position else items[b - 1 : b] for a, b in spans]
-    return dict(enumerate(sum(targets, [])))
+    return dict(enumerate(chain.from_iterable(targets)))
 
 
 def same(ours: list, theirs: list) -> bool:
     return len(ours) == len(theirs) and all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        for a, b in zip(ours, theirs, strict=True)
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(ours, theirs, strict=True)
     )
 
 

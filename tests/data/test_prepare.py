@@ -45,9 +45,7 @@ def test_order_leave_one_out_and_info(folder: Path, tmp_path: Path) -> None:
     assert (info["generated"], info["notes"], info["split"]) == (False, [], "leave-one-out")
 
 
-def test_short_users_are_dropped_counted_and_said(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_short_users_are_dropped_counted_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         info = prepare(local(folder, min_interactions=4), tmp_path / "out")
     assert info["counts"]["users"] == 1
@@ -61,9 +59,7 @@ def test_k_core_on_tables(folder: Path, tmp_path: Path) -> None:
     extra = pd.DataFrame({"user_id": ["d", "d", "d"], "item_id": ["5", "1", "2"], "timestamp": [1, 2, 3]})
     pd.concat([pd.read_parquet(path), extra]).to_parquet(path)
     items = pd.read_parquet(folder / "items.parquet")
-    pd.concat([items, pd.DataFrame({"item_id": ["5", "6"], "title": ["Five", "Six"]})]).to_parquet(
-        folder / "items.parquet"
-    )
+    pd.concat([items, pd.DataFrame({"item_id": ["5", "6"], "title": ["Five", "Six"]})]).to_parquet(folder / "items.parquet")
     info = prepare(local(folder, k_core=2), tmp_path / "out")
     # item 5 has one interaction; without it user d has two, fewer than min_interactions
     assert info["dropped"]["k_core=2"] == {"users": 1, "items": 1, "interactions": 3}

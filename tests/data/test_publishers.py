@@ -193,9 +193,7 @@ def test_hub_out_of_reach(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for offline, message in ((False, "cannot be reached"), (True, "HF_HUB_OFFLINE is set")):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(
-            UserError, match=rf"127\.0\.0\.1:9/api/datasets/.*{message}.*amazon-games with data\.root=FOLDER"
-        ):
+        with pytest.raises(UserError, match=rf"127\.0\.0\.1:9/api/datasets/.*{message}.*amazon-games with data\.root=FOLDER"):
             source_of(games()).load()
     assert not list(cache.iterdir())
 

@@ -119,9 +119,7 @@ def test_one_causal_pass_equals_all_prefixes(make, data):
     for examples in ("sequence", "prefixes"):
         rows = rows_of(data, examples)
         model = make(rows).eval()
-        if isinstance(
-            model.backbone, SASRec
-        ):  # it counts positions from a row's right end, where a prefix stands elsewhere
+        if isinstance(model.backbone, SASRec):  # it counts positions from a row's right end, where a prefix stands elsewhere
             model.backbone.positions.requires_grad_(False).zero_()
         batch = batch_of(rows, range(len(rows)))
         loss = model.task_loss(model(batch).user, batch)
@@ -263,9 +261,7 @@ def test_learning_rate_schedules():
     assert rates(schedule="cosine") == pytest.approx(cosine)
     assert cosine[6] == pytest.approx(0.25)
     late = [0.25 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
-    assert rates(schedule="cosine", warmup_steps=2, accumulate=2) == pytest.approx([0.25, 0.5, *late]), (
-        "in steps, not batches"
-    )
+    assert rates(schedule="cosine", warmup_steps=2, accumulate=2) == pytest.approx([0.25, 0.5, *late]), "in steps, not batches"
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step(make, data):

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SENTENCE = (
-    "Here is what a user chose so far oldest first Tell which item the will choose next Instruction Input Response"
-)
+SENTENCE = "Here is what a user chose so far oldest first Tell which item the will choose next Instruction Input Response"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 KINDS = {
     "llama": SIZES | {"num_key_value_heads": 2},

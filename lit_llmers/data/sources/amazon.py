@@ -82,9 +82,7 @@ class AmazonReviews2023:
             # plain lines: the fields of the metadata differ from item to item, so they have no common schema
             lines = datasets.load_dataset("text", data_files=address(metadata), split="train", streaming=True)
         except FileNotFoundError as error:
-            raise UserError(
-                f"{REPOSITORY} has no category '{category}' ({error}). Correct data.category. {cure}."
-            ) from error
+            raise UserError(f"{REPOSITORY} has no category '{category}' ({error}). Correct data.category. {cure}.") from error
         interactions = interactions.rename(columns={"parent_asin": "item_id"})
         wanted = set(interactions["item_id"])
         rows = _items((line["text"] for line in lines), wanted)

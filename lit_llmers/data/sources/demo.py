@@ -60,15 +60,12 @@ class Demo:
                 raise UserError(f"data.generator.{name} is {getattr(p, name)}. It must be between 1 and {len(words)}.")
         if p.items < 4 * p.categories:
             raise UserError(
-                f"data.generator.items is {p.items}. With {p.categories} categories it must be at least "
-                f"{4 * p.categories}."
+                f"data.generator.items is {p.items}. With {p.categories} categories it must be at least {4 * p.categories}."
             )
         if not 3 <= p.shortest <= p.mean_length <= p.longest:
             raise UserError("data.generator: shortest (at least 3), mean_length and longest must ascend.")
         if not 2 <= p.interests <= p.categories:
-            raise UserError(
-                f"data.generator.interests is {p.interests}. It must be between 2 and data.generator.categories."
-            )
+            raise UserError(f"data.generator.interests is {p.interests}. It must be between 2 and data.generator.categories.")
         if p.longest * 2 > p.items:
             raise UserError(f"data.generator.longest is {p.longest}. It must be at most half of data.generator.items.")
 
@@ -101,9 +98,7 @@ def make_catalogue(p: GeneratorConfig, rng: np.random.Generator) -> Catalogue:
     """Draw families until there are `p.items` items; the order of items says nothing about them."""
     lengths: list[int] = []
     while sum(lengths) < p.items:
-        series = rng.random() < p.series_share / (
-            p.series_share + (1 - p.series_share) * 4.5
-        )  # 4.5: mean parts of a series
+        series = rng.random() < p.series_share / (p.series_share + (1 - p.series_share) * 4.5)  # 4.5: mean parts of a series
         lengths.append(min(int(rng.integers(3, 7)) if series else 1, p.items - sum(lengths)))
     n, parts = len(lengths), np.array(lengths)
     category = rng.permutation(np.arange(n) % p.categories)

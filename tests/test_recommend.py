@@ -1,0 +1,210 @@
+"""The command and the class that ask an exported student: what they understand, and what they answer."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_export import DIM, FIRST, MAX_LENGTH, N_ITEMS, TITLES, export_stage, finish
+
+from lit_llmers.errors import UserError
+from lit_llmers.recommend import Recommender, main
+
+
+class Favourites:
+    """Scores an item by its index and remembers what it was asked."""
+
+    def __call__(self, items: np.ndarray) -> np.ndarray:
+        self.asked = items
+        scores = np.arange(N_ITEMS + 1, dtype=np.float32)[None].repeat(len(items), 0)
+        scores[:, 0] = -np.inf
+        return scores
+
+
+@pytest.fixture
+def recommender() -> Recommender:
+    ids = [f"i{index}" for index in range(1, N_ITEMS + 1)]
+    return Recommender(ids, TITLES, ["Film"] * N_ITEMS, MAX_LENGTH, Favourites())
+
+
+def test_best_first_without_the_history(recommender):
+    got = recommender.recommend(["Film number 29", "Aladdin", "film number 30"], top=3)
+    assert got == [("Film number 28", 28.0), ("Film number 27", 27.0), ("Film number 26", 26.0)]
+    assert recommender.scorer.asked.tolist() == [[29, 4, 30]]
+    assert recommender.scorer.asked.dtype == np.int64
+
+
+def test_the_student_reads_the_latest_items_and_recommends_none_of_all(recommender):
+    history = list(range(1, 20))
+    ranked = recommender.rank(history, top=100)
+    assert recommender.scorer.asked.tolist() == [history[-MAX_LENGTH:]]
+    assert [index for index, _ in ranked] == list(range(N_ITEMS, 19, -1))  # and no more than there are
+    assert recommender.rank(list(range(1, N_ITEMS + 1)), top=3) == []
+
+
+@pytest.mark.parametrize(
+    ("title", "item"),
+    [
+        ("Toy Story (1995)", 1),
+        ("toy  story", 1),  # the whole title but for its year, although another begins so too
+        ("TOY STORY 2", 2),
+        ("The Matrix", 3),
+        ("Matrix, The", 3),
+        ("alad", 4),
+        ("number 17", 17),
+        ("Film number 7", 7),
+    ],
+)
+def test_a_title_is_found(recommender, title, item):
+    assert recommender.find(title) == item
+
+
+@pytest.mark.parametrize(
+    ("title", "message"),
+    [
+        ("Toy", r"'Toy' could be: Toy Story \(1995\) \(id i1\); Toy Story 2 \(1999\) \(id i2\)\."),
+        ("number 1", r"could be: Film number 10 \(id i10\).*and 2 more"),
+        ("Aladin", r"contains 'Aladin'. Did you mean 'Aladdin \(1992\)'\?"),
+        ("qqqq", r"contains 'qqqq'\. Write a word of it"),
+        (" ", "A title of the history is empty"),
+    ],
+)
+def test_a_title_that_is_unknown_or_could_be_several(recommender, title, message):
+    with pytest.raises(UserError, match=message):
+        recommender.recommend([title])
+
+
+def test_equal_titles_are_told_apart_by_id():
+    recommender = Recommender(["a", "b"], ["Same", "same"], ["", ""], MAX_LENGTH, Favourites())
+    with pytest.raises(UserError, match=r"Same \(id a\); same \(id b\).*history_ids"):
+        recommender.find("SAME")
+    assert recommender.find_id("b") == 2
+
+
+def test_an_item_without_a_title_goes_by_its_id():
+    recommender = Recommender(["a", "b"], ["", "x"], ["", ""], MAX_LENGTH, Favourites())
+    assert recommender.find("a") == 1
+
+
+def test_semicolons_inside_a_title(recommender):
+    assert recommender.split(f"Toy Story;{FIRST[4]}; Aladdin ;") == ["Toy Story", FIRST[4], "Aladdin"]
+    assert recommender.split("Salt &amp; Pepper; Aladdin") == ["Salt &amp", "Pepper", "Aladdin"]
+
+
+def test_empty_history_and_top(recommender):
+    with pytest.raises(UserError, match="history is empty"):
+        recommender.recommend([])
+    with pytest.raises(UserError, match="top is 0"):
+        recommender.recommend(["Aladdin"], top=0)
+    with pytest.raises(UserError, match="no item with the id 'i99'.*Did you mean 'i"):
+        recommender.find_id("i99")
+
+
+# ---- the command, on a real export ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    stage = export_stage(
+        tmp_path_factory.mktemp("run") / "tiny", "sasrec", {"dim": DIM, "layers": 1}, ["safetensors", "onnx"]
+    )
+    finish(stage)
+    return stage.run.folder
+
+
+def command(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_the_table(run, capsys):
+    status, out, _ = command(capsys, f"run={run}", "history=toy story; The Matrix", "history_ids=i4, i9", "top=3")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == "After: Toy Story (1995); Matrix, The (1999); Aladdin (1992); Film number 9"
+    assert lines[2].split() == ["score", "title", "categories"]
+    expected = Recommender.load(run).rank([1, 3, 4, 9], 3)
+    for place, (line, (index, score)) in enumerate(zip(lines[3:], expected, strict=True), 1):
+        assert line.split() == [str(place), f"{score:.3f}", *TITLES[index - 1].split(), "Film"]
+
+
+def test_both_runtimes_and_an_export_folder_answer_alike(run, capsys):
+    export = next(run.glob("export-*"))
+    answers = [
+        command(capsys, f"run={folder}", "history=Aladdin", f"as={runtime}")
+        for folder in (run, export)
+        for runtime in ("onnx", "torch")
+    ]
+    assert len(set(answers)) == 1
+    assert answers[0][0] == 0
+
+
+def test_onnx_needs_neither_torch_nor_the_run(run, tmp_path):
+    alone = shutil.copytree(next(run.glob("export-*")), tmp_path / "alone")
+    code = (
+        "import sys; from lit_llmers.recommend import main\n"
+        f"status = main(['run={alone}', 'history=Aladdin'])\n"
+        "assert status == 0 and not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_without_a_graph_torch_answers(run, tmp_path, capsys):
+    alone = shutil.copytree(next(run.glob("export-*")), tmp_path / "alone")
+    (alone / "model.onnx").unlink()
+    assert command(capsys, f"run={alone}", "history=Aladdin")[0] == 0
+    status, _, err = command(capsys, f"run={alone}", "history=Aladdin", "as=onnx")
+    assert status == 2
+    assert "There is no" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["history=Aladdin"], "No run given"),
+        (["run={run}"], "The history is empty"),
+        (["run={run}", "history=;"], "The history is empty"),
+        (["run={run}", "history=Aladdin", "top=many"], "top=many is not a number"),
+        (["run={run}", "history=Aladdin", "as=onx"], "Did you mean 'onnx'"),
+        (["run={run}", "histroy=Aladdin"], "Unknown key 'histroy'. Did you mean 'history'"),
+        (["run={run}", "history=Toy", "Story"], "'Story' is not key=value. Put titles in quotes"),
+        (["run={run}/nowhere", "history=Aladdin"], "There is no folder"),
+        (["run={run}/..", "history=Aladdin"], "It holds the runs tiny"),
+    ],
+)
+def test_a_wrong_command(run, capsys, arguments, message):
+    status, out, err = command(capsys, *(argument.format(run=run) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.startswith("\nerror: ")
+    assert message in err
+
+
+def test_the_export_is_the_one_that_the_run_lists_as_done(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    export = next(copy.glob("export-*"))
+    newer = shutil.copytree(export, copy / "export-ffffffffffff")  # of other settings; newest, but not listed
+    (newer / "config.json").write_text("{}")
+    assert command(capsys, f"run={copy}", "history=Aladdin")[0] == 0
+    (export / "DONE").unlink()
+    status, _, err = command(capsys, f"run={copy}", "history=Aladdin")
+    assert status == 2
+    assert "no finished export. Finish the run: python -m lit_llmers.fit recipe=tiny" in err
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(record | {"stages": []}))
+    assert "no finished export" in command(capsys, f"run={copy}", "history=Aladdin")[2]
+
+
+def test_a_damaged_catalogue(run, tmp_path, capsys):
+    alone = shutil.copytree(next(run.glob("export-*")), tmp_path / "alone")
+    (alone / "items.parquet").write_bytes(b"PAR1")
+    assert "items.parquet cannot be read" in command(capsys, f"run={alone}", "history=Aladdin")[2]
+
+
+def test_help(capsys):
+    for arguments in ([], ["--help"], ["run=x", "-h"]):
+        status, out, _ = command(capsys, *arguments)
+        assert status == 0
+        assert out.startswith("usage: python -m lit_llmers.recommend run=FOLDER")
