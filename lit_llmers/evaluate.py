@@ -154,7 +154,7 @@ def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str 
     if settings.protocol == "full":
         return None, None
     path = stage.folder / "candidates.npy"
-    if not path.is_file():
+    if not path.with_name(f"{path.name}.json").is_file():  # it comes after the candidates
         rows = EvaluationRows(dataset, "test", max_length=1)
         number = int(settings.protocol.partition("-")[2])
         drawn = make_candidates(

@@ -27,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno == errno.ENOSPC or "requested and" in str(error):  # numpy: "n requested and m written", no errno
             raise UserError(
                 f"No space left on the disk while writing {path}. Free some space and give the same command again: "
                 "what was finished before stays and is not done again."

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_llmers.conf.schema import SECTIONS
 from lit_llmers.errors import UserError, nearest, unknown
 
 PACKAGE = Path(__file__).parent
@@ -64,8 +65,13 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     path = find(name)
+    try:
+        OmegaConf.load(path)
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     scale, given = _split_scale(overrides)
     for override in given:
         if not re.match(r"^[+~]*[\w@/.-]+(=|$)", override) or ("=" not in override and not override.startswith("~")):
@@ -85,7 +91,10 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             config = composed(others)
         except (HydraException, OmegaConfBaseException) as error:
             groups = [override for override in others if override.partition("=")[0] in GROUPS]
-            known = list(_keys(OmegaConf.to_container(composed(groups), resolve=False)))
+            try:
+                known = list(_keys(OmegaConf.to_container(composed(groups), resolve=False)))
+            except (HydraException, OmegaConfBaseException) as also:
+                raise UserError(f"Recipe '{name}' does not compose: {str(also).splitlines()[0]}") from also
             for override in given:
                 key = override.partition("=")[0].lstrip("+~")
                 if key not in known and key not in GROUPS:
@@ -132,6 +141,8 @@ def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:
     tree = OmegaConf.create(config)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.get_key_element().lstrip("+~")
+        if (name := key.split(".")[1]) not in tree.stages:
+            raise unknown("stage", name, tree.stages)
         if override.is_delete():
             parent, _, last = key.rpartition(".")
             OmegaConf.select(tree, parent).pop(last)
@@ -142,7 +153,7 @@ def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:
 
 def _open(override: str) -> str:
     """Let a setting be given although no YAML writes it; its section's dataclass refuses what it does not know."""
-    return f"++{override}" if re.match(r"^\w+\.", override) else override
+    return f"++{override}" if override.partition(".")[0] in (*SECTIONS, *GROUPS) else override
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:

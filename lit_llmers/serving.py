@@ -4,6 +4,7 @@ An export is `config.json` (how to build the model, and where it comes from), `i
 `model.safetensors` (the weights) and `model.onnx` (the whole model as one graph).
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ def find_export(folder: Path) -> Path:
     exports = [folder / stage["folder"] for stage in record["stages"] if stage["verb"] == "export"]
     done = [path for path in exports if (path / "DONE").is_file()]
     if not done:
-        raise UserError(f"{folder} has no finished export. Finish the run: {record['command']}")
+        command = re.sub(r" stage=\S+", "", record["command"])
+        raise UserError(f"{folder} has no finished export. Finish the run: {command}")
     if len(done) > 1:
         raise UserError(f"{folder} has several exports. Give one of them as run=: {', '.join(map(str, done))}.")
     return done[0]

@@ -130,8 +130,12 @@ def plan(config: dict[str, Any]) -> list[Stage]:
     Raises:
         UserError: an unknown verb, key, stage name or option, or a stage that needs a later one.
     """
+    for section in ("run", "stages"):
+        if section not in config:
+            raise UserError(f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base.")
     for section, cls in SECTIONS.items():
         build(cls, config[section], section)
+    _check_seeds(config["seed"], config["seeds"])
     place = config["run"]
     run = Run(Path(place["dir"]) / config["recipe"] / place["name"], config["recipe"], place["name"], config["logger"])
     entries = {name: _inherit(name, config["stages"]) for name in config["stages"]}
@@ -158,6 +162,15 @@ def plan(config: dict[str, Any]) -> list[Stage]:
 
     check_blocks({name: stages[0].config for name, stages in planned.items()})
     return [stage for stages in planned.values() for stage in stages]
+
+
+def _check_seeds(seed: Any, seeds: Any) -> None:
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"seed is {seed}. It must be a whole number from 0.")
+    if not isinstance(seeds, list) or not seeds or any(type(each) is not int or each < 0 for each in seeds):
+        raise UserError(f"seeds is {seeds}. It must be a list of whole numbers from 0, as seeds=[0,1,2].")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {seeds}. It must be a list of different whole numbers.")
 
 
 def _inherit(name: str, stages: dict[str, Any], chain: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -218,7 +231,7 @@ def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
         return []
     preparing = [name for name, entry in entries.items() if "prepare" in entry]
     if verb == "fit":
-        sources = [arguments["from"] for callback in typed.callbacks for arguments in callback.values() if "from" in arguments]
+        sources = [own["from"] for callback in typed.callbacks for own in callback.values() if own and "from" in own]
         return list(dict.fromkeys([*preparing, *typed.items, *sources]))
     of = getattr(typed, "of", [])
     return [*preparing, *([of] if isinstance(of, str) else of)]
@@ -257,8 +270,6 @@ def run(stages: list[Stage], until: str | None) -> list[Stage]:
 def _run_one(stage: Stage) -> None:
     log.info("%-24s %s (%s)", stage.label, "goes on" if stage.folder.is_dir() else "starts", stage.folder.name)
     stage.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in stage.folder.rglob(".*.tmp"):  # of a killed process
-        leftover.unlink()
     settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
     write_json(stage.folder / "config.json", settings)
     started = time.monotonic()
@@ -274,7 +285,7 @@ def _run_one(stage: Stage) -> None:
 
 @contextmanager
 def alone(run_folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process.
+    """Hold the run folder for this process, and remove what a killed one left half-written.
 
     Raises:
         UserError: the folder may not be written, or another process works in it.
@@ -295,6 +306,8 @@ def alone(run_folder: Path) -> Iterator[None]:
             raise UserError(
                 f"Another process is working in {run_folder}. Wait for it, or start a second run with run.name=OTHER."
             ) from error
+        for leftover in run_folder.rglob(".*.tmp"):  # of a killed process
+            leftover.unlink()
         yield
 
 

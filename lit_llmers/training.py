@@ -36,6 +36,7 @@ def run(stage: Stage) -> dict[str, Any]:
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), *terms, best, last])
     resume_from = str(last.path) if last.path.is_file() else None
+    L.seed_everything(stage.seed, verbose=False)  # what callbacks add starts the same, whatever the signals' source drew
     trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
     model = load_model(stage, dataset, data.rows)
     with atomic_write(stage.folder / TABLE) as temporary, open(temporary, "wb") as file:

@@ -96,9 +96,7 @@ def base_folder(tmp_path):
 
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "#": 2, "user": 3, ":": 4}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(
-        tmp_path / "base"
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(tmp_path / "base")
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES | {"vocab_size": 5})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -203,15 +201,15 @@ def test_weights_of_another_model(folder, change, message):
 def test_damaged_and_missing_files(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="model.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
         load_exported(folder)
     path.unlink()
-    with pytest.raises(UserError, match="no .*model.safetensors"):
+    with pytest.raises(UserError, match=r"no .*model.safetensors"):
         load_exported(folder)
-    with pytest.raises(UserError, match="no .*model.onnx"):
+    with pytest.raises(UserError, match=r"no .*model.onnx"):
         OnnxScorer(folder / "model.onnx")
     (folder / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(UserError, match="model.onnx is damaged"):
+    with pytest.raises(UserError, match=r"model.onnx is damaged"):
         OnnxScorer(folder / "model.onnx")
 
 

@@ -98,7 +98,7 @@ def test_empty_history_and_top(recommender):
         recommender.recommend([])
     with pytest.raises(UserError, match="top is 0"):
         recommender.recommend(["Aladdin"], top=0)
-    with pytest.raises(UserError, match="no item with the id 'i99'.*Did you mean 'i"):
+    with pytest.raises(UserError, match=r"no item with the id 'i99'.*Did you mean 'i"):
         recommender.find_id("i99")
 
 
@@ -107,9 +107,7 @@ def test_empty_history_and_top(recommender):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    stage = export_stage(
-        tmp_path_factory.mktemp("run") / "tiny", "sasrec", {"dim": DIM, "layers": 1}, ["safetensors", "onnx"]
-    )
+    stage = export_stage(tmp_path_factory.mktemp("run") / "tiny", "sasrec", {"dim": DIM, "layers": 1}, ["safetensors", "onnx"])
     finish(stage)
     return stage.run.folder
 
@@ -191,7 +189,7 @@ def test_the_export_is_the_one_that_the_run_lists_as_done(run, tmp_path, capsys)
     (export / "DONE").unlink()
     status, _, err = command(capsys, f"run={copy}", "history=Aladdin")
     assert status == 2
-    assert "no finished export. Finish the run: python -m lit_llmers.fit recipe=tiny" in err
+    assert "no finished export. Finish the run: python -m lit_llmers.fit recipe=tiny seed=1" in err
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(record | {"stages": []}))
     assert "no finished export" in command(capsys, f"run={copy}", "history=Aladdin")[2]

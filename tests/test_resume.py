@@ -24,6 +24,26 @@ class KillAfter(L.Callback):
             raise Killed
 
 
+def interrupt(planned, name, batches, monkeypatch):
+    """Run to the stage `name` and kill it after so many batches."""
+    make_trainer, killed = training_stage.make_trainer, KillAfter(batches)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_stage, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed])
+        )
+        with pytest.raises(Killed):
+            run(planned, name)
+
+
+def link(planned, whole, name):
+    """What the stage `name` needs was done before, in another run."""
+    for stage in planned:
+        if stage.name == name:
+            return stage
+        stage.folder.parent.mkdir(parents=True, exist_ok=True)
+        stage.folder.symlink_to(whole[stage.name].folder)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     planned = small(tmp_path_factory.mktemp("whole"))
@@ -35,17 +55,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("batches", [1, 5, 10, 13, 20])  # ten batches are an epoch; a checkpoint comes every three
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, name, batches):
     planned = small(tmp_path)
-    for stage in planned:  # what the killed stage needs was done before
-        if stage.name == name:
-            break
-        stage.folder.parent.mkdir(parents=True, exist_ok=True)
-        stage.folder.symlink_to(uninterrupted[stage.name].folder)
-    make_trainer = training_stage.make_trainer
-    killed = KillAfter(batches)
-    with monkeypatch.context() as patch:
-        patch.setattr(training_stage, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed]))
-        with pytest.raises(Killed):
-            run(planned, name)
+    stage = link(planned, uninterrupted, name)
+    interrupt(planned, name, batches, monkeypatch)
     assert not stage.done
     assert (stage.folder / "last.ckpt").exists() == (batches >= 3)
     run(planned, name)
@@ -77,3 +88,28 @@ def test_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
     torch.save(foreign, stage.folder / "last.ckpt")
     with pytest.raises(UserError, match="is of another model"):
         run(planned, "item_embeddings")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.accumulate_grad_batches=2", "optimizer.schedule=cosine", "optimizer.warmup_steps=3"],
+        ["trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=7"],  # the epoch ends within an optimiser step
+        [
+            "signals.online=true",
+            "stages.student.callbacks=[{feature_distillation:{from:signals}},{deep_supervision:{blocks:2,share:0.5}}]",
+        ],
+    ],
+    ids=["accumulate and schedule", "accumulate and limit", "online and share"],
+)
+def test_the_same_with_other_settings(tmp_path, monkeypatch, settings):
+    whole = by_name(small(tmp_path / "whole", *settings))
+    run(list(whole.values()), "student")
+    for batches in (5, 13):
+        planned = small(tmp_path / str(batches), *settings)
+        student = link(planned, whole, "student")
+        interrupt(planned, "student", batches, monkeypatch)
+        assert (student.folder / "last.ckpt").exists()
+        run(planned, "student")
+        assert_equal_weights(weights(student), weights(whole["student"]))
+        assert student.summary["best"] == whole["student"].summary["best"]

@@ -49,7 +49,7 @@ class _CosineDistance(torch.autograd.Function):
         return 1 - cosine
 
     @staticmethod
-    def backward(ctx, cotangent: Tensor):  # type: ignore[override]
+    def backward(ctx, cotangent: Tensor):
         student, teacher, student_norm, teacher_norm, cosine = ctx.saved_tensors
         unit = (cotangent / student_norm).unsqueeze(-1)
         gradient = student * (unit * (cosine / student_norm).unsqueeze(-1))
@@ -67,7 +67,7 @@ class _EuclideanDistance(torch.autograd.Function):
         return distance
 
     @staticmethod
-    def backward(ctx, cotangent: Tensor):  # type: ignore[override]
+    def backward(ctx, cotangent: Tensor):
         difference, distance = ctx.saved_tensors
         return difference * (cotangent / distance).masked_fill_(distance == 0, 0).unsqueeze(-1), None
 

@@ -136,8 +136,6 @@ def test_projectors_train_and_are_not_served(trained):
     checkpoint = torch.load(stage.folder / "best.ckpt", weights_only=True)
     projectors = checkpoint["distillation"]
     assert {value.shape for key, value in projectors.items() if key.endswith("weight")} == {(16, 8)}
-    for key, value in projectors.items():  # nn.Linear starts within 1/sqrt(8), its bias too
-        assert value.abs().max() > 0, key
     trained_count = len(checkpoint["optimizer_states"][0]["state"])
     model = load_model(stage, load_dataset(stage))
     assert not [key for key in model.state_dict() if "distillation" in key]

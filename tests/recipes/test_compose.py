@@ -1,0 +1,241 @@
+"""Every shipped recipe composes with every option; what is unknown is named, with the nearest known name."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny import by_name
+
+from lit_llmers import recipes
+from lit_llmers.building import find
+from lit_llmers.data import sources
+from lit_llmers.errors import UserError
+from lit_llmers.stages import plan
+
+RECIPES = sorted(recipes.available())
+NEEDS = {  # what an option cannot do without
+    "data=local": ["data.path=FOLDER"],
+    "teacher=local": ["teacher.path=FOLDER"],
+    "student=sasrec": ["student.model.layers=4"],
+    "student=gru4rec": ["student.model.layers=4"],
+}
+OPTIONS = [f"{group}={name}" for group in recipes.GROUPS for name in recipes.options(group)]
+SHALLOW = """\
+# A recipe of one's own: one model, no LLM.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+sequences: {max_length: 7}
+stages:
+  prepare: {prepare: interactions}
+  model: {fit: sasrec, model: {dim: 8}}
+"""
+
+
+@pytest.fixture
+def no_files(monkeypatch):
+    """Plan without the files and the network that a data source would look at."""
+
+    class Nothing:
+        def fingerprint(self):
+            return {"content": "unknown"}
+
+    monkeypatch.setattr(sources, "source_of", lambda config: Nothing())
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SHALLOW)
+    return path
+
+
+def scales(name: str) -> list[str]:
+    from omegaconf import OmegaConf
+
+    return ["laptop", *(OmegaConf.load(recipes.find(name)).get("scales") or {})]
+
+
+SCALED = [(name, f"scale={scale}") for name in RECIPES for scale in scales(name)]
+
+
+def test_there_are_recipes_and_options():
+    assert "slmrec" in RECIPES
+    assert {"data=ml-1m", "teacher=llama2-7b", "trainer=single", "logger=wandb"} <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_plans_with_every_option(name, option, no_files):
+    config = recipes.compose(name, [option, *NEEDS.get(option, [])])
+    group, _, chosen = option.partition("=")
+    if group in ("data", "teacher"):
+        assert config[group]["name"] == chosen
+    if group == "logger":
+        assert config[group]["kind"] == chosen
+    for stage in plan(config):
+        if stage.verb == "fit":
+            find("backbones", stage.config.fit)
+            for callback in stage.config.callbacks:
+                for callback_name in callback:
+                    find("callbacks", callback_name)
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_every_scale_plans_and_is_what_the_recipe_says(name, scale, no_files):
+    from omegaconf import OmegaConf
+
+    config = recipes.compose(name, [scale])
+    plan(config)
+    listed = OmegaConf.load(recipes.find(name)).get("scales") or {}
+    for key, value in listed.get(scale.removeprefix("scale="), {}).items():
+        if key not in recipes.GROUPS:
+            assert OmegaConf.select(OmegaConf.create(config), key) == value, key
+    assert "scales" not in config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_begins_with_its_title(name):
+    assert len(recipes.title(recipes.available()[name])) > 20
+
+
+def test_overrides_beside_a_scale_win(no_files):
+    config = recipes.compose("slmrec", ["trainer.batch_size=3", "scale=paper", "stages.teacher.model.dropout=0.3"])
+    assert config["trainer"]["batch_size"] == 3
+    assert config["stages"]["teacher"]["model"]["dropout"] == 0.3
+    assert config["teacher"]["name"] == "llama2-7b"
+
+
+def test_what_a_teacher_says_of_examples_holds_until_it_is_overridden():
+    assert recipes.compose("slmrec", [])["sequences"]["examples"] == "sequence"
+    assert recipes.compose("slmrec", ["teacher=llama2-7b"])["sequences"]["examples"] == "last"
+    given = recipes.compose("slmrec", ["teacher=llama2-7b", "sequences.examples=prefixes"])
+    assert given["sequences"]["examples"] == "prefixes"
+
+
+def test_a_key_below_an_interpolation_can_be_set_and_reaches_only_its_stage():
+    stages = recipes.compose("slmrec", ["stages.student.model.layers=2", "teacher.seed=4"])["stages"]
+    assert stages["student"]["model"]["layers"] == 2
+    assert stages["teacher"]["model"]["layers"] == 8
+    assert stages["student"]["model"]["base"]["seed"] == stages["teacher"]["model"]["base"]["seed"] == 4
+
+
+def test_settings_that_no_yaml_writes_can_be_given():
+    config = recipes.compose("slmrec", ["data.generator.users=99", "stages.student.optimizer.lr=0.5", "data.columns.user=who"])
+    assert config["data"]["generator"] == {"users": 99}
+    assert config["stages"]["student"]["optimizer"] == {"lr": 0.5}
+    assert by_name(plan(config))["prepare"].config.columns.user == "who"
+
+
+@pytest.mark.parametrize("overrides", [["student=sasrec"], ["student=gru4rec"], ["student=llm"]])
+def test_another_student_is_one_override(overrides, no_files):
+    planned = by_name(plan(recipes.compose("slmrec", [*overrides, "stages.student.model.layers=4"])))
+    assert planned["student"].config.fit == overrides[0].removeprefix("student=").replace("llm", "llm_decoder")
+    assert planned["control"].config.fit == planned["student"].config.fit
+
+
+# ---- recipes of one's own --------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_by_path(mine, monkeypatch):
+    config = recipes.compose(str(mine), ["trainer.max_epochs=2"])
+    assert (config["recipe"], config["trainer"]["max_epochs"], config["sequences"]["max_length"]) == ("mine", 2, 7)
+    assert [stage.name for stage in plan(config)] == ["prepare", "model"]
+    monkeypatch.chdir(mine.parent)
+    assert recipes.compose("mine.yaml", [])["recipe"] == "mine"
+
+
+def test_recipes_in_the_folder_at_hand_have_names_and_win(mine, monkeypatch, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name in ("mine", "slmrec"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(SHALLOW)
+    monkeypatch.chdir(tmp_path)
+    assert {"mine", "slmrec"} <= set(recipes.available())
+    assert list(recipes.compose("slmrec", [])["stages"]) == list(recipes.compose("mine", [])["stages"]) == ["prepare", "model"]
+
+
+def test_a_recipe_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"There is no recipe file .*gone\.yaml.*slmrec"):
+        recipes.compose(str(tmp_path / "gone.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stages: [}", "mine.yaml is not valid YAML.*line 1"),
+        ("defaults: [/bose, _self_]\nstages: {}", "mine.*does not compose.*bose"),
+        ("defaults: [/base, /data: nowhere, _self_]\nstages: {}", "mine.*does not compose.*nowhere"),
+        (SHALLOW.replace("dim: 8", "dim: '${nothing}'"), "mine.*does not resolve.*nothing"),
+        ("stages: {prepare: {prepare: interactions}}", "mine.*lacks 'run'.*/base"),
+        (SHALLOW.partition("stages")[0], "mine.*lacks 'stages'"),
+        ("", "mine.*lacks 'run'"),
+    ],
+)
+def test_a_recipe_file_that_is_wrong(mine, content, message):
+    mine.write_text(content)
+    with pytest.raises(UserError, match=message):
+        plan(recipes.compose(str(mine), []))
+
+
+# ---- unknown names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=ml1m", r"Unknown option of data 'ml1m'. Did you mean 'ml-1m'\? There is: amazon-beauty"),
+        ("teacher=lama2-7b", r"Unknown option of teacher.*Did you mean 'llama2-7b'\?"),
+        ("student=sasreq", r"Unknown option of student.*Did you mean 'sasrec'\?"),
+        ("trainer=singel", r"Unknown option of trainer.*Did you mean 'single'\?"),
+        ("logger=wandbb", r"Unknown option of logger.*Did you mean 'wandb'\?"),
+        ("scale=papr", r"Unknown scale of slmrec 'papr'. Did you mean 'paper'\? There is: laptop, paper"),
+        ("repaet=[student]", r"Unknown configuration key 'repaet'. Did you mean 'repeat'\?"),
+        ("trainer.max_epoch=1", r"Unknown configuration key 'trainer.max_epoch'. Did you mean 'max_epochs'\?"),
+        ("trainr.max_epochs=1", r"Unknown configuration key 'trainr.max_epochs'. Did you mean 'trainer.max_epochs'\?"),
+        ("sequence.max_length=1", r"Unknown configuration key 'sequence.max_length'. Did you mean 'sequences.max_length'\?"),
+        ("run.nam=x", r"'run.nam'. Did you mean 'name'\?"),
+        ("logger.knd=x", r"'logger.knd'. Did you mean 'kind'\?"),
+        ("data.kcore=5", r"'data.kcore'. Did you mean 'k_core'\?"),
+        ("data.columns.usr=u", r"'data.columns.usr'. Did you mean 'user'\?"),
+        ("data.generator.user=5", r"'data.generator.user'. Did you mean 'users'\?"),
+        ("teacher.sed=5", r"'teacher.sed'. Did you mean 'seed'\?"),
+        ("teacher.lora={rnk: 4}", r"'teacher.lora.rnk'. Did you mean 'rank'\?"),
+        ("stages.student.modle.layers=2", r"'stages.student.modle'. Did you mean 'model'\?"),
+        ("stages.student.model.layer=2", r"'stages.student.model.layer'. Did you mean 'layers'\?"),
+        ("stages.student.callbacks=[{deep_supervison: {}}]", r"Did you mean 'deep_supervision'\?"),
+        ("stages.studnt.model.layers=2", r"Unknown stage 'studnt'. Did you mean 'student'\? There is: control"),
+        ("stages.teachr.fit=sasrec", r"Unknown stage 'teachr'. Did you mean 'teacher'\?"),
+        ("max_epochs", "'max_epochs' is not an override. Write key=value"),
+        ("trainer.max_epochs:2", "is not an override"),
+        ("stages.student.model={layers: [}", "does not"),
+    ],
+)
+def test_what_is_unknown_is_named_with_the_nearest_known_name(override, message):
+    with pytest.raises(UserError, match=message):
+        plan(recipes.compose("slmrec", [override]))
+
+
+def test_an_option_of_a_group_that_the_recipe_does_not_have(mine):
+    with pytest.raises(UserError, match="mine.*student"):
+        recipes.compose(str(mine), ["student=gru4rec"])
+
+
+def test_a_value_that_an_option_needs_is_asked_for():
+    with pytest.raises(UserError, match="does not resolve: Missing mandatory value: path"):
+        recipes.compose("slmrec", ["teacher=local"])
+    with pytest.raises(UserError, match=r"data\.path=FOLDER"):
+        plan(recipes.compose("slmrec", ["data=local"]))
+
+
+@pytest.mark.parametrize("name", ["os", "../fit", "..fit", "items", "__init__", "torch.nn.Linear", "lit_llmers.fit", "", "."])
+@pytest.mark.parametrize("room", ["backbones", "callbacks"])
+def test_names_never_resolve_outside_their_room(room, name):
+    with pytest.raises(UserError, match=re.escape(f"Unknown name in lit_llmers/{room} '{name}'")):
+        find(room, name)
+
+
+def test_the_names_of_the_rooms():
+    assert find("backbones", "sasrec").__name__ == "SASRec"
+    assert find("backbones", "llm_decoder").__name__ == "LLMDecoder"
+    assert find("callbacks", "feature_distillation").__name__ == "FeatureDistillation"
+    for helper in ("resume", "progress", "throughput"):  # Lightning callbacks, but none that a recipe attaches
+        with pytest.raises(UserError, match="There is: deep_supervision, .*feature_distillation"):
+            find("callbacks", helper)

@@ -1,0 +1,301 @@
+"""The evaluation of a run, worked out again with plain loops."""
+
+import hashlib
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import by_name, dataset, small
+
+from lit_llmers import evaluate, metrics
+from lit_llmers.data.dataset import TEST, TRAIN, Dataset
+from lit_llmers.data.sequences import EvaluationRows
+from lit_llmers.errors import UserError
+from lit_llmers.metrics import ranking_metrics
+from lit_llmers.models import load_dataset, load_model
+from lit_llmers.stages import run
+
+KS = (1, 5, 10, 20)
+CATALOGUE = """\
+# A catalogue large enough for 999 candidates.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  first: {fit: sasrec, model: {dim: 8}}
+  second: {fit: gru4rec, model: {dim: 8}}
+  evaluate: {evaluate: test, of: [first, second]}
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    planned = small(tmp_path_factory.mktemp("whole"), "trainer.max_epochs=1", "seeds=[0,1]")
+    run(planned, "evaluate")
+    return planned
+
+
+def stages_of(whole, *overrides: str):
+    return by_name(small(whole[0].run.folder.parents[1], "trainer.max_epochs=1", "seeds=[0,1]", *overrides))
+
+
+def read(stage) -> dict:
+    return json.loads((stage.folder / "evaluation.json").read_text())
+
+
+def ranks_of(stage, model: dict) -> np.ndarray:
+    return np.load(stage.folder / model["ranks"], allow_pickle=False)
+
+
+def plain_scores(fitted, data: Dataset, user: int) -> tuple[np.ndarray, int, set[int]]:
+    """Scores of the whole catalogue for one user, the test item and the items before it."""
+    own = data.items[data.offsets[user] : data.offsets[user + 1]].astype(np.int64)
+    model = load_model(fitted, data)
+    items = torch.from_numpy(own[:-1][-fitted.config.sequences.max_length :])[None]
+    with torch.no_grad():
+        scores = (model.backbone.head(model.backbone(items, items > 0)[-1][0, -1]) @ model.item_table().T).double().numpy()
+    return scores, int(own[-1]), set(own[:-1].tolist()) - {int(own[-1])}
+
+
+def plain_rank(scores: np.ndarray, target: int, others: list[int]) -> float:
+    above = sum(scores[item] > scores[target] for item in others)
+    return above + 0.5 * sum(scores[item] == scores[target] for item in others)
+
+
+def plain_metrics(ranks: list[float]) -> dict[str, float]:
+    out = {}
+    for k in KS:
+        out[f"HR@{k}"] = sum(rank < k for rank in ranks) / len(ranks)
+        out[f"NDCG@{k}"] = sum(1 / math.log2(rank + 2) for rank in ranks if rank < k) / len(ranks)
+    return out | {"MRR": sum(1 / (rank + 1) for rank in ranks) / len(ranks)}
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "item_embeddings"])
+def test_ranks_and_metrics_equal_plain_loops(whole, name):
+    stage = next(stage for stage in whole if stage.name == "evaluate")
+    fitted = next(stage for stage in whole if stage.name == name)
+    data = load_dataset(stage)
+    entry = next(model for model in read(stage)["models"] if (model["name"], model["seed"]) == (name, fitted.seed))
+    ranks = ranks_of(stage, entry)
+    rows = EvaluationRows(data, "test", 8)
+    assert len(ranks) == data.n_users == 150
+    expected = []
+    for row in range(0, 150, 3):
+        scores, target, seen = plain_scores(fitted, data, int(rows.user[row]))
+        others = [item for item in range(1, data.n_items + 1) if item != target and item not in seen]
+        expected.append(plain_rank(scores, target, others))
+    assert ranks[::3].tolist() == expected
+    assert len(set(expected)) > 10
+    figures = entry["metrics"]["all"]
+    assert figures.pop("users") == 150
+    assert figures == pytest.approx(plain_metrics(ranks.tolist()))
+
+
+def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):
+    stage = next(stage for stage in whole if stage.name == "evaluate")
+    result = read(stage)
+    found = [(model["name"], model["seed"]) for model in result["models"]]
+    assert found == [("teacher", 0), ("student", 0), ("student", 1), ("control", 0), ("control", 1), ("item_embeddings", 0)]
+    for model in result["models"]:
+        fitted = next(s for s in whole if (s.name, s.seed) == (model["name"], model["seed"]))
+        assert model["parameters"]["total"] == fitted.summary["parameters"]["total"]
+        assert model["parameters"]["layers"] == {"teacher": 4, "student": 2, "control": 2, "item_embeddings": 2}[fitted.name]
+        assert model["training"]["seconds"] == fitted.summary["train_seconds"] > 0
+        assert model["inference"]["users_per_second"] == pytest.approx(150 / model["inference"]["seconds"])
+    best = max(result["models"], key=lambda model: model["metrics"]["all"]["NDCG@10"])
+    assert stage.summary == {"models": 6, "best": best["name"], "NDCG@10": best["metrics"]["all"]["NDCG@10"]}
+    data = load_dataset(stage)
+    assert result["protocol"] == {
+        "name": "full",
+        "history": "masked",
+        "split": "leave-one-out",
+        "split_hash": data.fingerprint,
+        "users": 150,
+        "items": data.n_items,
+        "candidates": None,
+    }
+
+
+def test_groups_partition_the_test_users_and_have_their_own_metrics(whole):
+    stage = next(stage for stage in whole if stage.name == "evaluate")
+    data = load_dataset(stage)
+    with np.load(stage.folder / "groups.npz", allow_pickle=False) as arrays:
+        groups = dict(arrays)
+    entry = read(stage)["models"][0]
+    ranks = ranks_of(stage, entry)
+    members = {"head": groups["head"], "tail": ~groups["head"], "short": groups["short"], "long": ~groups["short"]}
+    for one, other in (("head", "tail"), ("short", "long")):
+        assert entry["metrics"][one]["users"] + entry["metrics"][other]["users"] == 150
+        assert min(entry["metrics"][one]["users"], entry["metrics"][other]["users"]) > 10
+    for name, inside in members.items():
+        figures = dict(entry["metrics"][name])
+        assert figures.pop("users") == inside.sum()
+        assert figures == pytest.approx(plain_metrics(ranks[inside].tolist()))
+    count = np.zeros(data.n_items + 1, int)
+    for item, part in zip(data.items, data.split, strict=True):
+        count[item] += part == TRAIN
+    targets = data.items[data.split == TEST]
+    bounds = [0, 5, 10, 20, 50, 100, 200, 500, math.inf]
+    for number, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        inside = (count[targets] >= low) & (count[targets] < high)
+        figures = entry["popularity"][number]
+        assert figures["group"] == (f"{low}-{high - 1}" if high < math.inf else f"{low}+")
+        assert figures["users"] == inside.sum()
+        assert ((groups["popularity"] == number) == inside).all()
+        if inside.any():
+            assert figures["MRR"] == pytest.approx(plain_metrics(ranks[inside].tolist())["MRR"])
+
+
+def test_head_and_short_worked_out_by_hand():
+    train = [[1, 1, 1, 1, 2], [1, 2, 3], [2, 4]]
+    data = dataset([history + [6, target] for history, target in zip(train, [1, 2, 4], strict=True)], n_items=10)
+    groups = evaluate.row_groups(data, EvaluationRows(data, "test", 3))
+    assert groups["head"].tolist() == [True, True, False], "2 of 10 items: 1 and 2, by training counts alone"
+    assert groups["short"].tolist() == [False, True, True], "histories of 6, 4 and 3, of which 4 is the median"
+    assert groups["popularity"].tolist() == [1, 0, 0], "item 1 occurs five times in training"
+
+
+def test_the_batch_size_changes_nothing(whole):
+    planned = stages_of(whole, "evaluation.batch_size=7")
+    run(list(planned.values()), "evaluate")
+    ours, theirs = planned["evaluate"], next(stage for stage in whole if stage.name == "evaluate")
+    assert ours.folder != theirs.folder
+    for one, other in zip(read(ours)["models"], read(theirs)["models"], strict=True):
+        assert one["metrics"] == other["metrics"]
+        assert (ranks_of(ours, one) == ranks_of(theirs, other)).all()
+
+
+def test_without_mask_the_history_competes(whole):
+    stage, config = whole[0], next(stage for stage in whole if stage.name == "evaluate").config
+    data = load_dataset(next(stage for stage in whole if stage.name == "teacher"))
+    fitted = next(stage for stage in whole if stage.name == "item_embeddings")
+    rows = EvaluationRows(data, "test", 8)
+    model = load_model(fitted, data)
+    settings = type(config.evaluation)(mask_history=False)
+    free, _ = evaluate.rank_all(model, rows, type(config)("test", [], settings), None)
+    masked, _ = evaluate.rank_all(model, rows, config, None)
+    assert (free >= masked).all()
+    assert (free > masked).any()
+    for row in range(0, 150, 10):
+        scores, target, _ = plain_scores(fitted, data, int(rows.user[row]))
+        assert free[row] == plain_rank(scores, target, [i for i in range(1, data.n_items + 1) if i != target])
+    assert stage.name == "prepare"
+
+
+def test_evaluation_goes_on_after_a_fault(whole, tmp_path, monkeypatch):
+    planned = stages_of(whole, "evaluation.batch_size=11")
+    rank_all, calls = evaluate.rank_all, []
+
+    def fail_at_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return rank_all(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "rank_all", fail_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(list(planned.values()), "evaluate")
+    assert not (planned["evaluate"].folder / "evaluation.json").exists()
+    run(list(planned.values()), "evaluate")
+    assert len(read(planned["evaluate"])["models"]) == 6
+
+
+# ---- sampled candidates ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampled")
+    (folder / "mine.yaml").write_text(CATALOGUE)
+    planned = sampled_stages(folder)
+    run(planned, None)
+    return folder, by_name(planned)
+
+
+def sampled_stages(folder, *overrides: str):
+    settings = ["data.generator.items=1500", "data.generator.users=300", "trainer.max_epochs=1", *overrides]
+    return small(folder, "evaluation.protocol=sampled-999", *settings, recipe=str(folder / "mine.yaml"))
+
+
+def test_candidates_are_stored_with_a_hash_that_is_in_the_result(sampled):
+    stage = sampled[1]["evaluate"]
+    path = stage.folder / "candidates.npy"
+    protocol = read(stage)["protocol"]
+    assert protocol["name"] == "sampled-999"
+    assert protocol["candidates"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    candidates, data = np.load(path, allow_pickle=False), load_dataset(stage)
+    rows = EvaluationRows(data, "test", 8)
+    assert candidates.shape == (300, 999)
+    for row in range(300):
+        own = data.items[data.offsets[rows.user[row]] : data.offsets[rows.user[row] + 1]]
+        assert not set(own.tolist()) & set(candidates[row].tolist())
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_ranks_among_the_candidates_equal_plain_loops(sampled, name):
+    stage, fitted = sampled[1]["evaluate"], sampled[1][name]
+    data = load_dataset(stage)
+    candidates = np.load(stage.folder / "candidates.npy", allow_pickle=False)
+    entry = next(model for model in read(stage)["models"] if model["name"] == name)
+    ranks = ranks_of(stage, entry)
+    for row in range(0, 300, 20):
+        scores, target, _ = plain_scores(fitted, data, row)
+        close = np.abs(scores[candidates[row]] - scores[target]).min() < 1e-7  # rounding may decide
+        if not close:
+            assert ranks[row] == plain_rank(scores, target, candidates[row].tolist())
+    figures = dict(entry["metrics"]["all"])
+    figures.pop("users")
+    assert figures == pytest.approx(ranking_metrics(torch.from_numpy(ranks), KS))
+    assert figures == pytest.approx(plain_metrics(ranks.tolist()))
+
+
+def test_candidates_are_drawn_by_their_seed_alone(sampled):
+    folder, planned = sampled
+
+    def hash_of(*overrides: str) -> str:
+        stages = sampled_stages(folder, *overrides)
+        run(stages, None)
+        return read(by_name(stages)["evaluate"])["protocol"]["candidates"]
+
+    first = read(planned["evaluate"])["protocol"]["candidates"]
+    assert hash_of("evaluation.batch_size=100") == first
+    assert hash_of("evaluation.candidate_seed=1") != first
+
+
+def test_a_kill_between_candidates_and_their_hash_is_mended(sampled, monkeypatch):
+    folder, _ = sampled
+    stages = sampled_stages(folder, "evaluation.batch_size=101")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(stages, None)
+    run(stages, None)
+    assert by_name(stages)["evaluate"].done
+
+
+def test_altered_candidates_are_refused(sampled):
+    folder, planned = sampled
+    stages = sampled_stages(folder, "evaluation.batch_size=102")
+    ours = by_name(stages)["evaluate"].folder
+    ours.mkdir()
+    for name in ("candidates.npy", "candidates.npy.json"):
+        shutil.copy(planned["evaluate"].folder / name, ours)
+    content = bytearray((ours / "candidates.npy").read_bytes())
+    content[-1] ^= 1
+    (ours / "candidates.npy").write_bytes(content)
+    with pytest.raises(UserError, match=r"candidates\.npy .*altered.*Remove it"):
+        run(stages, None)
+    assert not (ours / "evaluation.json").exists()
+
+
+def test_too_small_a_catalogue_for_the_protocol(whole):
+    planned = stages_of(whole, "evaluation.protocol=sampled-999")
+    with pytest.raises(UserError, match="sampled-999 needs 999 items.*Use protocol=full"):
+        run(list(planned.values()), "evaluate")

@@ -1,0 +1,228 @@
+"""A recorded teacher and the same teacher beside the student say the same; a record goes on, and foreign ones are refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import assert_equal_weights, by_name, losses, small, weights
+
+from lit_llmers import record as record_stage
+from lit_llmers.building import build_callbacks
+from lit_llmers.callbacks.feature_distillation import KEY
+from lit_llmers.data.loader import TrainingBatches
+from lit_llmers.data.sequences import TrainingRows
+from lit_llmers.errors import UserError
+from lit_llmers.models import build_model, load_dataset, load_model
+from lit_llmers.record import OnlineTeacher, RecordedTeacher, open_signals
+from lit_llmers.signals import SignalReader
+from lit_llmers.stages import run
+
+MODES = ["last", "prefixes", "sequence"]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A run folder with a trained teacher for every kind of training example; made when asked for."""
+    made = {}
+
+    def teacher(examples: str):
+        if examples not in made:
+            folder = tmp_path_factory.mktemp(examples)
+            run(small(folder, f"sequences.examples={examples}", "trainer.max_epochs=1"), "teacher")
+            made[examples] = folder
+        return made[examples]
+
+    return teacher
+
+
+def stages(folder, examples: str, *overrides: str):
+    return by_name(small(folder, f"sequences.examples={examples}", "trainer.max_epochs=1", *overrides))
+
+
+@pytest.mark.parametrize("examples", MODES)
+def test_the_record_and_the_teacher_itself_give_the_same_loss(teachers, examples):
+    folder = teachers(examples)
+    results = {}
+    for name, overrides in {
+        "online": ["signals.online=true"],
+        "float32": ["signals.dtype=float32"],
+        "float16": ["signals.dtype=float16"],
+    }.items():
+        planned = stages(folder, examples, *overrides)
+        run(list(planned.values()), "signals")
+        student, dataset = planned["student"], load_dataset(planned["student"])
+        rows = TrainingRows(dataset, student.config.sequences)
+        source = open_signals(planned["signals"], rows)
+        assert isinstance(source, OnlineTeacher if name == "online" else RecordedTeacher)
+        torch.manual_seed(0)
+        model = build_model(student, dataset, rows).eval()
+        terms = build_callbacks(student.config, {"signals": source})
+        for term in terms:
+            term.setup(None, model, "fit")
+        model.log_dict = lambda values: None
+        results[name] = []
+        torch.manual_seed(0)
+        for batch in TrainingBatches(rows, 16, seed=0):
+            batch[KEY] = source.read(batch)
+            assert batch[KEY].shape == (len(batch["target_row"]), 2, 16)
+            results[name].append(model.training_step(batch, 0).item())
+    online = np.array(results["online"])
+    assert len(online) == len(TrainingBatches(rows, 16, seed=0))
+    np.testing.assert_allclose(results["float32"], online, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(results["float16"], online, rtol=1e-3)
+    assert results["float16"] != results["float32"]
+
+
+def test_the_record_is_what_the_teacher_says_of_each_target_alone(teachers):
+    """By target number: one history at a time, without batches, padding or shards."""
+    planned = stages(teachers("prefixes"), "prefixes", "signals.dtype=float32", "signals.shard_rows=100")
+    run(list(planned.values()), "signals")
+    teacher, dataset = planned["teacher"], load_dataset(planned["teacher"])
+    rows = TrainingRows(dataset, teacher.config.sequences)
+    reader = SignalReader(planned["signals"].folder / "block_states")
+    assert len(reader) == rows.targets
+    assert len(reader.spec.shards) > 3
+    model = load_model(teacher, dataset, rows)
+    for row in np.random.default_rng(0).permutation(len(rows))[:40]:
+        items = torch.from_numpy(dataset.items[rows.start[row] : rows.stop[row] - 1].astype(np.int64))[None]
+        with torch.no_grad():
+            hidden = model.backbone(items, items > 0)
+        expected = torch.stack([hidden[2][0, -1], hidden[4][0, -1]])
+        torch.testing.assert_close(reader[torch.tensor([row])][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_students_of_both_are_the_same_after_training(teachers):
+    folder = teachers("sequence")
+    students = []
+    for overrides in (["signals.online=true"], ["signals.dtype=float32"]):
+        planned = stages(folder, "sequence", *overrides)
+        run(list(planned.values()), "student")
+        students.append(planned["student"])
+    online, recorded = students
+    for name in ("loss/task", "loss/deep_supervision", "loss/feature", "loss"):
+        np.testing.assert_allclose(losses(online, name), losses(recorded, name), rtol=1e-4, err_msg=name)
+    for key, value in weights(online).items():
+        torch.testing.assert_close(value, weights(recorded)[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_online_stage_records_nothing(teachers):
+    planned = stages(teachers("sequence"), "sequence", "signals.online=true")
+    run(list(planned.values()), "signals")
+    assert planned["signals"].summary["online"] is True
+    assert not list(planned["signals"].folder.rglob("*.npy"))
+
+
+# ---- interrupted -----------------------------------------------------------------------------------------------------
+
+
+class Fault(Exception):
+    """The process dies."""
+
+
+def shards(stage) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((stage.folder / "block_states").glob("shard-*.npy"))}
+
+
+@pytest.mark.parametrize("examples", ["last", "sequence"])
+@pytest.mark.parametrize("calls", [0, 3, 7])  # a shard takes two or three
+def test_a_record_that_failed_in_a_shard_goes_on_to_the_same_bits(teachers, tmp_path, monkeypatch, examples, calls):
+    size = {"last": 20, "sequence": 150}[examples]
+    overrides = (f"signals.shard_rows={size}", "stages.signals.batch_size=16")
+    whole = stages(teachers(examples), examples, *overrides)
+    run(list(whole.values()), "signals")
+    planned = stages(tmp_path, examples, *overrides)
+    for name in ("prepare", "item_embeddings", "text", "teacher"):
+        planned[name].folder.parent.mkdir(parents=True, exist_ok=True)
+        planned[name].folder.symlink_to(whole[name].folder)
+    asked = []
+    ask = record_stage.block_states
+
+    def fail_later(*args):
+        asked.append(args)
+        if len(asked) > calls:
+            raise Fault
+        return ask(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_stage, "block_states", fail_later)
+        with pytest.raises(Fault):
+            run(list(planned.values()), "signals")
+    kept = shards(planned["signals"])
+    assert len(kept) < len(shards(whole["signals"]))
+    assert bool(kept) == (calls > 0)
+    assert not planned["signals"].done
+    stamps = {path: path.stat().st_mtime_ns for path in planned["signals"].folder.rglob("shard-*.npy")}
+    run(list(planned.values()), "signals")
+    assert shards(planned["signals"]) == shards(whole["signals"])
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "whole shards are not made again"
+    assert planned["signals"].summary["rows"] == whole["signals"].summary["rows"]
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["stages.student.sequences.max_length=5", "stages.student.sequences.examples=last"],
+)
+def test_a_student_on_other_sequences_is_refused_before_it_trains(teachers, override):
+    planned = stages(teachers("sequence"), "sequence", override)
+    with pytest.raises(UserError, match="is of another split.*run the stage that records it again"):
+        run(list(planned.values()), "student")
+    assert not (planned["student"].folder / "best.ckpt").exists()
+    assert not (planned["student"].folder / "DONE").exists()
+
+
+def test_the_record_of_another_teacher_is_refused(teachers, tmp_path):
+    planned = stages(teachers("sequence"), "sequence")
+    run(list(planned.values()), "signals")
+    other = stages(teachers("sequence"), "sequence", "stages.teacher.optimizer.lr=0.002")
+    run(list(other.values()), "teacher")
+    shutil.copytree(planned["signals"].folder, other["signals"].folder)
+    with pytest.raises(UserError, match="is of another teacher"):
+        run(list(other.values()), "student")
+    shutil.rmtree(other["signals"].folder)
+
+
+def test_an_altered_shard_is_named(teachers, tmp_path):
+    planned = stages(teachers("sequence"), "sequence", "signals.shard_rows=200")
+    run(list(planned.values()), "signals")
+    copied = stages(tmp_path, "sequence", "signals.shard_rows=200")
+    for name in ("prepare", "item_embeddings", "text", "teacher", "signals"):
+        shutil.copytree(planned[name].folder, copied[name].folder)
+    shard = copied["signals"].folder / "block_states" / "shard-00002.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-00002\.npy was altered.*run the stage that records it again"):
+        run(list(copied.values()), "student")
+    shard.write_bytes(content[:-8])
+    with pytest.raises(UserError, match=r"shard-00002\.npy is damaged"):
+        run(list(copied.values()), "student")
+    shutil.rmtree(copied["signals"].folder)  # the cure that the message names
+    run(list(copied.values()), "student")
+    assert shards(copied["signals"]) == shards(planned["signals"])
+    run(list(planned.values()), "student")
+    assert_equal_weights(weights(copied["student"]), weights(planned["student"]))
+
+
+def test_a_teacher_that_the_blocks_do_not_divide(teachers):
+    with pytest.raises(UserError, match="4 layers of stage 'teacher' cannot be cut into the 3 equal blocks"):
+        stages(teachers("sequence"), "sequence", "stages.signals.blocks=3")
+
+
+def test_a_teacher_that_overflows_half_precision_is_refused_and_named(teachers, tmp_path, monkeypatch):
+    planned = stages(teachers("last"), "last", "signals.shard_rows=50")
+    ask = record_stage.block_states
+    with monkeypatch.context() as patch:
+        patch.setattr(record_stage, "block_states", lambda *args: ask(*args) * 1e6)
+        with pytest.raises(UserError, match="does not fit float16. Record with signals.dtype=float32"):
+            run(list(planned.values()), "signals")
+    assert not shards(planned["signals"])
+
+
+def test_an_unknown_signal(teachers):
+    planned = stages(teachers("last"), "last", "stages.signals.record=block_state")
+    with pytest.raises(UserError, match=r"Unknown signal \(record\) 'block_state'. Did you mean 'block_states'\?"):
+        run(list(planned.values()), "signals")

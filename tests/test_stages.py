@@ -1,0 +1,392 @@
+"""Stages: which setting renames which folder, what needs what, and how a run skips, stops, goes on and stays alone."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from tiny import by_name, small
+
+from lit_llmers import prepare as prepare_stage
+from lit_llmers import recipes
+from lit_llmers.errors import UserError
+from lit_llmers.stages import alone, describe, plan, run
+
+ALL = ["prepare", "item_embeddings", "text", "teacher", "signals", "student", "control", "evaluate", "export"]
+RECIPE = """\
+# For tests.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+repeat: [{repeat}]
+stages:
+{stages}
+"""
+
+
+def changed(folder, *overrides: str) -> list[str]:
+    """Names of the stages that have another folder with these overrides."""
+    before = {stage.label: stage.folder.name for stage in small(folder)}
+    after = {stage.label: stage.folder.name for stage in small(folder, *overrides)}
+    assert before.keys() == after.keys()
+    return [label.removesuffix("-seed0") for label in before if before[label] != after[label]]
+
+
+def planned(tmp_path, stages: str, repeat: str = "", *overrides: str):
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE.format(stages=textwrap.indent(textwrap.dedent(stages), "  "), repeat=repeat))
+    return small(tmp_path, *overrides, recipe=str(path))
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        (["stages.student.callbacks=[]"], ["student", "evaluate", "export"]),
+        (["stages.student.model.layers=4"], ["student", "control", "evaluate", "export"]),  # control is like it
+        (["stages.control.model={base: ${teacher}, layers: 1}"], ["control", "evaluate"]),
+        (["stages.teacher.optimizer.lr=0.01"], ["teacher", "signals", "student", "evaluate", "export"]),
+        (["stages.text.dim=4"], ["text", "teacher", "signals", "student", "evaluate", "export"]),
+        (["stages.item_embeddings.model.dim=16"], [s for s in ALL if s not in ("prepare", "text")]),
+        (["teacher.seed=1"], ["teacher", "signals", "student", "control", "evaluate", "export"]),
+        (["stages.signals.blocks=1"], ["signals", "student", "evaluate", "export"]),
+        (["signals.dtype=float32"], ["signals", "student", "evaluate", "export"]),
+        (["signals.online=true"], ["signals", "student", "evaluate", "export"]),
+        (["evaluation.batch_size=3"], ["evaluate"]),
+        (["evaluation.protocol=sampled-999"], ["evaluate"]),
+        (["stages.export.export=[onnx]"], ["export"]),
+        (["trainer.max_epochs=7"], [s for s in ALL if s not in ("prepare", "text")]),
+        (["sequences.examples=last"], [s for s in ALL if s not in ("prepare", "text")]),
+        (["seed=1"], ALL),
+        (["data.k_core=2"], ALL),
+        (["data.generator.seed=1"], ALL),
+        (["logger=tensorboard"], []),
+        (["logger=wandb", "logger.project=other"], []),
+        (["trainer.accelerator=cpu"], []),
+        (["trainer.checkpoint_every=77"], []),
+        (["trainer.log_every=77"], []),
+        (["stages.teacher.trainer.checkpoint_every=9"], []),
+        (["stage=teacher"], []),
+        (["pairs=[]"], []),
+    ],
+    ids=lambda value: " ".join(value) if value and "=" in value[0] else "",
+)
+def test_a_setting_renames_exactly_the_stages_that_it_affects(tmp_path, overrides, stages):
+    assert changed(tmp_path, *overrides) == stages
+
+
+def test_another_place_is_no_other_artefact(tmp_path):
+    def names(folder, *overrides):
+        return [stage.folder.name for stage in small(folder, *overrides)]
+
+    assert names(tmp_path / "a") == names(tmp_path / "b", "run.name=other")
+
+
+def test_content_of_the_data_renames_everything_and_their_place_nothing(tmp_path):
+    def folder(name: str, rating: int):
+        place = tmp_path / name / "set"
+        place.mkdir(parents=True)
+        (place / "interactions.csv").write_text(f"user_id,item_id,timestamp,rating\n1,1,1,{rating}\n")
+        (place / "items.csv").write_text("item_id,title\n1,One\n")
+        return place
+
+    def names(path):
+        return {stage.folder.name for stage in small(tmp_path, "data=local", f"data.path={path}")}
+
+    one, copy, other = folder("one", 3), folder("copy", 3), folder("other", 4)
+    assert names(one) == names(copy)
+    assert not names(one) & names(other)
+
+
+def test_fingerprints_do_not_depend_on_the_process(tmp_path):
+    code = "import sys; sys.path.insert(0, 'tests'); from tiny import small; "
+    code += "print(*(stage.folder.name for stage in small('anywhere')))"
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout.split() == [stage.folder.name for stage in small(tmp_path)]
+
+
+# ---- from a recipe to stages -----------------------------------------------------------------------------------------
+
+
+def test_the_order_and_the_needs_of_slmrec(tmp_path):
+    stages = small(tmp_path)
+    assert [stage.name for stage in stages] == ALL
+    needs = {stage.name: [need.name for need in stage.needs] for stage in stages}
+    assert needs == {
+        "prepare": [],
+        "item_embeddings": ["prepare"],
+        "text": ["prepare"],
+        "teacher": ["prepare", "item_embeddings", "text"],
+        "signals": ["prepare", "teacher"],
+        "student": ["prepare", "item_embeddings", "signals"],
+        "control": ["prepare", "item_embeddings"],
+        "evaluate": ["prepare", "teacher", "student", "control", "item_embeddings"],
+        "export": ["prepare", "student"],
+    }
+
+
+def test_like_takes_settings_and_what_stands_beside_it_wins(tmp_path):
+    stages = by_name(small(tmp_path))
+    student, control = stages["student"].config, stages["control"].config
+    assert student.callbacks
+    assert control.callbacks == []
+    assert control == type(student)(**{**vars(student), "callbacks": []})
+
+
+def test_like_follows_a_chain(tmp_path):
+    stages = planned(
+        tmp_path,
+        """\
+        prepare: {prepare: interactions}
+        a: {fit: sasrec, model: {layers: 1}}
+        b: {like: a, model: {layers: 2}}
+        c: {like: b, optimizer: {lr: 0.1}}
+        """,
+    )
+    c = by_name(stages)["c"].config
+    assert (c.fit, c.model, c.optimizer.lr) == ("sasrec", {"layers": 2}, 0.1)
+
+
+def test_like_in_a_circle(tmp_path):
+    with pytest.raises(UserError, match="'like' goes in a circle: a -> b -> a"):
+        planned(tmp_path, "prepare: {prepare: interactions}\na: {like: b}\nb: {like: a}")
+
+
+def test_seeds_repeat_what_the_recipe_says_and_what_needs_it(tmp_path):
+    stages = planned(
+        tmp_path,
+        """\
+        prepare: {prepare: interactions}
+        first: {fit: sasrec, model: {dim: 8}}
+        second: {fit: llm_decoder, model: {base: "${teacher}", layers: 1}, items: [first]}
+        record: {record: block_states, of: second, blocks: 1}
+        other: {fit: gru4rec}
+        evaluate: {evaluate: test, of: [first, second, other]}
+        export: {export: [onnx], of: second}
+        """,
+        "first",
+        "seeds=[3,5]",
+        "seed=1",
+    )
+    assert [(stage.label, stage.seed) for stage in stages] == [
+        ("prepare", 1),
+        ("first-seed3", 3),
+        ("first-seed5", 5),
+        ("second-seed3", 3),
+        ("second-seed5", 5),
+        ("record-seed3", 3),
+        ("record-seed5", 5),
+        ("other", 1),
+        ("evaluate", 1),
+        ("export", 1),
+    ]
+    needs = {stage.label: [need.label for need in stage.needs] for stage in stages}
+    assert needs["second-seed5"] == ["prepare", "first-seed5"]
+    assert needs["record-seed3"] == ["prepare", "second-seed3"]
+    assert needs["evaluate"] == ["prepare", "first-seed3", "first-seed5", "second-seed3", "second-seed5", "other"]
+    assert needs["export"] == ["prepare", "second-seed3"], "the first seed's"
+
+
+def test_a_seed_more_leaves_the_other_seeds_alone(tmp_path):
+    one = {stage.label: stage.folder.name for stage in small(tmp_path)}
+    two = {stage.label: stage.folder.name for stage in small(tmp_path, "seeds=[0,1]")}
+    assert two.keys() - one.keys() == {"student-seed1", "control-seed1"}
+    assert {label for label in one if one[label] != two[label]} == {"evaluate"}
+    assert two["student-seed0"].removeprefix("student-seed0") != two["student-seed1"].removeprefix("student-seed1")
+
+
+BAD = [
+    ("a: {fit: sasrec, items: [b]}\nb: {fit: sasrec}", "Stage 'a' needs stage 'b', which comes later"),
+    ("b: {fit: sasrec}\na: {fit: sasrec, items: [c]}", "Stage 'a' needs stage 'c', which does not exist"),
+    ("signals: {fit: sasrec}\na: {fit: sasrec, items: [signal]}", "does not exist. Did you mean 'signals'?"),
+    ("a: {fit: sasrec, encode: tfidf}", "Stage 'a' must have exactly one of .* it has fit, encode"),
+    ("a: {model: {}}", "Stage 'a' must have exactly one of .* it has none"),
+    ("a: {like: aa}", "Unknown stage in 'stages.a.like' 'aa'"),
+    ("a: {fit: sasrec, modl: {}}", r"Unknown configuration key 'stages.a.modl'. Did you mean 'model'\?"),
+    ("a: {fit: sasrec, model: {dims: 8}}", r"'stages.a.model.dims'. Did you mean 'dim'\?"),
+    ("a: {fit: sasrec, trainer: {batchsize: 8}}", r"'stages.a.trainer.batchsize'. Did you mean 'batch_size'\?"),
+    ("a: {fit: sasrek}", r"Unknown .*'sasrek'. Did you mean 'sasrec'\?"),
+    ("a: {fit: llm_decoder, model: {layers: 1}}", "'stages.a.model.base' is missing"),
+    ("a: {fit: llm_decoder, model: {base: '${teacher}', layers: 1}}", "'stages.a.items' is missing"),
+    ("a: {fit: sasrec, callbacks: [{feature_distilation: {}}]}", r"Did you mean 'feature_distillation'\?"),
+    ("a: {fit: sasrec, callbacks: [{deep_supervision: {block: 2}}]}", r"Did you mean 'blocks'\?"),
+    ("a: {fit: sasrec, callbacks: [deep_supervision]}", r"'stages.a.callbacks\[0\]' must be one name"),
+    ("a: {record: block_states, of: nobody}", "needs stage 'nobody'"),
+    ("a: {record: block_states}", "'stages.a' is incomplete.*of"),
+    ("a: {fit: sasrec, model: {layers: 3}}\nb: {record: block_states, of: a, blocks: 2}", "3 layers of stage 'a'"),
+]
+UNGUARDED = [
+    ("a: {fit: sasrec, callbacks: [{distillation: {}}]}", "Unknown"),
+    ("a: {fit: sasrec, items: prepare}", "stages.a.items"),
+    ("a: {record: block_states, of: prepare}", "'prepare'"),
+    ("t: {fit: sasrec}\na: {fit: sasrec, callbacks: [{feature_distillation: {from: t}}]}", "'t'"),
+    ("a: {fit: sasrec, model: {layers: two}}\nb: {record: block_states, of: a, blocks: 2}", "layers"),
+    ("t: {fit: sasrec}\na: {record: block_states, of: t, blocks: two}", "blocks"),
+    ("t: {fit: sasrec}\na: {record: blockstates, of: t, blocks: 2}", "block_states"),
+    ("t: {fit: sasrec}\na: {evaluate: test, of: [prepare]}", "'prepare'"),
+    ("t: {fit: sasrec}\na: {evaluate: valid, of: [t]}", "test"),
+    ("t: {fit: sasrec}\na: {export: [onxx], of: t}", "onnx"),
+    ("t: {fit: sasrec}\na: {export: [onnx], of: prepare}", "'prepare'"),
+    ("t: {fit: sasrec, optimizer: {lr: fast}}", r"stages.t.optimizer.lr"),
+    ("t: {fit: sasrec, trainer: {max_epochs: 2.5}}", r"stages.t.trainer.max_epochs"),
+    ("t: {fit: sasrec, trainer: {patience: -1}}", r"patience"),
+    ("t: {fit: sasrec, sequences: {targets_per_user: -1}}", r"targets_per_user"),
+    ("t: {fit: sasrec, optimizer: {warmup_steps: -1}}", r"warmup_steps"),
+    ("a: {encode: tfid}", "tfidf"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [*BAD, *(pytest.param(*case, marks=pytest.mark.xfail(reason="passes the plan")) for case in UNGUARDED)],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, stages, message):
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, "prepare: {prepare: interactions}\n" + stages)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_repeat_of_an_unknown_stage(tmp_path):
+    with pytest.raises(UserError, match=r"Unknown stage in 'repeat' 'studnet'. Did you mean 'student'\?"):
+        small(tmp_path, "repeat=[studnet]")
+
+
+@pytest.mark.parametrize("wrong", ["seeds=[]", "seeds=0", "seeds=[0,0]", "seeds=[a]", "seeds=[0,-1]", "seed=-1", "seed=x"])
+def test_seeds_that_are_none(tmp_path, wrong):
+    with pytest.raises(UserError, match=f"{wrong.partition('=')[0]} is .*whole number"):
+        small(tmp_path, wrong)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, logger="lit_llmers.stages")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "lit_llmers.stages"]
+
+
+def test_done_stages_are_skipped_and_said_to_be(tmp_path, lines):
+    stages = small(tmp_path)
+    ran = run(stages, "text")
+    assert [stage.name for stage in ran] == ["prepare", "item_embeddings", "text"], "stage=NAME stops after it"
+    assert [stage.name for stage in stages if stage.done] == ["prepare", "item_embeddings", "text"]
+    assert sorted(path.name for path in (tmp_path / "slmrec" / "default").iterdir()) == sorted(
+        stage.folder.name for stage in ran
+    )
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = len(lines())
+    run(small(tmp_path), "text")
+    assert [line.split("(")[0].split() for line in lines()[before:]] == [
+        [name, "done", "before,", "skipped"] for name in ("prepare", "item_embeddings", "text")
+    ]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == stamps
+    run(small(tmp_path, "stages.text.dim=4"), "text")
+    assert [line.split()[:2] for line in lines()[-4:]] == [
+        ["prepare", "done"],
+        ["item_embeddings", "done"],
+        ["text", "starts"],
+        ["text", "done"],
+    ]
+
+
+def test_an_unknown_stage_to_stop_at(tmp_path):
+    with pytest.raises(UserError, match=r"Unknown stage 'teachr'. Did you mean 'teacher'\?"):
+        run(small(tmp_path), "teachr")
+    assert not (tmp_path / "slmrec").exists()
+
+
+def test_done_comes_last_and_holds_seconds_and_summary(tmp_path, monkeypatch):
+    stages = small(tmp_path)
+    prepare = stages[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_stage, "run", lambda stage: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(stages, "prepare")
+    assert not prepare.done
+    assert json.loads((prepare.folder / "config.json").read_text())["settings"]["source"] == "demo"
+    run(stages, "prepare")
+    done = json.loads((prepare.folder / "DONE").read_text())
+    assert done["summary"] == prepare.summary
+    assert prepare.summary["counts"]["users"] == 150
+    assert done["seconds"] > 0
+    newest = max((path.stat().st_mtime_ns, path.name) for path in prepare.folder.iterdir())
+    assert newest[1] == "DONE"
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    (tmp_path / "stage-123" / "deep").mkdir(parents=True)
+    places = [".run.json.5.tmp", "stage-123/.items.npy.123.tmp", "stage-123/deep/.shard-00001.npy.77.tmp"]
+    for place in (*places, "stage-123/items.npy", "kept.tmp"):
+        (tmp_path / place).write_bytes(b"half")
+    with alone(tmp_path), pytest.raises(UserError, match="Another process"), alone(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".lock", "items.npy", "kept.tmp"]
+
+
+def test_a_refused_process_removes_nothing(tmp_path):
+    with alone(tmp_path):
+        (tmp_path / ".run.json.5.tmp").write_bytes(b"being written")
+        with pytest.raises(UserError, match="Another process"), alone(tmp_path):
+            pass
+        assert (tmp_path / ".run.json.5.tmp").exists()
+
+
+def test_describe_is_json(tmp_path):
+    described = json.loads(json.dumps(describe(small(tmp_path))))
+    assert [entry["name"] for entry in described] == ALL
+    assert described[5]["folder"] == f"student-seed0-{described[5]['fingerprint']}"
+
+
+# ---- alone in the run folder -----------------------------------------------------------------------------------------
+
+HOLD = """\
+import sys
+from pathlib import Path
+from lit_llmers.stages import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert held.stdout is not None
+    assert held.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="Another process is working in .*run.name=OTHER"), alone(tmp_path / "run"):
+        pass
+    with alone(tmp_path / "another"):
+        pass
+    held.kill()  # the lock goes with the process, however it goes
+    held.communicate()
+    with alone(tmp_path / "run"):
+        pass
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "runs").write_text("a file in the way")
+    with pytest.raises(UserError, match=r"run folder .*runs.* cannot be written.*run\.dir=FOLDER"), alone(
+        tmp_path / "runs" / "slmrec"
+    ):
+        pass
+
+
+def test_a_run_folder_without_permission(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"), alone(tmp_path / "run"):
+        pass
+
+
+def test_the_plan_alone_writes_nothing(tmp_path):
+    plan(recipes.compose("slmrec", [f"run.dir={tmp_path / 'runs'}"]))
+    assert not (tmp_path / "runs").exists()
