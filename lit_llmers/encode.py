@@ -15,8 +15,6 @@ from lit_llmers.text.tfidf import tfidf_svd
 def run(stage: Stage) -> dict[str, Any]:
     """Write `item_table.npy`, `[n+1, dim]` float32."""
     config: EncodeStage = stage.config
-    if config.encode != "tfidf":
-        raise unknown("text encoder (encode)", config.encode, ["tfidf"])
     catalogue = load_dataset(stage).catalogue
     for name in config.fields:
         if name not in catalogue.columns:

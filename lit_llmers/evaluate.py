@@ -12,7 +12,6 @@ from lit_llmers.conf.schema import EvaluateStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
-from lit_llmers.errors import unknown
 from lit_llmers.files import atomic_write, write_json
 from lit_llmers.metrics import candidate_ranks, load_candidates, make_candidates, ranking_metrics, save_candidates
 from lit_llmers.models import load_dataset, load_model
@@ -29,8 +28,6 @@ log = logging.getLogger(__name__)
 def run(stage: Stage) -> dict[str, Any]:
     """Write `evaluation.json`, each model's ranks and the groups of the test rows."""
     config: EvaluateStage = stage.config
-    if config.evaluate != "test":
-        raise unknown("part to evaluate", config.evaluate, ["test"])
     dataset = load_dataset(stage)
     models = []
     candidates, candidates_hash = _candidates(stage, dataset)

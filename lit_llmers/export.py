@@ -23,7 +23,7 @@ from lit_llmers.conf.schema import ExportStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
-from lit_llmers.errors import UserError, unknown
+from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, write_json
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.onnx_graph import save_onnx, trace
@@ -44,7 +44,6 @@ from lit_llmers.teachers.base import BaseConfig
 
 __all__ = ["load_exported", "run"]
 
-FORMATS = ("safetensors", "onnx")
 TOLERANCE = 1e-3  # of a score, relative to the largest: between ONNX and PyTorch
 REREAD_TOLERANCE = 1e-6  # the same between a model and itself, read back
 HISTORIES = 32  # real ones, from the shortest to the longest, that both files are checked on
@@ -56,12 +55,9 @@ def run(stage: Stage) -> dict[str, Any]:
     """Write the export into the stage's folder; `config.json`, without which it is none, comes last.
 
     Raises:
-        UserError: an unknown format, or a file that does not score as the trained model does.
+        UserError: a file that does not score as the trained model does.
     """
     config: ExportStage = stage.config
-    for name in config.export:
-        if name not in FORMATS:
-            raise unknown("export format", name, FORMATS)
     dataset, fitted = load_dataset(stage), stage.need(config.of)
     model = load_model(fitted, dataset)
     histories = real_histories(dataset, fitted.config.sequences.max_length)

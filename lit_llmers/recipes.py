@@ -141,7 +141,7 @@ def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:
     tree = OmegaConf.create(config)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.get_key_element().lstrip("+~")
-        if (name := key.split(".")[1]) not in tree.stages:
+        if (name := key.split(".")[1]) not in tree.stages and (key.count(".") > 1 or override.is_delete()):
             raise unknown("stage", name, tree.stages)
         if override.is_delete():
             parent, _, last = key.rpartition(".")

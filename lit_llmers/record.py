@@ -15,14 +15,12 @@ from lit_llmers.callbacks.distillation import SignalSource
 from lit_llmers.conf.schema import RecordStage
 from lit_llmers.data.loader import Batch, OrderedBatches
 from lit_llmers.data.sequences import TrainingRows
-from lit_llmers.errors import UserError, unknown
+from lit_llmers.errors import UserError
 from lit_llmers.losses.feature import block_boundaries
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
 from lit_llmers.stages import Stage
 from lit_llmers.students.sequential import SequentialRecommender
-
-RECORDABLE = ("block_states",)
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +72,6 @@ def open_signals(stage: Stage, rows: TrainingRows) -> SignalSource:
 def run(stage: Stage) -> dict[str, Any]:
     """Record the teacher, shard by shard; whole shards of an interrupted pass are kept."""
     config: RecordStage = stage.config
-    if config.record not in RECORDABLE:
-        raise unknown("signal (record)", config.record, RECORDABLE)
     teacher = stage.need(config.of)
     dataset = load_dataset(stage)
     rows = TrainingRows(dataset, teacher.config.sequences)

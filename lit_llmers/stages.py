@@ -132,7 +132,9 @@ def plan(config: dict[str, Any]) -> list[Stage]:
     """
     for section in ("run", "stages"):
         if section not in config:
-            raise UserError(f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base.")
+            raise UserError(
+                f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base."
+            )
     for section, cls in SECTIONS.items():
         build(cls, config[section], section)
     _check_seeds(config["seed"], config["seeds"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_groups_partition_the_test_users_and_have_their_own_metrics(whole):
         count[item] += part == TRAIN
     targets = data.items[data.split == TEST]
     bounds = [0, 5, 10, 20, 50, 100, 200, 500, math.inf]
-    for number, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for number, (low, high) in enumerate(pairwise(bounds)):
         inside = (count[targets] >= low) & (count[targets] < high)
         figures = entry["popularity"][number]
         assert figures["group"] == (f"{low}-{high - 1}" if high < math.inf else f"{low}+")
@@ -150,7 +151,7 @@ def test_groups_partition_the_test_users_and_have_their_own_metrics(whole):
 
 def test_head_and_short_worked_out_by_hand():
     train = [[1, 1, 1, 1, 2], [1, 2, 3], [2, 4]]
-    data = dataset([history + [6, target] for history, target in zip(train, [1, 2, 4], strict=True)], n_items=10)
+    data = dataset([[*history, 6, target] for history, target in zip(train, [1, 2, 4], strict=True)], n_items=10)
     groups = evaluate.row_groups(data, EvaluationRows(data, "test", 3))
     assert groups["head"].tolist() == [True, True, False], "2 of 10 items: 1 and 2, by training counts alone"
     assert groups["short"].tolist() == [False, True, True], "histories of 6, 4 and 3, of which 4 is the median"

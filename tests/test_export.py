@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_export import DIM, MAX_LENGTH, N_ITEMS, dataset, export_stage, finish
 
 from lit_llmers import export, onnx_graph
+from lit_llmers.conf.schema import ExportStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_model
 from lit_llmers.serving import OnnxScorer, TorchScorer, load_exported, score_catalogue
@@ -163,10 +164,9 @@ def test_a_nan_is_not_a_small_difference():
     assert export.compare([good + 1.0], [good]) == (1.0, 0.5)
 
 
-def test_unknown_format(tmp_path):
-    stage = export_stage(tmp_path / "run", *MODELS["sasrec"], ["safetensor"])
+def test_unknown_format():
     with pytest.raises(UserError, match="Did you mean 'safetensors'"):
-        export.run(stage)
+        ExportStage(export=["safetensor"])
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,16 @@ def test_the_file_appears_when_it_is_whole(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        _ = 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fail(path)
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file.txt"]
+
+
+def fail(path: Path) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
 
 
 def plain(file) -> None:
@@ -42,13 +47,13 @@ def numpy(file) -> None:  # which says "n requested and m written", without a nu
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is always full")
 @pytest.mark.parametrize("write", [plain, numpy])
 def test_a_full_disk_is_named_with_the_cure(tmp_path, write):
-    with (
-        pytest.raises(UserError, match=r"No space left on the disk while writing .*data\.npy.*Free some space"),
-        atomic_write(tmp_path / "data.npy") as temporary,
-    ):
-        temporary.write_bytes(b"half")
-        with open("/dev/full", "wb") as file:
+    def fill() -> None:
+        with atomic_write(tmp_path / "data.npy") as temporary, open("/dev/full", "wb") as file:
+            temporary.write_bytes(b"half")
             write(file)
+
+    with pytest.raises(UserError, match=r"No space left on the disk while writing .*data\.npy.*Free some space"):
+        fill()
     assert not list(tmp_path.iterdir())
 
 

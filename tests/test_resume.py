@@ -28,9 +28,7 @@ def interrupt(planned, name, batches, monkeypatch):
     """Run to the stage `name` and kill it after so many batches."""
     make_trainer, killed = training_stage.make_trainer, KillAfter(batches)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            training_stage, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed])
-        )
+        patch.setattr(training_stage, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed]))
         with pytest.raises(Killed):
             run(planned, name)
 

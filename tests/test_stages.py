@@ -242,7 +242,7 @@ UNGUARDED = [
 
 @pytest.mark.parametrize(
     ("stages", "message"),
-    [*BAD, *(pytest.param(*case, marks=pytest.mark.xfail(reason="passes the plan")) for case in UNGUARDED)],
+    [*BAD, *(pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason="passes the plan")) for case in UNGUARDED)],
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, stages, message):
     with pytest.raises(UserError, match=message):
@@ -372,8 +372,9 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "runs").write_text("a file in the way")
-    with pytest.raises(UserError, match=r"run folder .*runs.* cannot be written.*run\.dir=FOLDER"), alone(
-        tmp_path / "runs" / "slmrec"
+    with (
+        pytest.raises(UserError, match=r"run folder .*runs.* cannot be written.*run\.dir=FOLDER"),
+        alone(tmp_path / "runs" / "slmrec"),
     ):
         pass
 

@@ -13,6 +13,9 @@ EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "cosine")
 PROTOCOLS = ("full", "sampled-999")
 SIGNAL_DTYPES = ("float16", "float32")
+ENCODERS = ("tfidf",)
+RECORDABLE = ("block_states",)
+EXPORTS = ("safetensors", "onnx")
 
 Config = TypeVar("Config")
 
@@ -217,6 +220,10 @@ class EncodeStage:
     fields: list[str] = field(default_factory=lambda: ["title", "categories", "text"])
     dim: int = 64
 
+    def __post_init__(self) -> None:
+        if self.encode not in ENCODERS:
+            raise unknown("text encoder (encode)", self.encode, ENCODERS)
+
 
 @dataclass(frozen=True)
 class RecordStage:
@@ -235,6 +242,10 @@ class RecordStage:
     batch_size: int = 512
     signals: SignalsConfig = field(default_factory=SignalsConfig)
 
+    def __post_init__(self) -> None:
+        if self.record not in RECORDABLE:
+            raise unknown("signal (record)", self.record, RECORDABLE)
+
 
 @dataclass(frozen=True)
 class EvaluateStage:
@@ -249,6 +260,10 @@ class EvaluateStage:
     of: list[str] = field(default_factory=list)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        if self.evaluate != "test":
+            raise unknown("part to evaluate", self.evaluate, ["test"])
+
 
 @dataclass(frozen=True)
 class ExportStage:
@@ -261,6 +276,11 @@ class ExportStage:
 
     export: list[str]
     of: str = "student"
+
+    def __post_init__(self) -> None:
+        for name in self.export:
+            if name not in EXPORTS:
+                raise unknown("export format", name, EXPORTS)
 
 
 SECTIONS = {

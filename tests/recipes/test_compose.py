@@ -125,6 +125,14 @@ def test_settings_that_no_yaml_writes_can_be_given():
     assert by_name(plan(config))["prepare"].config.columns.user == "who"
 
 
+def test_a_stage_can_be_added_and_left_out(no_files):
+    planned = plan(recipes.compose("slmrec", ["stages.more={fit: gru4rec}", "~stages.export", "~stages.student.callbacks"]))
+    names = [stage.name for stage in planned]
+    assert names[-1] == "more"
+    assert "export" not in names
+    assert by_name(planned)["student"].config.callbacks == []
+
+
 @pytest.mark.parametrize("overrides", [["student=sasrec"], ["student=gru4rec"], ["student=llm"]])
 def test_another_student_is_one_override(overrides, no_files):
     planned = by_name(plan(recipes.compose("slmrec", [*overrides, "stages.student.model.layers=4"])))
@@ -202,6 +210,7 @@ def test_a_recipe_file_that_is_wrong(mine, content, message):
         ("stages.student.model.layer=2", r"'stages.student.model.layer'. Did you mean 'layers'\?"),
         ("stages.student.callbacks=[{deep_supervison: {}}]", r"Did you mean 'deep_supervision'\?"),
         ("stages.studnt.model.layers=2", r"Unknown stage 'studnt'. Did you mean 'student'\? There is: control"),
+        ("~stages.exprt", r"Unknown stage 'exprt'. Did you mean 'export'\?"),
         ("stages.teachr.fit=sasrec", r"Unknown stage 'teachr'. Did you mean 'teacher'\?"),
         ("max_epochs", "'max_epochs' is not an override. Write key=value"),
         ("trainer.max_epochs:2", "is not an override"),
