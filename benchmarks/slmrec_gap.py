@@ -15,25 +15,41 @@ from lit_llmers import recipes
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write
 
-FEATURE = "{feature_distillation: {from: signals, cosine: 1.0, l2: 0.1}}"
+
+def feature(cosine: float, l2: float) -> str:
+    """Feature distillation with these weights, in YAML."""
+    return f"{{feature_distillation: {{from: signals, cosine: {cosine}, l2: {l2}}}}}"
+
+
+def deep(blocks: int) -> str:
+    """Deep supervision of this many blocks, in YAML."""
+    return f"{{deep_supervision: {{blocks: {blocks}, weight: 1.0, share: 0.1}}}}"
+
+
 POINTS: dict[str, tuple[str, list[str]]] = {
-    "default": ("text-aware teacher of 8 layers, student of 4", []),
-    "feature-only": ("the same, without deep supervision", [f"stages.student.callbacks=[{FEATURE}]"]),
-    "deep-only": (
-        "deep supervision alone, no teacher",
-        ["stages.student.callbacks=[{deep_supervision: {blocks: 4, weight: 1.0, share: 0.1}}]"],
+    "default": ("the recipe: teacher of 8 layers with item text, student of 4", []),
+    "feature-only": ("without deep supervision", [f"stages.student.callbacks=[{feature(1.0, 0.1)}]"]),
+    "deep-only": ("deep supervision alone, no teacher", [f"stages.student.callbacks=[{deep(4)}]"]),
+    "weak": ("feature distillation alone, a tenth of its weight", [f"stages.student.callbacks=[{feature(0.1, 0.01)}]"]),
+    "ids": ("teacher reads ids alone, as in the paper", ["stages.teacher.items=[item_embeddings]"]),
+    "no-dropout": (
+        "no dropout in teacher, student and control",
+        ["stages.teacher.model.dropout=0.0", "student.model.dropout=0.0"],
     ),
-    "ids": ("the paper's: teacher reads ids only", ["stages.teacher.items=[item_embeddings]"]),
+    "ids-no-dropout": (
+        "ids alone and no dropout",
+        ["stages.teacher.items=[item_embeddings]", "stages.teacher.model.dropout=0.0", "student.model.dropout=0.0"],
+    ),
     "shallow": (
-        "text-aware teacher of 8 layers, student of 2",
+        "student of 2 layers, 2 blocks",
         [
             "stages.signals.blocks=2",
             "student.model.layers=2",
-            f"stages.student.callbacks=[{FEATURE}, {{deep_supervision: {{blocks: 2, weight: 1.0, share: 0.1}}}}]",
+            f"stages.student.callbacks=[{feature(1.0, 0.1)}, {deep(2)}]",
         ],
     ),
     "wide": (
-        "text-aware teacher of 8 layers and twice the width, with projectors",
+        "teacher of twice the width, with projectors",
         [
             "stages.teacher.model.base.config.hidden_size=128",
             "stages.teacher.model.base.config.intermediate_size=256",
@@ -101,9 +117,9 @@ def write_record(data: str, rows: list[dict[str, Any]], arguments: list[str]) ->
         "",
         f"`python benchmarks/slmrec_gap.py {' '.join(arguments)}`",
         "",
-        f"Test NDCG@10, whole catalogue, history masked, selection on validation. {rows[0]['seeds']} seeds of student and "
-        "control, one of the teacher. Percentages are relative to the control; brackets: 95 % paired bootstrap over users, "
-        "after averaging over seeds.",
+        f"Test NDCG@10, whole catalogue, history masked, selection on validation. Seeds of student and control: "
+        f"{rows[0]['seeds']}, of the teacher: 1. Percentages are relative to the control; brackets: 95 % paired bootstrap "
+        "over users, after averaging over seeds.",
         "",
         "| point | SASRec | teacher | control | student | teacher over control | student over control | by seed |",
         "|---|---|---|---|---|---|---|---|",
@@ -140,7 +156,7 @@ def _plot(data: str, rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for row, marker in zip(rows, "osD^vP*X", strict=False):
+    for row, marker in zip(rows, "osD^vP*Xdp", strict=False):
         gap, gain = _percent(row, "gap"), _percent(row, "gain")
         axes.errorbar(
             gap[0],
@@ -148,6 +164,7 @@ def _plot(data: str, rows: list[dict[str, Any]], path: Path) -> None:
             xerr=[[gap[0] - gap[1]], [gap[2] - gap[0]]],
             yerr=[[gain[0] - gain[1]], [gain[2] - gain[0]]],
             fmt=marker,
+            markersize=7,
             capsize=3,
             label=POINTS[row["name"]][0],
         )

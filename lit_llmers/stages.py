@@ -282,6 +282,7 @@ def _run_one(stage: Stage) -> None:
 
         finish_loggers(stage.loggers(), {"seconds": seconds, **summary})
     write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary})
+    (stage.folder / "last.ckpt").unlink(missing_ok=True)  # only now is it of no more use
     log.info("%-24s done in %.1f s", stage.label, seconds)
 
 

@@ -51,7 +51,6 @@ def run(stage: Stage) -> dict[str, Any]:
         "best": {"epoch": best.epoch, MONITOR: best.score},
     }
     finish_loggers(trainer.loggers, summary)
-    last.path.unlink(missing_ok=True)  # done: best.ckpt is what others read
     return summary
 
 
