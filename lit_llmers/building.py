@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.callbacks.distillation import Distillation, SignalSource
-from lit_llmers.conf.schema import FitStage, RecordStage
+from lit_llmers.conf.schema import FitStage, RecordStage, check_type
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 
@@ -40,7 +40,7 @@ def _class(room: str, name: str) -> type | None:
     module = importlib.import_module(f"lit_llmers.{room}.{name}")
     plain = name.replace("_", "")
     classes = [value for key, value in vars(module).items() if key.lower() == plain and isinstance(value, type)]
-    return next((cls for cls in classes if issubclass(cls, Backbone | Distillation)), None)
+    return next((cls for cls in classes if issubclass(cls, Backbone | Distillation) and cls is not Distillation), None)
 
 
 def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: set[str]) -> None:
@@ -49,6 +49,7 @@ def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: se
     for key in arguments:
         if key not in own:
             raise UserError(f"Unknown configuration key '{where}.{key}'.{nearest(key, own)} It has: {', '.join(own)}.")
+        check_type(arguments[key], parameters[key].annotation, f"{where}.{key}")
     for name in own:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f"'{where}.{name}' is missing: {cls.__name__} needs it.")
@@ -72,7 +73,7 @@ def check(stage: FitStage, where: str) -> None:
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     for position, callback in enumerate(stage.callbacks):
-        if len(callback) != 1:
+        if not isinstance(callback, dict) or len(callback) != 1:
             raise UserError(f"'{where}.callbacks[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
         for name, arguments in callback.items():
             cls = find("callbacks", name)
@@ -97,9 +98,11 @@ def check_blocks(stages: dict[str, Any]) -> None:
         if isinstance(stage, RecordStage):
             asked = [(stage.of, stage.blocks)]
         elif isinstance(stage, FitStage):
-            arguments = [own or {} for callback in stage.callbacks for own in callback.values()]
-            asked = [(name, stages[own["from"]].blocks) for own in arguments if "from" in own]
-            asked += [(name, own["blocks"]) for own in arguments if "blocks" in own]
+            for callback, given in ((key, own or {}) for entry in stage.callbacks for key, own in entry.items()):
+                if "from" in given:
+                    asked.append((name, stages[given["from"]].blocks))
+                if "blocks" in (parameters := inspect.signature(find("callbacks", callback)).parameters):
+                    asked.append((name, given.get("blocks", parameters["blocks"].default)))
         for model, blocks in asked:
             layers = _layers(stages[model])
             if blocks < 1 or layers % blocks:

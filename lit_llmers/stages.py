@@ -153,6 +153,7 @@ def plan(config: dict[str, Any]) -> list[Stage]:
             if need not in planned:
                 where = "comes later in the recipe" if need in entries else "does not exist"
                 raise UserError(f"Stage '{name}' needs stage '{need}', which {where}.{nearest(need, planned)}")
+        _check_needs(name, typed, planned)
         repeated = verb not in GATHERING and (
             name in config["repeat"] or any(stage.repeated for need in wanted for stage in planned[need])
         )
@@ -237,6 +238,30 @@ def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
         return list(dict.fromkeys([*preparing, *typed.items, *sources]))
     of = getattr(typed, "of", [])
     return [*preparing, *([of] if isinstance(of, str) else of)]
+
+
+def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None:
+    """Each reference must lead to a stage that leaves what is read there.
+
+    Raises:
+        UserError: it leads to a stage of another kind.
+    """
+    wanted: list[tuple[str, str, tuple[str, ...]]] = []
+    if isinstance(typed, FitStage):
+        wanted = [(f"stages.{name}.items", item, ("fit", "encode")) for item in typed.items]
+        for callback in typed.callbacks:
+            for key, arguments in callback.items():
+                if "from" in (arguments or {}):
+                    wanted.append((f"stages.{name}.callbacks.{key}.from", arguments["from"], ("record",)))
+    elif hasattr(typed, "of"):
+        of = [typed.of] if isinstance(typed.of, str) else typed.of
+        wanted = [(f"stages.{name}.of", model, ("fit",)) for model in of]
+    for where, other, verbs in wanted:
+        if planned[other][0].verb not in verbs:
+            raise UserError(
+                f"'{where}' names stage '{other}', which is a {planned[other][0].verb} stage. Name a stage that has "
+                f"'{' or '.join(verbs)}'."
+            )
 
 
 def _of_seed(planned: dict[str, list[Stage]], wanted: list[str], seed: int, verb: str) -> list[Stage]:

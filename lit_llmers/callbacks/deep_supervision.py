@@ -28,7 +28,9 @@ class DeepSupervisionTerm(Term):
 
     requires = frozenset({"hidden"})
 
-    def __init__(self, boundaries: list[int], heads: nn.ModuleList, task_loss: TaskLoss, share: float = 1.0) -> None:
+    def __init__(
+        self, boundaries: list[int], heads: nn.ModuleList, task_loss: TaskLoss, share: float = 1.0, decay_epochs: int = 0
+    ) -> None:
         super().__init__()
         self.boundaries, self.heads, self.task_loss, self.share = boundaries, heads, task_loss, share
 
@@ -55,12 +57,13 @@ class DeepSupervision(Distillation):
         share: of a batch's targets that each step computes the loss on, drawn at random and weighted so that the loss is
             unbiased. Every block costs one more cross-entropy over the catalogue, which for a small student with a target
             at every position is most of a step; below 1 that price falls in proportion.
+        decay_epochs: see `Distillation`.
     """
 
     name = "deep_supervision"
 
-    def __init__(self, blocks: int = 4, weight: float = 1.0, share: float = 1.0) -> None:
-        super().__init__(weight)
+    def __init__(self, blocks: int = 4, weight: float = 1.0, share: float = 1.0, decay_epochs: int = 0) -> None:
+        super().__init__(weight, decay_epochs)
         if not 0 < share <= 1:
             raise UserError(f"deep_supervision: share is {share}. It must be above 0 and at most 1.")
         self.blocks, self.share = blocks, share

@@ -48,12 +48,14 @@ class Distillation(L.Callback):
 
     Args:
         weight: factor of the whole term in the student's loss.
+        decay_epochs: epochs in which the weight falls linearly to zero; 0 keeps it. A student that cannot become its teacher
+            then stops trying, and its own task has the last word.
     """
 
     name: str
 
-    def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
+    def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:
+        self.weight, self.decay_epochs = weight, decay_epochs
 
     def build(self, student: SequentialRecommender) -> Term:
         """Check that the student and the signals fit together and return the term.
@@ -66,7 +68,16 @@ class Distillation(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, SequentialRecommender) and self.name not in pl_module.distillation:
             pl_module.distillation[self.name] = self.build(pl_module)
-            pl_module.weights[self.name] = self.weight
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set_weight(trainer, pl_module)  # a run that goes on inside an epoch does not start it
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set_weight(trainer, pl_module)
+
+    def _set_weight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        left = max(0.0, 1 - trainer.current_epoch / self.decay_epochs) if self.decay_epochs else 1.0
+        pl_module.weights[self.name] = self.weight * left  # type: ignore[operator, index]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int

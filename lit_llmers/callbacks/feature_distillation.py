@@ -60,14 +60,17 @@ class FeatureDistillation(Distillation):
         cosine: weight of the cosine distance (the paper's lambda_1).
         l2: weight of the Euclidean distance (0.1, hard-coded in the official code).
         weight: factor of both.
+        decay_epochs: see `Distillation`.
 
     The number of blocks is that of the record; the student's depth must be divisible by it.
     """
 
     name = "feature"
 
-    def __init__(self, signals: SignalSource, cosine: float = 1.0, l2: float = 0.1, weight: float = 1.0) -> None:
-        super().__init__(weight)
+    def __init__(
+        self, signals: SignalSource, cosine: float = 1.0, l2: float = 0.1, weight: float = 1.0, decay_epochs: int = 0
+    ) -> None:
+        super().__init__(weight, decay_epochs)
         self.signals, self.cosine, self.l2 = signals, cosine, l2
 
     def build(self, student: SequentialRecommender) -> FeatureTerm:

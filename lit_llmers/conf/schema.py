@@ -5,7 +5,8 @@ A room's own settings (a data source's, an LLM base's, a backbone's arguments) l
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lit_llmers.errors import UserError, nearest, unknown
 
@@ -41,10 +42,36 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
         for key, value in values.items()
         if is_dataclass(types[key]) and isinstance(value, Mapping)
     }
+    for key, value in values.items():
+        check_type(value, types[key], f"{where}.{key}")
     try:
         return cls(**{**values, **nested})
     except TypeError as error:
         raise UserError(f"Configuration '{where}' is incomplete: {error}.") from error
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+def check_type(value: Any, hint: Any, where: str) -> None:
+    """Refuse a value that does not fit its type hint, as far as YAML has such types.
+
+    Raises:
+        UserError: it names the key, the value and what it must be.
+    """
+    kinds = [hint] if not isinstance(hint, UnionType) and get_origin(hint) is not Union else list(get_args(hint))
+    plain = [get_origin(kind) or kind for kind in kinds]
+    if not all(kind in _NAMES or kind is NoneType for kind in plain):
+        return  # a dataclass or a tensor: checked by those who make it
+    for kind in plain:
+        if kind is NoneType and value is None:
+            return
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return
+        if kind is not NoneType and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return
+    wanted = " or ".join("null" if kind is NoneType else _NAMES[kind] for kind in plain)
+    raise UserError(f"'{where}' is {value!r}. It must be {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -69,6 +96,8 @@ class SequenceConfig:
             raise unknown("kind of training examples (sequences.examples)", self.examples, EXAMPLES)
         if self.max_length < 1:
             raise UserError(f"sequences.max_length is {self.max_length}. It must be at least 1.")
+        if self.targets_per_user is not None and self.targets_per_user < 0:
+            raise UserError(f"sequences.targets_per_user is {self.targets_per_user}. It must be 0 (all), more, or null.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +121,8 @@ class OptimizerConfig:
             raise unknown("learning-rate schedule (optimizer.schedule)", self.schedule, SCHEDULES)
         if not self.lr > 0:
             raise UserError(f"optimizer.lr is {self.lr}. It must be positive.")
+        if self.warmup_steps < 0:
+            raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}. It must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -125,6 +156,8 @@ class TrainerConfig:
         for name in ("batch_size", "accumulate_grad_batches", "max_epochs", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.patience < 0:
+            raise UserError(f"trainer.patience is {self.patience}. It must be 0 (never stop early) or more.")
 
 
 @dataclass(frozen=True)

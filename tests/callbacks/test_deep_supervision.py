@@ -148,7 +148,6 @@ def test_a_depth_is_checked_before_anything_runs(tmp_path):
         small(tmp_path, "stages.student.model.layers=6", recipe=str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="seen only when the student's own turn comes")
 def test_the_default_blocks_are_checked_too(tmp_path):
     (tmp_path / "mine.yaml").write_text(RECIPE.replace("blocks: 4, ", ""))
     with pytest.raises(UserError, match="6 layers"):
