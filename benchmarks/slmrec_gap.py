@@ -16,21 +16,28 @@ from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write
 
 
-def feature(cosine: float, l2: float) -> str:
-    """Feature distillation with these weights, in YAML."""
-    return f"{{feature_distillation: {{from: signals, cosine: {cosine}, l2: {l2}}}}}"
+def feature(weight: float = 1.0, decay: int = 10) -> str:
+    """Feature distillation with the paper's two weights times `weight`, in YAML."""
+    return f"{{feature_distillation: {{from: signals, cosine: 1.0, l2: 0.1, weight: {weight}, decay_epochs: {decay}}}}}"
 
 
-def deep(blocks: int) -> str:
+def deep(blocks: int = 4, decay: int = 10) -> str:
     """Deep supervision of this many blocks, in YAML."""
-    return f"{{deep_supervision: {{blocks: {blocks}, weight: 1.0, share: 0.1}}}}"
+    return f"{{deep_supervision: {{blocks: {blocks}, weight: 1.0, share: 0.1, decay_epochs: {decay}}}}}"
 
 
 POINTS: dict[str, tuple[str, list[str]]] = {
     "default": ("the recipe: teacher of 8 layers with item text, student of 4", []),
-    "feature-only": ("without deep supervision", [f"stages.student.callbacks=[{feature(1.0, 0.1)}]"]),
-    "deep-only": ("deep supervision alone, no teacher", [f"stages.student.callbacks=[{deep(4)}]"]),
-    "weak": ("feature distillation alone, a tenth of its weight", [f"stages.student.callbacks=[{feature(0.1, 0.01)}]"]),
+    "constant": (
+        "the paper's constant weights",
+        [f"stages.student.callbacks=[{feature(decay=0)}, {deep(decay=0)}]"],
+    ),
+    "feature-only": ("without deep supervision", [f"stages.student.callbacks=[{feature()}]"]),
+    "deep-only": ("deep supervision alone, no teacher", [f"stages.student.callbacks=[{deep()}]"]),
+    "weak": (
+        "feature distillation alone, a tenth of its weight, constant",
+        [f"stages.student.callbacks=[{feature(0.1, decay=0)}]"],
+    ),
     "ids": ("teacher reads ids alone, as in the paper", ["stages.teacher.items=[item_embeddings]"]),
     "no-dropout": (
         "no dropout in teacher, student and control",
@@ -45,7 +52,7 @@ POINTS: dict[str, tuple[str, list[str]]] = {
         [
             "stages.signals.blocks=2",
             "student.model.layers=2",
-            f"stages.student.callbacks=[{feature(1.0, 0.1)}, {deep(2)}]",
+            f"stages.student.callbacks=[{feature()}, {deep(2)}]",
         ],
     ),
     "wide": (

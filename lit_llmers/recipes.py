@@ -127,7 +127,18 @@ def _scale_overrides(path: Path, scale: str | None) -> list[str]:
     scales: Any = OmegaConf.select(OmegaConf.load(path), "scales") or {}
     if scale not in scales:
         raise unknown(f"scale of {path.stem}", str(scale), ["laptop", *scales])
-    return [f"{key}={'null' if value is None else value}" for key, value in scales[scale].items()]
+    return [f"{key}={_grammar(value)}" for key, value in scales[scale].items()]
+
+
+def _grammar(value: Any) -> str:
+    """A YAML value in the grammar of overrides."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if hasattr(value, "items"):
+        return "{" + ",".join(f"{key}:{_grammar(item)}" for key, item in value.items()) + "}"
+    if hasattr(value, "__iter__") and not isinstance(value, str):
+        return "[" + ",".join(_grammar(item) for item in value) + "]"
+    return str(value)
 
 
 def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:

@@ -95,10 +95,11 @@ def test_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
         ["trainer.accumulate_grad_batches=4", "trainer.limit_train_batches=7"],  # the epoch ends within an optimiser step
         [
             "signals.online=true",
-            "stages.student.callbacks=[{feature_distillation:{from:signals}},{deep_supervision:{blocks:2,share:0.5}}]",
+            "stages.student.callbacks=[{feature_distillation:{from:signals,decay_epochs:2}},"
+            "{deep_supervision:{blocks:2,share:0.5}}]",
         ],
     ],
-    ids=["accumulate and schedule", "accumulate and limit", "online and share"],
+    ids=["accumulate and schedule", "accumulate and limit", "online, decay and share"],
 )
 def test_the_same_with_other_settings(tmp_path, monkeypatch, settings):
     whole = by_name(small(tmp_path / "whole", *settings))

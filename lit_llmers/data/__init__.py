@@ -53,7 +53,7 @@ class GeneratorConfig:
         seed: of the whole generator.
     """
 
-    users: int = 4000
+    users: int = 2000
     items: int = 600
     categories: int = 12
     themes: int = 12

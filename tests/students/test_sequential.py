@@ -289,21 +289,38 @@ def test_a_term_without_weight_changes_nothing(make, data):
     assert_equal_weights(attached.backbone.state_dict(), plain.backbone.state_dict())
 
 
+class Losses(L.Callback):
+    """Keeps every step's loss and what was logged of it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        logged = {key: value.item() for key, value in trainer.callback_metrics.items()}
+        factor = len(batch["target_row"]) / pl_module._typical_targets(batch)  # logged: means over the batch's own targets
+        self.steps.append(logged | {"total": outputs["loss"].item(), "factor": factor})
+
+
 def test_weights_multiply_their_terms(make, data):
     rows = rows_of(data, "sequence")
-    batch = batch_of(rows, range(6))
-    model = make(rows).eval()
-    FeatureDistillation(Recorded(rows.targets), weight=0.25).setup(None, model, "fit")
-    DeepSupervision(blocks=2, weight=3.0).setup(None, model, "fit")
-    logged: dict[str, torch.Tensor] = {}
-    model.log_dict = logged.update
-    recorded = Recorded(rows.targets)
-    batch["block_states"] = recorded.read(batch)
-    loss = model.training_step(batch, 0)
-    factor = len(batch["target_row"]) / (6 * model.targets_per_row)  # logged values are means over the batch's targets
-    total = logged["loss/task"] + 0.25 * logged["loss/feature"] + 3.0 * logged["loss/deep_supervision"]
-    torch.testing.assert_close(loss, total * factor)
-    torch.testing.assert_close(logged["loss"], total)
+    kept = Losses()
+    terms = [FeatureDistillation(Recorded(rows.targets), weight=0.25), DeepSupervision(blocks=2, weight=3.0)]
+    train(make(rows), [batch_of(rows, range(6)), batch_of(rows, range(6, 8))], *terms, kept)
+    assert kept.steps[0]["factor"] != kept.steps[1]["factor"]
+    for step in kept.steps:
+        total = step["loss/task"] + 0.25 * step["loss/feature"] + 3.0 * step["loss/deep_supervision"]
+        assert step["loss"] == pytest.approx(total, rel=1e-5)
+        assert step["total"] == pytest.approx(total * step["factor"], rel=1e-5)
+
+
+def test_a_weight_can_fall_to_zero_over_some_epochs(data):
+    rows = rows_of(data, "sequence")
+    torch.manual_seed(0)
+    model, kept = SequentialRecommender(sasrec(), targets_per_row=rows.targets / len(rows)), Losses()
+    terms = [FeatureDistillation(Recorded(rows.targets), weight=6.0, decay_epochs=3), DeepSupervision(blocks=2)]
+    train(model, [batch_of(rows, range(6))] * 2, *terms, kept, max_epochs=5)
+    left = [(s["loss"] - s["loss/task"] - s["loss/deep_supervision"]) / s["loss/feature"] for s in kept.steps]
+    assert left == pytest.approx([6, 6, 4, 4, 2, 2, 0, 0, 0, 0], abs=1e-4)
 
 
 def test_a_checkpoint_with_terms_loads_without_them_and_goes_on_with_them(make, data, tmp_path):
