@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
         "bytes": sum(path.stat().st_size for path in folder.glob("*.npy")),
         "limit_bytes": LIMIT,
         "private_bytes": max(private, _status("RssAnon")),
-        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resident_bytes": _status("VmHWM"),  # ru_maxrss would count the parent's memory too
         "written_rows_per_second": ROWS / written,
         "read_rows_per_second": ROWS / read,
     }

@@ -132,11 +132,11 @@ def step_costs(planned: Planned, examples: str, steps: int, rounds: int) -> list
         return lambda: fit.steps(steps)
 
     costs = alternate({name: training(fit) for name, fit in fits.items()}, rounds)
-    share = next(term["deep_supervision"]["share"] for term in planned["deep"].config.callbacks)
+    share = next(term["deep_supervision"].get("share", 1.0) for term in planned["deep"].config.callbacks)
     named = {
         "student": ("student's step / control's", "<= 1.10"),
         "feature": ("feature distillation alone / control's", "<= 1.10"),
-        "deep": (f"deep supervision alone, of {share:.0%} of the targets / control's", "<= 1.10"),
+        "deep": (f"deep supervision alone, of {100 * share:g}% of the targets / control's", "<= 1.10"),
         "whole": ("student's step, deep supervision of all targets / control's", ""),
     }
     return [Comparison.of(what, examples, goal, costs[name], costs["control"], "step") for name, (what, goal) in named.items()]
