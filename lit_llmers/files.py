@@ -26,17 +26,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "requested and" in str(error):  # numpy: "n requested and m written", no errno
+    except Exception as error:
+        if _disk_is_full(error):
             raise UserError(
                 f"No space left on the disk while writing {path}. Free some space and give the same command again: "
                 "what was finished before stays and is not done again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"No permission to write {path}. Choose another folder with run.dir=FOLDER.") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Libraries say it in their own ways: numpy without an errno, safetensors in an exception of its own."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or "No space left" in str(error) or "requested and" in str(error)
 
 
 def write_json(path: Path, value: Any) -> None:

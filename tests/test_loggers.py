@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_llmers.conf.schema import LoggerConfig
 from lit_llmers.errors import UserError
 from lit_llmers.journal import Journal, read_metrics
 from lit_llmers.loggers import JsonlLogger, QuietWandbLogger, finish_loggers, log_images, log_table, make_loggers
@@ -277,7 +278,7 @@ def test_csv_keeps_the_parts_of_a_resumed_stage(tmp_path):
 
 def test_what_is_missing_or_unknown_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Did you mean 'wandb'"):
-        start(tmp_path, config={"logger": {"kind": "wanddb"}})
+        LoggerConfig(kind="wanddb")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         start(tmp_path, config={"logger": {"kind": "tensorboard"}})

@@ -28,9 +28,7 @@ class DeepSupervisionTerm(Term):
 
     requires = frozenset({"hidden"})
 
-    def __init__(
-        self, boundaries: list[int], heads: nn.ModuleList, task_loss: TaskLoss, share: float = 1.0, decay_epochs: int = 0
-    ) -> None:
+    def __init__(self, boundaries: list[int], heads: nn.ModuleList, task_loss: TaskLoss, share: float = 1.0) -> None:
         super().__init__()
         self.boundaries, self.heads, self.task_loss, self.share = boundaries, heads, task_loss, share
 

@@ -7,6 +7,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender
 
@@ -55,6 +56,8 @@ class Distillation(L.Callback):
     name: str
 
     def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:
+        if decay_epochs < 0:
+            raise UserError(f"{self.name}: decay_epochs is {decay_epochs}. It must be 0 (constant weight) or more.")
         self.weight, self.decay_epochs = weight, decay_epochs
 
     def build(self, student: SequentialRecommender) -> Term:

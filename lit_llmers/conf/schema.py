@@ -16,6 +16,8 @@ PROTOCOLS = ("full", "sampled-999")
 SIGNAL_DTYPES = ("float16", "float32")
 ENCODERS = ("tfidf",)
 RECORDABLE = ("block_states",)
+LOGGERS = ("wandb", "tensorboard", "csv")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 EXPORTS = ("safetensors", "onnx")
 
 Config = TypeVar("Config")
@@ -156,6 +158,8 @@ class TrainerConfig:
         for name in ("batch_size", "accumulate_grad_batches", "max_epochs", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.precision not in PRECISIONS:
+            raise unknown("precision (trainer.precision)", self.precision, PRECISIONS)
         if self.patience < 0:
             raise UserError(f"trainer.patience is {self.patience}. It must be 0 (never stop early) or more.")
 
@@ -179,6 +183,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise unknown("evaluation protocol (evaluation.protocol)", self.protocol, PROTOCOLS)
+        if self.batch_size < 1:
+            raise UserError(f"evaluation.batch_size is {self.batch_size}. It must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -214,6 +220,10 @@ class LoggerConfig:
 
     kind: str = "wandb"
     project: str = "lit_llmers"
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOGGERS:
+            raise unknown("logger (logger.kind)", self.kind, LOGGERS)
 
 
 @dataclass(frozen=True)
@@ -278,6 +288,8 @@ class RecordStage:
     def __post_init__(self) -> None:
         if self.record not in RECORDABLE:
             raise unknown("signal (record)", self.record, RECORDABLE)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size of the record stage is {self.batch_size}. It must be at least 1.")
 
 
 @dataclass(frozen=True)
