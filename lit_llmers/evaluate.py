@@ -13,13 +13,12 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.files import atomic_write, write_json
-from lit_llmers.metrics import candidate_ranks, load_candidates, make_candidates, ranking_metrics, save_candidates
+from lit_llmers.metrics import KS, candidate_ranks, load_candidates, make_candidates, ranking_metrics, save_candidates
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.stages import Stage
 from lit_llmers.students.sequential import SequentialRecommender
 
-KS = (1, 5, 10, 20)
-HEAD_SHARE = 0.2  # of the catalogue, by training interactions: the "head" of every popularity split in the field
+HEAD_SHARE = 0.2  # of the catalogue, by training interactions
 POPULARITY_BINS = (0, 5, 10, 20, 50, 100, 200, 500)
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,6 @@ from typing import Any
 from lit_llmers import recipes
 from lit_llmers.errors import UserError
 
-log = logging.getLogger("lit_llmers")
-
 
 def main(arguments: Sequence[str]) -> int:
     """Run a recipe and return the exit status: 0 done, 2 something that the user can mend."""

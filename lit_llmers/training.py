@@ -1,6 +1,5 @@
 """The `fit` stage: train one recommender, from the last checkpoint if there is one, and keep its best epoch."""
 
-import logging
 from typing import Any
 
 import lightning as L
@@ -19,8 +18,6 @@ from lit_llmers.record import open_signals
 from lit_llmers.stages import Stage
 
 MONITOR = "val/NDCG@10"
-
-log = logging.getLogger(__name__)
 
 
 def run(stage: Stage) -> dict[str, Any]:
