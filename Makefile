@@ -5,7 +5,7 @@ ARGS   ?=
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python
 
-.PHONY: slmrec test lint bench
+.PHONY: slmrec test lint bench bench-slmrec
 
 slmrec: $(READY)
 	$(RUN) -m lit_llmers.fit recipe=slmrec $(ARGS)
@@ -19,6 +19,9 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 bench: $(READY)
+	$(RUN) benchmarks/students.py --peers --record docs/benchmarks.md $(ARGS)
+
+bench-slmrec: $(READY)
 	$(RUN) benchmarks/slmrec_costs.py $(ARGS)
 
 $(READY): pyproject.toml constraints.txt

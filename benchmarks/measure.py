@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lit_llmers.files import atomic_write
 
@@ -48,15 +49,13 @@ def timed(action: Callable[[], object]) -> Cost:
     return watch.laps[0]
 
 
-def alternate(things: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
-    """Run all things in turns, A B A B ..., `rounds` times after one round that does not count."""
+def alternate(things: Mapping[str, Callable[[], Cost]], rounds: int, warm_up: int = 1) -> dict[str, list[Cost]]:
+    """Run all things in turns, A B A B ..., `rounds` times after `warm_up` rounds that do not count."""
     costs: dict[str, list[Cost]] = {name: [] for name in things}
-    for number in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, thing in things.items():
-            cost = thing()
-            if number:
-                costs[name].append(cost)
-    return costs
+            costs[name].append(thing())
+    return {name: own[warm_up:] for name, own in costs.items()}
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,21 @@ def table(comparisons: Iterable[Comparison]) -> str:
             f"| {c.absolute} |"
         )
     return "\n".join(lines)
+
+
+def title(name: str, machine: Mapping[str, Any]) -> str:
+    """The heading of a section about `name` on this machine."""
+    return f"{name}, on {machine['cpu']}, {machine['cores']} cores, one thread"
+
+
+def when(machine: Mapping[str, Any]) -> str:
+    """Date and versions, a sentence."""
+    git = machine["git"] or {"commit": "unknown", "dirty": False}
+    changed = " with changes" * git["dirty"]
+    return (
+        f"{machine['date'][:10]}, commit {git['commit'][:7]}{changed}, PyTorch {machine['packages']['torch']}, "
+        f"Python {machine['python']}."
+    )
 
 
 def rewrite_section(path: Path, heading: str, body: str) -> None:

@@ -26,16 +26,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from measure import Comparison, Cost, Stopwatch, alternate, mean, rewrite_section, table, timed
+from measure import Comparison, Cost, Stopwatch, alternate, mean, rewrite_section, table, timed, title, when
 
 from lit_llmers import recipes, record, stages, training
 from lit_llmers.building import build_callbacks
 from lit_llmers.callbacks.resume import SeedEachStep
-from lit_llmers.data.loader import EvaluationBatches, SequenceDataModule
+from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.environment import environment
 from lit_llmers.files import write_json
-from lit_llmers.models import build_model, load_dataset, load_model
+from lit_llmers.models import build_model, data_module, load_dataset, load_model
 from lit_llmers.stages import Stage
 
 HERE = Path(__file__).parent
@@ -158,9 +158,9 @@ def recording_costs(planned: Planned, examples: str, rounds: int) -> list[Compar
     @torch.inference_mode()
     def rank() -> None:
         model = load_model(teacher, dataset)
-        table = model.item_table()
+        tables = model.tables()
         for batch in EvaluationBatches(test, signals.config.batch_size, teacher.config.mask_history):
-            model.ranks(batch, table)
+            model.ranks(batch, tables)
 
     costs = alternate({"evaluating": lambda: timed(rank).per(len(test)), "recording": recording}, rounds)
     what = "histories recorded per second / evaluated per second, teacher"
@@ -193,9 +193,9 @@ class Fit:
     def __init__(self, stage: Stage) -> None:
         config, dataset = stage.config, load_dataset(stage)
         self.stage = stage
-        self.data = SequenceDataModule(dataset, config.sequences, config.trainer.batch_size, config.mask_history, stage.seed)
+        self.data = data_module(stage, dataset)
         L.seed_everything(stage.seed, verbose=False)
-        self.model = build_model(stage, dataset, self.data.rows)
+        self.model = build_model(stage, dataset)
         records = [need for need in stage.needs if need.verb == "record"]
         self.terms = build_callbacks(config, {need.name: record.open_signals(need, self.data.rows) for need in records})
         stage.folder.mkdir(parents=True, exist_ok=True)
@@ -258,10 +258,6 @@ class EpochWatch(L.Callback):
 # ---- what is written ---------------------------------------------------------------------------------------------------
 
 
-def title(name: str, machine: dict[str, Any]) -> str:
-    return f"{name}, on {machine['cpu']}, {machine['cores']} cores, one thread"
-
-
 def body(measured: dict[str, Any], machine: dict[str, Any], options: argparse.Namespace) -> str:
     """The section of one data set."""
     generated = "generated; " if measured["generated"] else ""
@@ -296,15 +292,6 @@ def large_body(large: dict[str, Any], machine: dict[str, Any]) -> str:
             f"| 1,000,000 such rows | {million:,.0f} bytes on disk, the same private memory, "
             f"{1e6 / large['written_rows_per_second']:.0f} s to write |",
         ]
-    )
-
-
-def when(machine: dict[str, Any]) -> str:
-    git = machine["git"] or {"commit": "unknown", "dirty": False}
-    changed = " with changes" * git["dirty"]
-    return (
-        f"{machine['date'][:10]}, commit {git['commit'][:7]}{changed}, PyTorch {machine['packages']['torch']}, "
-        f"Python {machine['python']}."
     )
 
 

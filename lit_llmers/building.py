@@ -10,18 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from lit_llmers.backbones import Backbone
+from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.callbacks.distillation import Distillation, SignalSource
 from lit_llmers.conf.schema import FitStage, RecordStage, check_type
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 
-INJECTED = {"n_items", "max_length", "item_table"}
+PAIRWISE = ("bpr", "bce")  # losses of a collaborative student
+INJECTED = {"n_items", "n_users", "max_length", "item_table", "training_pairs"}
 
 
-def find(room: str, name: str) -> type:
+def find(room: str, name: str) -> Any:
     """The class that a file in `lit_llmers/<room>` is named after.
 
     Raises:
@@ -36,11 +37,12 @@ def find(room: str, name: str) -> type:
     return found
 
 
-def _class(room: str, name: str) -> type | None:
+def _class(room: str, name: str) -> Any:
     module = importlib.import_module(f"lit_llmers.{room}.{name}")
     plain = name.replace("_", "")
     classes = [value for key, value in vars(module).items() if key.lower() == plain and isinstance(value, type)]
-    return next((cls for cls in classes if issubclass(cls, Backbone | Distillation) and cls is not Distillation), None)
+    kinds = Backbone | CollaborativeBackbone | CountingBackbone | Distillation
+    return next((cls for cls in classes if issubclass(cls, kinds) and cls is not Distillation), None)
 
 
 def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: set[str]) -> None:
@@ -72,16 +74,43 @@ def check(stage: FitStage, where: str) -> None:
             )
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
-    for position, callback in enumerate(stage.callbacks):
-        if not isinstance(callback, dict) or len(callback) != 1:
-            raise UserError(f"'{where}.callbacks[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
-        for name, arguments in callback.items():
-            cls = find("callbacks", name)
-            wants_signals = "signals" in inspect.signature(cls).parameters
-            if wants_signals and "from" not in (arguments or {}):
-                raise UserError(f"'{where}.callbacks.{name}.from' is missing: name the stage that recorded the teacher.")
-            own = {key: value for key, value in (arguments or {}).items() if key != "from"}
-            _check_arguments(cls, own, f"{where}.callbacks.{name}", {"signals"})
+    _check_fit(stage, backbone, where)
+    for key in ("objective", "callbacks"):
+        for position, entry in enumerate(getattr(stage, key)):
+            if not isinstance(entry, dict) or len(entry) != 1:
+                raise UserError(f"'{where}.{key}[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
+            for name, arguments in entry.items():
+                _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
+
+
+def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
+    """Model, examples and loss must go together."""
+    kind, examples = stage.loss.kind, stage.sequences.examples
+    if issubclass(backbone, CollaborativeBackbone) and kind not in PAIRWISE:
+        raise UserError(f"'{where}.loss.kind' is {kind}, but {stage.fit} learns from pairs. Choose {' or '.join(PAIRWISE)}.")
+    if issubclass(backbone, Backbone) and not backbone.every_position and examples == "sequence":
+        raise UserError(
+            f"'{where}': {stage.fit} reads one position of a row, so sequences.examples=sequence does not fit. Use "
+            f"stages.{where.rpartition('.')[2]}.sequences.examples=prefixes, or last."
+        )
+
+
+def _check_callback(name: str, arguments: dict[str, Any], backbone: Any, where: str) -> None:
+    cls = find("callbacks", name)
+    if not issubclass(backbone, cls.fits):
+        raise UserError(
+            f"'{where}' does not fit {backbone.__name__}: it needs a {cls.fits.__name__}, of another kind of student."
+        )
+    if "signals" in inspect.signature(cls).parameters:
+        if "from" not in arguments:
+            raise UserError(f"'{where}.from' is missing: name the stage that recorded the teacher.")
+        if not backbone.causal:
+            raise UserError(
+                f"'{where}': the teacher spoke about each next item, and {backbone.__name__} does not train on next items. "
+                "Choose a causal sequential student, such as student=sasrec."
+            )
+    own = {key: value for key, value in arguments.items() if key != "from"}
+    _check_arguments(cls, own, where, {"signals"})
 
 
 def check_blocks(stages: dict[str, Any]) -> None:
@@ -98,7 +127,7 @@ def check_blocks(stages: dict[str, Any]) -> None:
         if isinstance(stage, RecordStage):
             asked = [(stage.of, stage.blocks)]
         elif isinstance(stage, FitStage):
-            for callback, given in ((key, own or {}) for entry in stage.callbacks for key, own in entry.items()):
+            for callback, given in stage.terms:
                 if "from" in given:
                     asked.append((name, stages[given["from"]].blocks))
                 if "blocks" in (parameters := inspect.signature(find("callbacks", callback)).parameters):
@@ -113,19 +142,19 @@ def check_blocks(stages: dict[str, Any]) -> None:
 
 
 def _layers(stage: FitStage) -> int:
-    default = inspect.signature(find("backbones", stage.fit)).parameters["layers"].default
-    return int(stage.model.get("layers", default))
+    backbone = find("backbones", stage.fit)
+    argument = inspect.signature(backbone).parameters.get("layers")
+    return int(stage.model.get("layers", backbone.layers if argument is None else argument.default))
 
 
-def build_backbone(stage: FitStage, seed: int, n_items: int, item_table: Tensor | None) -> Backbone:
+def build_backbone(stage: FitStage, seed: int, offered: dict[str, Any]) -> nn.Module:
     """Make the stage's backbone.
 
     Args:
         seed: of the stage; an LLM base that is built from scratch draws its weights from this seed plus its own.
-        item_table: `[n_items+1, d]` float32, the tables of the stages in `items` side by side.
+        offered: the arguments in `INJECTED`, of which the backbone takes those it names.
     """
     cls = find("backbones", stage.fit)
-    offered = {"n_items": n_items, "max_length": stage.sequences.max_length, "item_table": item_table}
     wanted = inspect.signature(cls).parameters
     arguments = dict(stage.model)
     if "base" in arguments:
@@ -137,10 +166,9 @@ def build_backbone(stage: FitStage, seed: int, n_items: int, item_table: Tensor 
 def build_callbacks(stage: FitStage, signals: dict[str, SignalSource]) -> list[Distillation]:
     """Make the stage's callbacks; `signals` holds the source behind each stage that a `from` names."""
     made = []
-    for callback in stage.callbacks:
-        for name, arguments in callback.items():
-            own = {key: value for key, value in (arguments or {}).items() if key != "from"}
-            if "from" in (arguments or {}):
-                own["signals"] = signals[arguments["from"]]
-            made.append(find("callbacks", name)(**own))
+    for name, arguments in stage.terms:
+        own = {key: value for key, value in arguments.items() if key != "from"}
+        if "from" in arguments:
+            own["signals"] = signals[arguments["from"]]
+        made.append(find("callbacks", name)(**own))
     return made

@@ -3,20 +3,22 @@
 import logging
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lit_llmers.candidates import load_candidates, make_candidates, read_candidates, save_candidates
 from lit_llmers.conf.schema import EvaluateStage
-from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.loader import EvaluationBatches
+from lit_llmers.data.dataset import TEST, Dataset
+from lit_llmers.data.loader import Batch, EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.files import atomic_write, write_json
-from lit_llmers.metrics import KS, candidate_ranks, load_candidates, make_candidates, ranking_metrics, save_candidates
+from lit_llmers.metrics import KS, Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.stages import Stage
-from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.students.recommender import Recommender
 
 HEAD_SHARE = 0.2  # of the catalogue, by training interactions
 POPULARITY_BINS = (0, 5, 10, 20, 50, 100, 200, 500)
@@ -34,17 +36,20 @@ def run(stage: Stage) -> dict[str, Any]:
         rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length)
         model = load_model(fitted, dataset)
         ranks, seconds = rank_all(model, rows, config, candidates)
+        shown = coverage(model, rows, config) if candidates is None else {}
         ranks_file = f"ranks-{fitted.name}-seed{fitted.seed}.npy"
         with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
             np.save(file, ranks.astype(np.float32), allow_pickle=False)
         groups = row_groups(dataset, rows)
+        metrics = {name: _metrics(ranks, inside, rows.user) for name, inside in _named_groups(groups).items()}
+        metrics["all"] |= shown
         summary = fitted.summary
         models.append(
             {
                 "name": fitted.name,
                 "seed": fitted.seed,
-                "metrics": {name: _metrics(ranks, rows_in) for name, rows_in in _named_groups(groups).items()},
-                "popularity": _by_popularity(ranks, groups["popularity"]),
+                "metrics": metrics,
+                "popularity": _by_popularity(ranks, groups["popularity"], rows.user),
                 "parameters": summary["parameters"] | {"layers": summary["layers"], "width": summary["width"]},
                 "training": {
                     "seconds": summary["train_seconds"],
@@ -67,7 +72,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
 @torch.inference_mode()
 def rank_all(
-    model: SequentialRecommender, rows: EvaluationRows, config: EvaluateStage, candidates: np.ndarray | None
+    model: Recommender, rows: EvaluationRows, config: EvaluateStage, candidates: np.ndarray | None
 ) -> tuple[np.ndarray, float]:
     """Rank the target of every row.
 
@@ -77,37 +82,52 @@ def rank_all(
     Returns:
         ranks `[R]`, 0 is best, ties count half; and the seconds that encoding and ranking took.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    table = model.item_table()
-    settings = config.evaluation
-    batches = EvaluationBatches(rows, settings.batch_size, settings.mask_history and candidates is None)
+    device = _placed(model)
+    tables = model.tables()
+    batches = EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history and candidates is None)
     ranks = np.empty(len(rows), np.float64)
-    model.ranks({key: value.to(device) for key, value in next(iter(batches)).items()}, table)  # warm up
+    model.ranks(_on(device, next(iter(batches))), tables)  # warm up
     started = time.perf_counter()
     for batch in batches:
         index = batch["row"].numpy()
-        batch = {key: value.to(device) for key, value in batch.items()}
-        if candidates is None:
-            ranked = model.ranks(batch, table)
-        else:
-            user = model.encode(batch["items"], batch["mask"])
-            ranked = candidate_ranks(user, table, batch["target"], torch.from_numpy(candidates[index]).long().to(device))
-        ranks[index] = ranked.cpu().numpy()
+        competing = None if candidates is None else torch.from_numpy(candidates[index]).long().to(device)
+        ranks[index] = model.ranks(_on(device, batch), tables, competing).cpu().numpy()
     return ranks, time.perf_counter() - started
+
+
+@torch.inference_mode()
+def coverage(model: Recommender, rows: EvaluationRows, config: EvaluateStage) -> dict[str, float]:
+    """coverage@k over the lists that the rows are shown: a second pass, for a rank needs no list."""
+    device = _placed(model)
+    tables = model.tables()
+    found = Coverage(rows.dataset.n_items)
+    for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history):
+        found.update(model.top_items(_on(device, batch), max(KS), tables))
+    return found.compute()
+
+
+def _placed(model: Recommender) -> torch.device:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    return device
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def row_groups(dataset: Dataset, rows: EvaluationRows) -> dict[str, np.ndarray]:
     """Which test rows have a popular target and which a short history; by training counts only.
 
     Returns:
-        `head` `[R]` bool, `short` `[R]` bool, `popularity` `[R]` int8 index into `POPULARITY_BINS`.
+        `user` `[R]` int64; `head` `[R]` bool, `short` `[R]` bool, `popularity` `[R]` int8 index into `POPULARITY_BINS`.
     """
     count = dataset.popularity()
     order = np.argsort(-count[1:], kind="stable") + 1
     head = np.zeros(dataset.n_items + 1, bool)
     head[order[: max(1, round(HEAD_SHARE * dataset.n_items))]] = True
     return {
+        "user": rows.user,
         "head": head[rows.target],
         "short": rows.history_length <= np.median(rows.history_length),
         "popularity": (np.digitize(count[rows.target], POPULARITY_BINS) - 1).astype(np.int8),
@@ -119,9 +139,11 @@ def _named_groups(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"all": np.ones_like(head), "head": head, "tail": ~head, "short": short, "long": ~short}
 
 
-def _metrics(ranks: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
-    users = int(inside.sum())
-    return {"users": users, **(ranking_metrics(torch.from_numpy(ranks[inside]), KS) if users else {})}
+def _metrics(ranks: np.ndarray, inside: np.ndarray, user: np.ndarray) -> dict[str, Any]:
+    count = {"users": len(np.unique(user[inside])), "interactions": int(inside.sum())}
+    if not count["users"]:
+        return count
+    return count | ranking_metrics(torch.from_numpy(ranks[inside]), KS, torch.from_numpy(user[inside]))
 
 
 def _bin_names() -> list[str]:
@@ -129,8 +151,8 @@ def _bin_names() -> list[str]:
     return [f"{low}-{high - 1}" for low, high in pairwise(POPULARITY_BINS)] + [last]
 
 
-def _by_popularity(ranks: np.ndarray, group: np.ndarray) -> list[dict[str, Any]]:
-    return [{"group": name, **_metrics(ranks, group == number)} for number, name in enumerate(_bin_names())]
+def _by_popularity(ranks: np.ndarray, group: np.ndarray, user: np.ndarray) -> list[dict[str, Any]]:
+    return [{"group": name, **_metrics(ranks, group == number, user)} for number, name in enumerate(_bin_names())]
 
 
 def _legend() -> dict[str, Any]:
@@ -145,13 +167,15 @@ def _legend() -> dict[str, Any]:
 
 
 def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str | None]:
-    """The stored candidates of a sampled protocol and their hash; drawn when there are none yet."""
+    """What the user's own file says, or the stored candidates of a sampled protocol, drawn when there are none; their hash."""
     settings = stage.config.evaluation
+    rows = EvaluationRows(dataset, "test", max_length=1)
+    if settings.candidates:
+        return read_candidates(Path(settings.candidates), dataset, rows)
     if settings.protocol == "full":
         return None, None
     path = stage.folder / "candidates.npy"
     if not path.with_name(f"{path.name}.json").is_file():  # it comes after the candidates
-        rows = EvaluationRows(dataset, "test", max_length=1)
         number = int(settings.protocol.partition("-")[2])
         drawn = make_candidates(
             dataset.items, dataset.offsets, dataset.n_items, rows.user, rows.target, number, settings.candidate_seed
@@ -162,12 +186,14 @@ def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str 
 
 def _protocol(stage: Stage, dataset: Dataset, candidates_hash: str | None) -> dict[str, Any]:
     settings = stage.config.evaluation
+    history = "masked" if settings.mask_history or candidates_hash else "kept"
     return {
-        "name": settings.protocol,
-        "history": "masked" if settings.mask_history or candidates_hash else "kept",
+        "name": Path(settings.candidates).name if settings.candidates else settings.protocol,
+        "history": "as in the file" if settings.candidates else history,
         "split": dataset.info["split"],
         "split_hash": dataset.fingerprint,
         "users": dataset.n_users,
         "items": dataset.n_items,
+        "interactions": int((dataset.split == TEST).sum()),
         "candidates": candidates_hash,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llmers import recipes
+from lit_llmers.allocator import keep_memory
 from lit_llmers.errors import UserError
 
 
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
+    keep_memory()
     try:
         name = _recipe_name(arguments)
         config = recipes.compose(name, [a for a in arguments if not a.startswith("recipe=") and a != "--config"])

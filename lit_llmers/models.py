@@ -6,11 +6,18 @@ import lightning as L
 import numpy as np
 import torch
 
-from lit_llmers.building import build_backbone
+from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
+from lit_llmers.building import build_backbone, find
+from lit_llmers.conf.schema import FitStage
 from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.loader import SequenceDataModule
+from lit_llmers.data.pairs import PairDataModule
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
+from lit_llmers.students.collaborative import CollaborativeRecommender
+from lit_llmers.students.counting import CountingRecommender
+from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 
 TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
@@ -34,13 +41,37 @@ def load_item_table(stage: Stage) -> torch.Tensor | None:
     return torch.from_numpy(np.concatenate([table * (size[0] / own) for table, own in zip(tables, size, strict=True)], 1))
 
 
-def build_model(stage: Stage, dataset: Dataset, rows: TrainingRows) -> SequentialRecommender:
+def build_model(stage: Stage, dataset: Dataset) -> Recommender:
     """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
-    backbone = build_backbone(stage.config, stage.seed, dataset.n_items, load_item_table(stage))
-    return SequentialRecommender(backbone, stage.config.optimizer, rows.targets / len(rows))
+    config: FitStage = stage.config
+    offered = {
+        "n_items": dataset.n_items,
+        "n_users": dataset.n_users,
+        "max_length": config.sequences.max_length,
+        "item_table": load_item_table(stage),
+        "training_pairs": dataset.training_pairs,
+    }
+    backbone = build_backbone(config, stage.seed, offered)
+    if isinstance(backbone, CountingBackbone):
+        return CountingRecommender(backbone)
+    if isinstance(backbone, CollaborativeBackbone):
+        return CollaborativeRecommender(backbone, config.optimizer, config.loss)
+    rows = TrainingRows(dataset, config.sequences)
+    popularity = torch.from_numpy(dataset.popularity()) if config.loss.kind == "sampled_softmax" else None
+    assert isinstance(backbone, Backbone)
+    return SequentialRecommender(backbone, config.optimizer, config.loss, rows.targets / len(rows), popularity)
 
 
-def load_model(stage: Stage, dataset: Dataset, rows: TrainingRows | None = None) -> SequentialRecommender:
+def data_module(stage: Stage, dataset: Dataset) -> SequenceDataModule | PairDataModule:
+    """What the model of a fit stage trains and validates on."""
+    config: FitStage = stage.config
+    batch_size, mask_history = config.trainer.batch_size, config.mask_history
+    if issubclass(find("backbones", config.fit), CollaborativeBackbone):
+        return PairDataModule(dataset, batch_size, config.loss.negatives, mask_history, stage.seed)
+    return SequenceDataModule(dataset, config.sequences, batch_size, mask_history, stage.seed)
+
+
+def load_model(stage: Stage, dataset: Dataset) -> Recommender:
     """The trained model of a fit stage, at its best validation epoch, in evaluation mode.
 
     Raises:
@@ -50,12 +81,12 @@ def load_model(stage: Stage, dataset: Dataset, rows: TrainingRows | None = None)
     if not path.is_file():
         raise UserError(f"There is no {path}. Remove the folder and run the recipe again to train '{stage.label}'.")
     L.seed_everything(stage.seed, verbose=False)
-    model = build_model(stage, dataset, rows or TrainingRows(dataset, stage.config.sequences))
+    model = build_model(stage, dataset)
     load_weights(model, path)
     return model.eval()
 
 
-def load_weights(model: SequentialRecommender, path: Path) -> None:
+def load_weights(model: Recommender, path: Path) -> None:
     """Load a checkpoint's weights without any callback.
 
     Raises:
@@ -67,11 +98,11 @@ def load_weights(model: SequentialRecommender, path: Path) -> None:
     model.load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name in own})
 
 
-def count_parameters(model: SequentialRecommender) -> dict[str, int]:
+def count_parameters(model: Recommender) -> dict[str, int]:
     """Parameters of the model that serves: the item table counts, frozen or not; loss terms do not."""
     parameters = list(model.backbone.parameters())
     table = model.item_table()
     total = sum(parameter.numel() for parameter in parameters)
-    if all(table is not parameter for parameter in parameters):
-        total += table.numel()
+    if isinstance(model, SequentialRecommender) and all(table is not parameter for parameter in parameters):
+        total += model.item_table().numel()
     return {"total": total, "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad)}

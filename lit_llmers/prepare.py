@@ -43,6 +43,8 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     `min_interactions` or more). Items without interactions leave the catalogue.
     """
     rows = _Rows(tables, config.name)
+    if config.split == "temporal":  # before a filter can take a user's first interactions
+        s.check_moments(rows.users, rows.table["time"].to_numpy(), tables.origin)
     if config.min_rating is not None:
         rows.keep(rows.table["rating"].to_numpy() >= config.min_rating, f"min_rating={config.min_rating:g}")
     short = rows.users_below(config.min_interactions)
@@ -56,21 +58,22 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     if config.split == "given":
         split = s.given(rows.table["split"].to_numpy(), tables.origin)
         s.check_order(split, rows.users, rows.user_ids, tables.origin)
-        strangers = s.without_history(split, rows.users)
-        rows.keep(~strangers, "split=given (users without a training interaction)")
-        if strangers.any():
-            rows.note(f"{strangers.sum()} held-out interactions of users without any training interaction were dropped.")
-        split = split[~strangers]
+        split = rows.keep_known(split, config.split, users=rows.users)
+    if config.split == "temporal":
+        split, moments = s.temporal(rows.table["time"].to_numpy(), config.quantiles)
+        rows.note(f"Training before time {moments[0]:.15g}, validation before {moments[1]:.15g}, test from there on.")
+        split = rows.keep_known(split, config.split, users=rows.users, items=rows.items)
     users, user_ids = rows.present(rows.users, rows.user_ids)
     items, item_ids = rows.present(rows.items, rows.item_ids)
     catalogue = tables.items.set_index("item_id").loc[item_ids].reset_index()
     offsets = s.offsets_of(users)
     if config.split == "leave-one-out":
         split = s.leave_one_out(offsets)
+    parts = np.bincount(split, minlength=3).tolist()
+    _check(parts, len(item_ids), config)
     repeats = len(users) - len(np.unique(users.astype(np.int64) * len(item_ids) + items))
     if repeats:
         rows.note(f"{repeats} interactions repeat an item that the user had before; they are kept.")
-    parts = np.bincount(split, minlength=3).tolist()
     counts = {"users": len(user_ids), "items": len(item_ids), "interactions": len(users)}
     dropped = rows.dropped | {"items_without_interactions": len(tables.items) - len(item_ids)}
     info = {
@@ -85,6 +88,19 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         "notes": [*tables.info["notes"], *rows.notes],
     }
     return Dataset((items + 1).astype(np.int32), offsets, split, user_ids, catalogue, info)
+
+
+def _check(parts: list[int], n_items: int, config: DataConfig) -> None:
+    """Refuse what could be trained on but not evaluated."""
+    if n_items < 2:
+        raise UserError(f"'{config.name}' has one item: there is nothing to rank. Relax the filters or take more data.")
+    for part, rows, purpose in zip(("validation", "test"), parts[1:], ("select an epoch on", "evaluate on"), strict=True):
+        if not rows:
+            cure = "Move data.quantiles" if config.split == "temporal" else f"Correct the column '{config.columns.split}'"
+            raise UserError(
+                f"The {part} part of '{config.name}' is empty with data.split={config.split}: nothing to {purpose}. {cure}, or "
+                "use data.split=leave-one-out."
+            )
 
 
 class _Rows:
@@ -123,6 +139,16 @@ class _Rows:
             )
         if before != after:
             self.dropped[reason] = {key: before[key] - after[key] for key in before}
+
+    def keep_known(self, split: np.ndarray, name: str, **codes: np.ndarray) -> np.ndarray:
+        """Drop what is held out of users (and items) without a training interaction; `[N]` -> the split of what is left."""
+        unknown = {what: s.without_history(split, code) for what, code in codes.items()}
+        for what, rows in unknown.items():
+            if rows.any():
+                self.note(f"{rows.sum()} held-out interactions of {what} without any training interaction were dropped.")
+        known = ~np.logical_or.reduce(list(unknown.values()))
+        self.keep(known, f"split={name} ({' and '.join(codes)} without a training interaction)")
+        return split[known]
 
     def sort(self) -> None:
         """Order by user, then by time; at the same time in the order of the file."""

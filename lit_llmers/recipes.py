@@ -103,6 +103,11 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
                         f"'python -m lit_llmers.fit recipe={name} --config' prints them all."
                     ) from error
             raise UserError(f"Recipe '{name}' does not compose: {str(error).splitlines()[0]}") from error
+    for override in others:  # what is said of the whole run wins over the student's own file
+        section, _, key = override.partition("=")[0].lstrip("+~").partition(".")
+        own = OmegaConf.select(config, f"student.{section}") if section in SECTIONS else None
+        if own is not None and key in own:
+            own.pop(key)
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         plain = _with_stage_overrides(plain, of_stages)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_llmers.callbacks.distillation import SignalSource
 from lit_llmers.conf.schema import RecordStage
+from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, OrderedBatches
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
@@ -64,7 +65,7 @@ def open_signals(stage: Stage, rows: TrainingRows) -> SignalSource:
     config: RecordStage = stage.config
     teacher = stage.need(config.of)
     if config.signals.online:
-        model = load_model(teacher, rows.dataset)
+        model = _load_teacher(teacher, rows.dataset)
         return OnlineTeacher(model, _boundaries(model, config))
     return RecordedTeacher(SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint))
 
@@ -75,7 +76,7 @@ def run(stage: Stage) -> dict[str, Any]:
     teacher = stage.need(config.of)
     dataset = load_dataset(stage)
     rows = TrainingRows(dataset, teacher.config.sequences)
-    model = load_model(teacher, dataset, rows)
+    model = _load_teacher(teacher, dataset)
     boundaries = _boundaries(model, config)
     if config.signals.online:
         return {"rows": rows.targets, "bytes": 0, "online": True}
@@ -106,6 +107,13 @@ def run(stage: Stage) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in (stage.folder / config.record).glob("*.npy"))
     return {"rows": rows.targets, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
+
+
+def _load_teacher(stage: Stage, dataset: Dataset) -> SequentialRecommender:
+    model = load_model(stage, dataset)
+    if not isinstance(model, SequentialRecommender):
+        raise UserError(f"Stage '{stage.name}' is no sequential model: it has no hidden states to record. Record another one.")
+    return model
 
 
 def _boundaries(model: SequentialRecommender, config: RecordStage) -> list[int]:

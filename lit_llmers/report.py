@@ -8,11 +8,11 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.files import atomic_write, read_json
-from lit_llmers.reporting import tables
+from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.plots import write_plots
 from lit_llmers.reporting.results import METRIC, Results
 from lit_llmers.reporting.verdict import teacher_warnings, verdict
@@ -42,15 +42,15 @@ def write_report(run: Path) -> Path:
     """
     results = Results(run)
     plots = write_plots(results)
-    sections = [_title(results), _data_line(results), _state(results)]
+    parts = [_title(results), sections.data_line(results), _state(results)]
     if results.models:
-        sections += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
+        parts += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
     elif any(stage.done for stage in results.stages if stage.verb == "fit"):
-        sections += ["## Training so far", tables.training_table(results)]
-    sections += [_plots(plots), _protocol(results), _data(results), _reproducibility(results)]
+        parts += ["## Training so far", tables.training_table(results)]
+    parts += [_plots(plots), sections.protocol_section(results), sections.data_section(results), _reproducibility(results)]
     path = results.run / "report.md"
     with atomic_write(path) as temporary:
-        temporary.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     _merge_metrics(results)
     return path
 
@@ -93,19 +93,6 @@ def publish(run: Path, loggers: "Iterable[Logger]") -> None:
 
 def _title(results: Results) -> str:
     return f"# {results.about['recipe']} on {results.data.get('name', 'data not yet prepared')} ({results.about['run']})"
-
-
-def _data_line(results: Results) -> str:
-    if not results.data:
-        return ""
-    counts = results.data["counts"]
-    line = f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions."
-    if results.generated:
-        return (
-            "**Generated data: a program made this data set. The figures show that the method runs and what it does "
-            f"here; they say nothing about real users.** {line}"
-        )
-    return f"Data: {results.data['name']}, {line}"
 
 
 def _state(results: Results) -> str:
@@ -163,59 +150,14 @@ def _plots(plots: dict[str, Path]) -> str:
 # ---- how it was done -------------------------------------------------------------------------------------------------
 
 
-def _protocol(results: Results) -> str:
-    if results.evaluation is None:
-        return ""
-    protocol = results.evaluation["protocol"]
-    against = "the whole catalogue" if protocol["name"] == "full" else f"stored candidates ({protocol['name']})"
-    masked = "do not compete (history masked)" if protocol["history"] == "masked" else "compete too (history kept)"
-    lines = [
-        f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, "
-        f"{protocol['items']:,} items.",
-        f"Each user's held-out item is ranked against {against}; items that the user has met before {masked}. Ties count half.",
-        "Epochs are selected on the validation part alone; the test part selects nothing.",
-    ]
-    if protocol["candidates"]:
-        lines.append(f"Candidates: sha256 `{protocol['candidates']}`.")
-    return "\n".join(["## Protocol\n", *(f"- {line}" for line in lines)])
-
-
-def _data(results: Results) -> str:
-    data = results.data
-    if not data:
-        return ""
-    counts = ", ".join(f"{name} {number:,}" for name, number in data["counts"].items())
-    lines = [
-        f"{data['name']}: {counts}.",
-        f"Kept: {data['min_interactions']} or more interactions per user, k-core {data['k_core']}.",
-    ]
-    lines += [f"Dropped, {reason}: {_dropped(number)}." for reason, number in data["dropped"].items() if number]
-    return "\n".join(["## Data\n", *(f"- {line}" for line in [*lines, *data["notes"]])])
-
-
-def _dropped(number: int | dict[str, int]) -> str:
-    if isinstance(number, dict):
-        return ", ".join(f"{count:,} {what}" for what, count in number.items())
-    return f"{number:,}"
-
-
 def _reproducibility(results: Results) -> str:
     parts = ["## To do it again", f"```\n{results.about['command']}\n```"]
     path = results.run / "environment.json"
     if path.is_file():
-        parts.append(_machine(read_json(path)))
+        parts.append(sections.machine(read_json(path)))
     total = tables.duration(sum(stage.seconds or 0 for stage in results.stages))
     parts.append(f"`config.yaml` holds every setting. The stages took {total}:")
     return "\n\n".join([*parts, tables.stage_table(results)])
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    versions = environment["packages"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions)
-    device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
-    git = environment["git"]
-    commit = f" Commit `{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}." if git else ""
-    return f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."
 
 
 def _merge_metrics(results: Results) -> None:

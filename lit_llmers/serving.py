@@ -109,7 +109,9 @@ def rebuild(config: Mapping[str, Any], weights: Mapping[str, "Tensor"]) -> "Sequ
         sequences=SequenceConfig(max_length=config["max_length"]),
     )
     with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are not to shift anyone's dice
-        backbone = build_backbone(described, 0, config["n_items"], torch.zeros(config["n_items"] + 1, config["dim"]))
+        table = torch.zeros(config["n_items"] + 1, config["dim"])
+        offered = {"n_items": config["n_items"], "max_length": config["max_length"], "item_table": table}
+        backbone = build_backbone(described, 0, offered)
     held = [name for name, _ in backbone.named_buffers(recurse=False, remove_duplicate=False)]
     for name in held:  # frozen item table, prompt; copied into aligned memory: else the last bit of a score may differ
         if name in weights:

@@ -16,7 +16,7 @@ from typing import Any
 
 from lit_llmers.conf.schema import SECTIONS, EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, build
 from lit_llmers.errors import UserError, nearest, unknown
-from lit_llmers.files import digest, read_json, write_json
+from lit_llmers.files import digest, read_json, sha256, write_json
 
 FORMAT = 1  # raised when an artefact's format changes, so that no old one is taken for new
 MODULES = {
@@ -177,16 +177,29 @@ def _check_seeds(seed: Any, seeds: Any) -> None:
 
 
 def _inherit(name: str, stages: dict[str, Any], chain: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Follow `like`: the other stage's settings, with this one's on top."""
+    """Follow `like`: the settings of another stage, or those of an option group, with this one's on top.
+
+    Mappings are merged key by key, lists and everything else replaced.
+    """
     entry = dict(stages[name] or {})
     other = entry.pop("like", None)
     if other is None:
         return entry
+    if isinstance(other, dict):
+        return _merge(other, entry)
     if other not in stages:
         raise unknown(f"stage in 'stages.{name}.like'", other, stages)
     if other in chain:
         raise UserError(f"'like' goes in a circle: {' -> '.join((*chain, name, other))}.")
-    return _inherit(other, stages, (*chain, name)) | entry
+    return _merge(_inherit(other, stages, (*chain, name)), entry)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
 
 
 def _verb(name: str, entry: dict[str, Any]) -> str:
@@ -225,6 +238,10 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         from lit_llmers.building import check
 
         check(typed, where)
+    if verb == "evaluate" and (file := typed.evaluation.candidates):
+        if not Path(file).is_file():
+            raise UserError(f"There is no file {file}. Set evaluation.candidates to an npy or a parquet file, or to null.")
+        return typed, {"candidates": sha256(Path(file))}
     return typed, {}
 
 
@@ -234,7 +251,7 @@ def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
         return []
     preparing = [name for name, entry in entries.items() if "prepare" in entry]
     if verb == "fit":
-        sources = [own["from"] for callback in typed.callbacks for own in callback.values() if own and "from" in own]
+        sources = [own["from"] for _, own in typed.terms if "from" in own]
         return list(dict.fromkeys([*preparing, *typed.items, *sources]))
     of = getattr(typed, "of", [])
     return [*preparing, *([of] if isinstance(of, str) else of)]
@@ -249,10 +266,9 @@ def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None
     wanted: list[tuple[str, str, tuple[str, ...]]] = []
     if isinstance(typed, FitStage):
         wanted = [(f"stages.{name}.items", item, ("fit", "encode")) for item in typed.items]
-        for callback in typed.callbacks:
-            for key, arguments in callback.items():
-                if "from" in (arguments or {}):
-                    wanted.append((f"stages.{name}.callbacks.{key}.from", arguments["from"], ("record",)))
+        for key, arguments in typed.terms:
+            if "from" in arguments:
+                wanted.append((f"stages.{name}.callbacks.{key}.from", arguments["from"], ("record",)))
     elif hasattr(typed, "of"):
         of = [typed.of] if isinstance(typed.of, str) else typed.of
         wanted = [(f"stages.{name}.of", model, ("fit",)) for model in of]

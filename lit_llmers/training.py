@@ -10,10 +10,10 @@ from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.conf.schema import FitStage
-from lit_llmers.data.loader import SequenceDataModule
+from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.files import atomic_write
 from lit_llmers.loggers import finish_loggers
-from lit_llmers.models import TABLE, build_model, count_parameters, load_dataset, load_model
+from lit_llmers.models import TABLE, build_model, count_parameters, data_module, load_dataset, load_model
 from lit_llmers.record import open_signals
 from lit_llmers.stages import Stage
 
@@ -25,19 +25,25 @@ def run(stage: Stage) -> dict[str, Any]:
     config: FitStage = stage.config
     dataset = load_dataset(stage)
     L.seed_everything(stage.seed, verbose=False)
-    data = SequenceDataModule(dataset, config.sequences, config.trainer.batch_size, config.mask_history, stage.seed)
-    model = build_model(stage, dataset, data.rows)
-    terms = build_callbacks(config, {need.name: open_signals(need, data.rows) for need in stage.needs if need.verb == "record"})
+    data, model = data_module(stage, dataset), build_model(stage, dataset)
+    records = [need for need in stage.needs if need.verb == "record"]
+    terms = build_callbacks(
+        config, {need.name: open_signals(need, TrainingRows(dataset, config.sequences)) for need in records}
+    )
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), *terms, best, last])
     resume_from = str(last.path) if last.path.is_file() else None
     L.seed_everything(stage.seed, verbose=False)  # what callbacks add starts the same, whatever the signals' source drew
-    trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
-    model = load_model(stage, dataset, data.rows)
-    with atomic_write(stage.folder / TABLE) as temporary, open(temporary, "wb") as file:
-        np.save(file, model.item_table().detach().float().cpu().numpy(), allow_pickle=False)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    else:  # it was counted when it was built
+        trainer.validate(model, datamodule=data, verbose=False)
+    model = load_model(stage, dataset)
+    if (table := model.item_table()) is not None:
+        with atomic_write(stage.folder / TABLE) as temporary, open(temporary, "wb") as file:
+            np.save(file, table.detach().float().cpu().numpy(), allow_pickle=False)
     summary = {
         "parameters": count_parameters(model),
         "layers": model.backbone.layers,

@@ -11,9 +11,12 @@ import pytest
 import torch
 from tiny import by_name, dataset, small
 
-from lit_llmers import evaluate, metrics
+from lit_llmers import candidates as stored
+from lit_llmers import evaluate
+from lit_llmers.data import GeneratorConfig
 from lit_llmers.data.dataset import TEST, TRAIN, Dataset
 from lit_llmers.data.sequences import EvaluationRows
+from lit_llmers.data.sources.demo import Demo
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.models import load_dataset, load_model
@@ -65,6 +68,11 @@ def plain_rank(scores: np.ndarray, target: int, others: list[int]) -> float:
     return above + 0.5 * sum(scores[item] == scores[target] for item in others)
 
 
+def of_ranks(figures: dict) -> dict[str, float]:
+    """What is worked out from ranks alone."""
+    return {name: value for name, value in figures.items() if name not in ("users", "interactions") and "coverage" not in name}
+
+
 def plain_metrics(ranks: list[float]) -> dict[str, float]:
     out = {}
     for k in KS:
@@ -90,8 +98,23 @@ def test_ranks_and_metrics_equal_plain_loops(whole, name):
     assert ranks[::3].tolist() == expected
     assert len(set(expected)) > 10
     figures = entry["metrics"]["all"]
-    assert figures.pop("users") == 150
-    assert figures == pytest.approx(plain_metrics(ranks.tolist()))
+    assert figures["users"] == figures["interactions"] == 150
+    assert of_ranks(figures) == pytest.approx(plain_metrics(ranks.tolist()))
+
+
+def test_coverage_equals_plain_loops(whole):
+    stage = next(stage for stage in whole if stage.name == "evaluate")
+    fitted, data = next(stage for stage in whole if stage.name == "item_embeddings"), load_dataset(stage)
+    figures = next(model for model in read(stage)["models"] if model["name"] == fitted.name)["metrics"]["all"]
+    shown = np.zeros((len(KS), data.n_items + 1), bool)
+    for user in range(150):
+        scores, _, seen = plain_scores(fitted, data, user)
+        scores[[0, *seen]] = -math.inf
+        best = np.argsort(-scores)
+        for line, k in zip(shown, KS, strict=True):
+            line[best[:k]] = True
+    for line, k in zip(shown, KS, strict=True):
+        assert figures[f"coverage@{k}"] == pytest.approx(line.sum() / data.n_items, abs=0.011), "one item apart by rounding"
 
 
 def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):
@@ -115,6 +138,7 @@ def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):
         "split_hash": data.fingerprint,
         "users": 150,
         "items": data.n_items,
+        "interactions": 150,
         "candidates": None,
     }
 
@@ -131,9 +155,9 @@ def test_groups_partition_the_test_users_and_have_their_own_metrics(whole):
         assert entry["metrics"][one]["users"] + entry["metrics"][other]["users"] == 150
         assert min(entry["metrics"][one]["users"], entry["metrics"][other]["users"]) > 10
     for name, inside in members.items():
-        figures = dict(entry["metrics"][name])
-        assert figures.pop("users") == inside.sum()
-        assert figures == pytest.approx(plain_metrics(ranks[inside].tolist()))
+        figures = entry["metrics"][name]
+        assert figures["users"] == inside.sum()
+        assert of_ranks(figures) == pytest.approx(plain_metrics(ranks[inside].tolist()))
     count = np.zeros(data.n_items + 1, int)
     for item, part in zip(data.items, data.split, strict=True):
         count[item] += part == TRAIN
@@ -166,6 +190,29 @@ def test_the_batch_size_changes_nothing(whole):
     for one, other in zip(read(ours)["models"], read(theirs)["models"], strict=True):
         assert one["metrics"] == other["metrics"]
         assert (ranks_of(ours, one) == ranks_of(theirs, other)).all()
+
+
+def test_the_figures_of_one_model_at_batch_sizes_of_1_7_and_64(whole):
+    config = next(stage for stage in whole if stage.name == "evaluate").config
+    fitted = next(stage for stage in whole if stage.name == "item_embeddings")
+    data = load_dataset(next(stage for stage in whole if stage.name == "teacher"))
+    rows, model = EvaluationRows(data, "test", 8), load_model(fitted, data)
+    found = []
+    for size in (1, 7, 64, 1000):
+        settings = type(config)("test", [], type(config.evaluation)(batch_size=size))
+        found.append((evaluate.rank_all(model, rows, settings, None)[0], evaluate.coverage(model, rows, settings)))
+    for ranks, shown in found[1:]:
+        assert (ranks == found[0][0]).all()
+        assert shown == found[0][1]
+
+
+def test_batches_larger_than_the_data_train_and_evaluate(tmp_path):
+    (tmp_path / "mine.yaml").write_text(CATALOGUE)
+    settings = ["trainer.batch_size=100000", "evaluation.batch_size=100000", "trainer.max_epochs=2"]
+    planned = by_name(small(tmp_path, *settings, recipe=str(tmp_path / "mine.yaml")))
+    run(list(planned.values()), "evaluate")
+    assert planned["first"].summary["epochs"] == 2
+    assert {model["metrics"]["all"]["interactions"] for model in read(planned["evaluate"])["models"]} == {150}
 
 
 def test_without_mask_the_history_competes(whole):
@@ -202,6 +249,34 @@ def test_evaluation_goes_on_after_a_fault(whole, tmp_path, monkeypatch):
     assert not (planned["evaluate"].folder / "evaluation.json").exists()
     run(list(planned.values()), "evaluate")
     assert len(read(planned["evaluate"])["models"]) == 6
+
+
+# ---- several held-out interactions for a user ------------------------------------------------------------------------
+
+
+def test_a_temporal_split_from_data_to_report(tmp_path):
+    tables = Demo(GeneratorConfig(users=150, items=100, longest=20)).load()
+    start = tables.interactions["user_id"].rank(method="dense").to_numpy()  # users come one after the other, and overlap
+    times = 1_000_000_000 + 100 * start + 500 * tables.interactions["time"].to_numpy()
+    tables.interactions.assign(timestamp=times).drop(columns="time").to_parquet(tmp_path / "interactions.parquet")
+    tables.items.to_parquet(tmp_path / "items.parquet")
+    (tmp_path / "mine.yaml").write_text(CATALOGUE)
+    settings = ["data=local", f"data.path={tmp_path}", "data.split=temporal", "trainer.max_epochs=1"]
+    planned = by_name(small(tmp_path / "runs", *settings, recipe=str(tmp_path / "mine.yaml")))
+    run(list(planned.values()), "evaluate")
+    stage = planned["evaluate"]
+    data, figures = load_dataset(stage), read(stage)["models"][0]["metrics"]["all"]
+    moment = np.sort(times)[int(0.8 * len(times))]
+    trained = tables.interactions[times < moment]
+    assert (data.split == TRAIN).sum() == len(trained)
+    assert set(data.users) == set(trained["user_id"])
+    assert set(data.catalogue["item_id"]) == set(trained["item_id"])
+    rows, ranks = EvaluationRows(data, "test", 8), ranks_of(stage, read(stage)["models"][0])
+    assert figures["interactions"] == len(rows) > figures["users"] == len(set(rows.user))
+    assert of_ranks(figures) == pytest.approx(
+        plain_metrics(ranks.tolist())
+        | {f"Recall@{k}": np.mean([(ranks[rows.user == u] < k).mean() for u in set(rows.user)]) for k in KS}
+    )
 
 
 # ---- sampled candidates ----------------------------------------------------------------------------------------------
@@ -247,10 +322,10 @@ def test_ranks_among_the_candidates_equal_plain_loops(sampled, name):
         close = np.abs(scores[candidates[row]] - scores[target]).min() < 1e-7  # rounding may decide
         if not close:
             assert ranks[row] == plain_rank(scores, target, candidates[row].tolist())
-    figures = dict(entry["metrics"]["all"])
-    figures.pop("users")
+    figures = of_ranks(entry["metrics"]["all"])
     assert figures == pytest.approx(ranking_metrics(torch.from_numpy(ranks), KS))
     assert figures == pytest.approx(plain_metrics(ranks.tolist()))
+    assert "coverage@10" not in entry["metrics"]["all"], "there is no list of the whole catalogue"
 
 
 def test_candidates_are_drawn_by_their_seed_alone(sampled):
@@ -274,7 +349,7 @@ def test_a_kill_between_candidates_and_their_hash_is_mended(sampled, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "write_json", killed)
+        patch.setattr(stored, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run(stages, None)
     run(stages, None)
@@ -300,3 +375,40 @@ def test_too_small_a_catalogue_for_the_protocol(whole):
     planned = stages_of(whole, "evaluation.protocol=sampled-999")
     with pytest.raises(UserError, match="sampled-999 needs 999 items.*Use protocol=full"):
         run(list(planned.values()), "evaluate")
+
+
+def test_the_users_own_file_of_candidates(sampled):
+    folder, planned = sampled
+    theirs = planned["evaluate"]
+    stages = sampled_stages(folder, "evaluation.protocol=full", f"evaluation.candidates={theirs.folder / 'candidates.npy'}")
+    run(stages, None)
+    ours = by_name(stages)["evaluate"]
+    assert ours.folder != theirs.folder
+    for one, other in zip(read(ours)["models"], read(theirs)["models"], strict=True):
+        assert (ranks_of(ours, one) == ranks_of(theirs, other)).all()
+    protocol = read(ours)["protocol"]
+    assert (protocol["name"], protocol["history"]) == ("candidates.npy", "as in the file")
+    assert protocol["candidates"] == read(theirs)["protocol"]["candidates"]
+
+
+def test_a_file_that_is_not_there_or_another_protocol_beside_it(sampled):
+    with pytest.raises(UserError, match="There is no file nowhere.npy. Set evaluation.candidates"):
+        sampled_stages(sampled[0], "evaluation.protocol=full", "evaluation.candidates=nowhere.npy")
+    with pytest.raises(UserError, match="evaluation.candidates excludes evaluation.protocol=sampled-999"):
+        sampled_stages(sampled[0], "evaluation.candidates=nowhere.npy")
+    with pytest.raises(UserError, match="It must be an npy or a parquet file"):
+        sampled_stages(sampled[0], "evaluation.protocol=full", "evaluation.candidates=some.csv")
+
+
+@pytest.mark.parametrize("protocol", ["sampled", "sampled-0", "sampled-x", "sampled-99 "])
+def test_protocols_have_a_number(sampled, protocol):
+    with pytest.raises(UserError, match="Unknown evaluation protocol"):
+        sampled_stages(sampled[0], f"evaluation.protocol={protocol!r}")
+
+
+def test_a_sampled_protocol_of_any_number(sampled):
+    stages = sampled_stages(sampled[0], "evaluation.protocol=sampled-20")
+    run(stages, None)
+    stage = by_name(stages)["evaluate"]
+    assert np.load(stage.folder / "candidates.npy").shape == (300, 20)
+    assert read(stage)["protocol"]["name"] == "sampled-20"

@@ -1,248 +1,20 @@
-"""Ranks and metrics against brute force, the official evaluators' numbers and an independent library."""
+"""Metrics worked out by hand, the official evaluators' numbers and an independent library."""
 
-import hashlib
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from lit_llmers.errors import UserError
-from lit_llmers.metrics import (
-    RankingMetrics,
-    candidate_ranks,
-    load_candidates,
-    make_candidates,
-    per_user_metric,
-    ranking_metrics,
-    save_candidates,
-    target_ranks,
-)
+from lit_llmers.metrics import Coverage, RankingMetrics, per_user_metric, ranking_metrics
+from lit_llmers.ranking import candidate_ranks, target_ranks
 
 
 def as_vectors(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Users and items `1..n` whose product is exactly `scores` `[B, n]`: item vectors are columns, users one-hot."""
     table = torch.cat([torch.zeros(1, len(scores), dtype=torch.float64), scores.T])
     return torch.eye(len(scores), dtype=torch.float64), table
-
-
-def brute_force(scores: np.ndarray, target: int, excluded: set[int]) -> float:
-    """Rank of item `target` (1-based, `scores[i-1]`) by a plain loop; ties count half."""
-    rank = 0.0
-    for item, score in enumerate(scores, start=1):
-        if item == target or item in excluded:
-            continue
-        rank += 1.0 if score > scores[target - 1] else 0.5 if score == scores[target - 1] else 0.0
-    return rank
-
-
-@pytest.fixture(scope="module")
-def tied():
-    """Small whole numbers: the product is exact and ties abound. In half of the rows the target is seen."""
-    rng = np.random.default_rng(0)
-    rows, n, d = 203, 57, 3
-    user, table = rng.integers(-2, 3, (rows, d)), rng.integers(-2, 3, (n + 1, d))
-    table[0] = 0
-    target = rng.integers(1, n + 1, rows)
-    seen = [set(rng.choice(np.arange(1, n + 1), rng.integers(0, 30), replace=False).tolist()) for _ in range(rows)]
-    for row in range(0, rows, 2):
-        seen[row].add(int(target[row]))
-    scores = user @ table[1:].T
-    expected = [brute_force(scores[row], target[row], seen[row]) for row in range(rows)]
-    pairs = torch.tensor([(row, item) for row in range(rows) for item in sorted(seen[row])])
-    pairs = pairs[torch.from_numpy(rng.permutation(len(pairs)))]
-    return SimpleNamespace(
-        user=torch.from_numpy(user).float(),
-        table=torch.from_numpy(table).float(),
-        target=torch.from_numpy(target),
-        row=pairs[:, 0],
-        item=pairs[:, 1],
-        expected=torch.tensor(expected),
-    )
-
-
-# ---- full ranking --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 64, 203, 1000])
-def test_target_ranks_equal_brute_force_with_ties_and_history(tied, chunk):
-    ranks = target_ranks(tied.user, tied.table, tied.target, tied.row, tied.item, chunk=chunk)
-    assert ranks.dtype == torch.float32
-    assert torch.equal(ranks, tied.expected)
-    assert (ranks % 1 == 0.5).any(), "the example has no half ranks: it shows nothing about ties"
-
-
-def test_history_matters_and_no_history_is_allowed(tied):
-    free = target_ranks(tied.user, tied.table, tied.target)
-    assert (free >= tied.expected).all()
-    assert (free > tied.expected).any()
-    empty = torch.empty(0, dtype=torch.long)
-    assert torch.equal(target_ranks(tied.user, tied.table, tied.target, empty, empty), free)
-
-
-def test_batches_do_not_change_the_ranks_of_a_real_valued_model():
-    torch.manual_seed(1)
-    user, table, target = torch.randn(300, 64), torch.randn(5001, 64), torch.randint(1, 5001, (300,))
-    row, item = torch.arange(300).repeat_interleave(20), torch.randint(0, 5001, (6000,))
-    whole = target_ranks(user, table, target, row, item)
-    for size in (1, 7, 128):
-        parts = []
-        for start in range(0, 300, size):
-            inside = (row >= start) & (row < start + size)
-            part = slice(start, start + size)
-            parts.append(target_ranks(user[part], table, target[part], row[inside] - start, item[inside]))
-        assert torch.equal(torch.cat(parts), whole)
-
-
-def test_the_padding_item_never_competes():
-    table = torch.tensor([[9.0], [1.0], [2.0]])
-    assert target_ranks(torch.ones(1, 1), table, torch.tensor([2])).tolist() == [0]
-    zero = torch.tensor([0])
-    assert target_ranks(torch.ones(1, 1), table, torch.tensor([1]), zero, zero).tolist() == [1]
-
-
-def test_a_model_that_scores_all_items_alike_lands_in_the_middle():
-    ranks = target_ranks(torch.ones(4, 2), torch.ones(102, 2), torch.tensor([1, 2, 50, 101]))
-    assert ranks.tolist() == [50.0] * 4
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_ranked_in_float32(dtype):
-    user = torch.tensor([[1.0, 1.0]], dtype=dtype)
-    table = torch.tensor([[0, 0], [256, 0.25], [256, 0]], dtype=dtype)  # 256.25 rounds to 256 in both dtypes
-    assert target_ranks(user, table, torch.tensor([2])).tolist() == [1.0]
-
-
-def test_ranking_leaves_its_inputs_alone_and_needs_no_gradient(tied):
-    user, table = tied.user.clone().requires_grad_(), tied.table.clone()
-    assert not target_ranks(user, table, tied.target, tied.row, tied.item).requires_grad
-    assert torch.equal(table, tied.table)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
-@pytest.mark.parametrize("where", ["user", "item"])
-def test_a_diverged_model_is_refused(where, value):
-    user, table = torch.full((3, 2), 1e10), torch.full((5, 2), 1e10)
-    (user if where == "user" else table)[2, 1] = value
-    expected = "scores" if value == 1e30 else f"{where} vectors"
-    for rank in (target_ranks, lambda *args: candidate_ranks(*args, torch.tensor([[1, 2]] * 3))):
-        with pytest.raises(UserError, match=f"{expected} that are NaN"):
-            rank(user, table, torch.tensor([1, 2, 3]))
-
-
-def test_indices_out_of_range_are_refused():
-    user, table, one = torch.ones(2, 1), torch.ones(4, 1), torch.tensor([1, 1])
-    for target in ([0, 1], [1, 4]):
-        with pytest.raises(ValueError, match="target"):
-            target_ranks(user, table, torch.tensor(target))
-    with pytest.raises(ValueError, match="seen item"):
-        target_ranks(user, table, one, torch.tensor([0]), torch.tensor([4]))
-    with pytest.raises(ValueError, match="seen row"):
-        target_ranks(user, table, one, torch.tensor([2]), torch.tensor([1]))
-    with pytest.raises(ValueError, match="candidate"):
-        candidate_ranks(user, table, one, torch.tensor([[2], [4]]))
-
-
-def test_no_rows_have_no_ranks():
-    assert target_ranks(torch.empty(0, 4), torch.ones(3, 4), torch.empty(0, dtype=torch.long)).shape == (0,)
-
-
-# ---- candidates ----------------------------------------------------------------------------------------------------
-
-
-def test_candidate_ranks_over_the_whole_catalogue_equal_full_ranks(tied):
-    everything = torch.arange(len(tied.table)).expand(len(tied.user), -1)  # with the padding and the target
-    full = target_ranks(tied.user, tied.table, tied.target)
-    for chunk in (1, 128):
-        assert torch.equal(candidate_ranks(tied.user, tied.table, tied.target, everything, chunk), full)
-
-
-def test_candidate_ranks_count_only_the_candidates(tied):
-    candidates = torch.randint(1, len(tied.table), (len(tied.user), 9), generator=torch.Generator().manual_seed(0))
-    scores = tied.user @ tied.table.T
-    ranks = candidate_ranks(tied.user, tied.table, tied.target, candidates)
-    for row, rank in enumerate(ranks.tolist()):
-        own = scores[row, tied.target[row]]
-        others = scores[row, [item for item in candidates[row] if item != tied.target[row]]]
-        assert rank == (others > own).sum() + 0.5 * (others == own).sum()
-
-
-def small_dataset(users: int = 40, n_items: int = 60, seed: int = 0) -> dict:
-    """Interactions of users with histories of different lengths; the last of each is the target."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(3, 20, users)
-    items = np.concatenate([rng.permutation(n_items)[:length] + 1 for length in lengths]).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return {
-        "items": items,
-        "offsets": offsets,
-        "n_items": n_items,
-        "user": np.arange(users),
-        "target": items[offsets[1:] - 1],
-    }
-
-
-def test_candidates_are_different_unseen_items_drawn_by_seed():
-    data = small_dataset()
-    drawn = make_candidates(**data, n=30, seed=3)
-    assert drawn.shape == (40, 30)
-    assert drawn.dtype == np.int32
-    for user, row in enumerate(drawn):
-        own = set(data["items"][data["offsets"][user] : data["offsets"][user + 1]].tolist())
-        assert len(set(row.tolist())) == 30
-        assert row.min() >= 1
-        assert row.max() <= 60
-        assert not own & set(row.tolist()), "history, validation and test item never compete"
-    assert np.array_equal(drawn, make_candidates(**data, n=30, seed=3))
-    assert not np.array_equal(drawn, make_candidates(**data, n=30, seed=4))
-
-
-def test_candidates_are_uniform_over_the_unseen_items():
-    data = small_dataset(users=1)
-    unseen = sorted(set(range(1, 61)) - set(data["items"].tolist()))
-    counts = np.zeros(61)
-    for seed in range(2000):
-        counts[make_candidates(**data, n=10, seed=seed)] += 1
-    expected = 2000 * 10 / len(unseen)
-    assert counts.sum() == counts[unseen].sum()
-    assert np.abs(counts[unseen] - expected).max() < 5 * math.sqrt(expected)
-
-
-def test_rows_may_be_any_users_in_any_order_and_a_target_beyond_the_history_is_not_drawn():
-    data = small_dataset()
-    data["user"], data["target"] = np.array([7, 3, 7]), np.array([1, 2, 60])
-    for user, target, row in zip(data["user"], data["target"], make_candidates(**data, n=35), strict=True):
-        own = data["items"][data["offsets"][user] : data["offsets"][user + 1]].tolist()
-        assert not {*own, target} & set(row.tolist())
-
-
-def test_too_small_a_catalogue_is_named():
-    data = small_dataset()
-    longest = np.diff(data["offsets"]).argmax()
-    left = 60 - np.diff(data["offsets"]).max()
-    assert make_candidates(**data, n=left).shape == (40, left)
-    with pytest.raises(UserError, match=f"needs {left + 1} items .* user number {longest} has only {left} of .* 60 left"):
-        make_candidates(**data, n=left + 1)
-
-
-def test_stored_candidates_are_read_back_and_guarded(tmp_path):
-    path, drawn = tmp_path / "candidates.npy", make_candidates(**small_dataset(), n=5)
-    save_candidates(path, drawn, "split-a")
-    stored, sha = load_candidates(path, "split-a")
-    assert np.array_equal(stored, drawn)
-    assert sha == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["candidates.npy", "candidates.npy.json"]
-    with pytest.raises(UserError, match="candidates for the split split-a, not for split-b"):
-        load_candidates(path, "split-b")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="altered"):
-        load_candidates(path, "split-a")
-    path.unlink()
-    with pytest.raises(UserError, match="missing"):
-        load_candidates(path, "split-a")
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
@@ -256,6 +28,28 @@ def test_metrics_of_given_ranks():
     assert metrics["NDCG@10"] == pytest.approx((1 + 1 / math.log2(3) + 1 / math.log2(6) + 1 / math.log2(11)) / 6)
     assert metrics["MRR"] == pytest.approx((1 + 1 / 2 + 1 / 5 + 1 / 10 + 1 / 10.5 + 1 / 101) / 6)
     assert set(metrics) == {"HR@1", "HR@5", "HR@10", "NDCG@1", "NDCG@5", "NDCG@10", "MRR"}
+
+
+def test_recall_is_a_mean_over_users_and_hit_rate_one_over_interactions():
+    ranks, user = torch.tensor([0.0, 9.0, 30.0, 4.0]), torch.tensor([3, 3, 3, 8])
+    metrics = ranking_metrics(ranks, ks=(5, 10), user=user)
+    assert metrics["HR@5"] == 2 / 4
+    assert metrics["Recall@5"] == pytest.approx((1 / 3 + 1) / 2)
+    assert metrics["HR@10"] == 3 / 4
+    assert metrics["Recall@10"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_recall_is_left_out_where_it_is_the_hit_rate():
+    ranks = torch.arange(10).float()
+    assert ranking_metrics(ranks, user=torch.arange(10)) == ranking_metrics(ranks)
+
+
+def test_coverage_worked_out_by_hand():
+    coverage = Coverage(n_items=8, ks=(1, 3))
+    assert coverage.compute() == {"coverage@1": 0, "coverage@3": 0}
+    coverage.update(torch.tensor([[1, 2, 3], [1, 4, 0]]))
+    coverage.update(torch.tensor([[2, 1, 4]]))
+    assert coverage.compute() == {"coverage@1": 2 / 8, "coverage@3": 4 / 8}, "no item (0) covers nothing"
 
 
 @pytest.mark.parametrize("name", ["HR", "NDCG@x", "MRR@10", "AUC@5", "HR@0"])
@@ -325,6 +119,62 @@ def test_golden_dllm2rec_evaluator_on_the_full_catalogue(golden):
     metrics = ranking_metrics(target_ranks(user, table, z["in.target"] + 1), ks)
     assert [metrics[f"HR@{k}"] for k in ks] == pytest.approx(z["out.dllm2rec_hr"].tolist(), rel=1e-9)
     assert [metrics[f"NDCG@{k}"] for k in ks] == pytest.approx(z["out.dllm2rec_ndcg"].tolist(), rel=1e-9)
+
+
+@pytest.fixture
+def rivals():
+    """Random whole-number scores full of ties, histories that do not compete, and several targets for a user.
+
+    Returns users, item table, and for each row: its user, its target and the other items that compete with it.
+    """
+    rng = np.random.default_rng(5)
+    users, n_items, dim = 25, 80, 3
+    user = rng.integers(-2, 3, (users, dim)).astype(np.float32)
+    table = rng.integers(-2, 3, (n_items + 1, dim)).astype(np.float32)
+    seen = [set(rng.choice(n_items, rng.integers(0, 30), replace=False) + 1) for _ in range(users)]
+    rows = []
+    for who in range(users):
+        free = sorted(set(range(1, n_items + 1)) - seen[who])
+        for target in rng.choice(free, rng.integers(1, 5), replace=False):
+            rows.append((who, int(target), [item for item in free if item != target]))
+    return user, table, rows
+
+
+def test_ir_measures_brackets_every_rank_with_ties_and_history(rivals):
+    """Its best case and its worst case, with the target above or below its equals: ours is the middle."""
+    ir_measures = pytest.importorskip("ir_measures")
+    user, table, rows = rivals
+    scores = user @ table.T
+    who, target = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
+    qrels = {str(i): {str(row[1]): 1} for i, row in enumerate(rows)}
+    positions = []
+    for nudge in (0.5, -0.5):
+        run = {
+            str(i): {str(j): float(scores[u, j]) for j in others} | {str(t): float(scores[u, t]) + nudge}
+            for i, (u, t, others) in enumerate(rows)
+        }
+        found = {m.query_id: 1 / m.value for m in ir_measures.iter_calc([ir_measures.RR], qrels, run)}
+        positions.append(torch.tensor([found[str(i)] for i in range(len(rows))]))
+    assert (positions[0] != positions[1]).any(), "the example has no ties"
+    hidden = [(i, j) for i, (_, t, others) in enumerate(rows) for j in range(81) if j != t and j not in set(others)]
+    ranks = target_ranks(torch.from_numpy(user)[who], torch.from_numpy(table), target, *torch.tensor(hidden).T)
+    torch.testing.assert_close(ranks.double() + 1, sum(positions).double() / 2, rtol=0, atol=1e-4)
+
+
+def test_ir_measures_agrees_on_recall_with_several_targets_for_a_user(rivals):
+    ir_measures = pytest.importorskip("ir_measures")
+    user, table, rows = rivals
+    scores = user @ table.T + 1e-3 * np.random.default_rng(6).permuted(np.tile(np.arange(81.0), (25, 1)), axis=1)  # no ties
+    who, target = (torch.tensor([row[i] for row in rows]) for i in (0, 1))
+    vectors, items = as_vectors(torch.from_numpy(scores[:, 1:]))
+    hidden = [(i, j) for i, (_, t, others) in enumerate(rows) for j in range(81) if j != t and j not in set(others)]
+    ranks = target_ranks(vectors[who], items, target, *torch.tensor(hidden).T)
+    ours = ranking_metrics(ranks, (5, 20), who)
+    qrels = {str(u): {str(t): 1 for v, t, _ in rows if v == u} for u in range(25)}
+    run = {str(u): {str(j): float(scores[u, j]) for j in [t, *others]} for u, t, others in rows}
+    theirs = ir_measures.calc_aggregate([ir_measures.R @ 5, ir_measures.R @ 20], qrels, run)
+    for k in (5, 20):
+        assert ours[f"Recall@{k}"] == pytest.approx(theirs[ir_measures.R @ k], abs=1e-9)
 
 
 def test_ir_measures_agrees_on_scores_without_ties():

@@ -56,7 +56,7 @@ def test_the_record_and_the_teacher_itself_give_the_same_loss(teachers, examples
         source = open_signals(planned["signals"], rows)
         assert isinstance(source, OnlineTeacher if name == "online" else RecordedTeacher)
         torch.manual_seed(0)
-        model = build_model(student, dataset, rows).eval()
+        model = build_model(student, dataset).eval()
         terms = build_callbacks(student.config, {"signals": source})
         for term in terms:
             term.setup(None, model, "fit")
@@ -83,7 +83,7 @@ def test_the_record_is_what_the_teacher_says_of_each_target_alone(teachers):
     reader = SignalReader(planned["signals"].folder / "block_states")
     assert len(reader) == rows.targets
     assert len(reader.spec.shards) > 3
-    model = load_model(teacher, dataset, rows)
+    model = load_model(teacher, dataset)
     for row in np.random.default_rng(0).permutation(len(rows))[:40]:
         items = torch.from_numpy(dataset.items[rows.start[row] : rows.stop[row] - 1].astype(np.int64))[None]
         with torch.no_grad():

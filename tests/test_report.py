@@ -56,7 +56,7 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
     cut = next((i for i, s in enumerate(stages) if s["name"] == until), len(stages) - 1)
     ease = rng.gumbel(0, 1.5, USERS)  # some users are easier for all
     popularity = np.clip((rng.random(USERS) * 5).astype(np.int8), 0, 4)
-    groups = {"popularity": popularity, "head": popularity > 2, "short": rng.random(USERS) < 0.5}
+    groups = {"user": np.arange(USERS), "popularity": popularity, "head": popularity > 2, "short": rng.random(USERS) < 0.5}
     rows = {"all": np.ones(USERS, bool), "head": groups["head"], "tail": ~groups["head"]}
     rows |= {"short": groups["short"], "long": ~groups["short"]}
     models = []
@@ -75,7 +75,10 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
                 {
                     "name": name,
                     "seed": seed,
-                    "metrics": {g: {"users": int(m.sum()), **ranking(ranks[m])} for g, m in rows.items()},
+                    "metrics": {
+                        group: dict.fromkeys(("users", "interactions"), int(inside.sum())) | ranking(ranks[inside])
+                        for group, inside in rows.items()
+                    },
                     "popularity": [{"group": g, **ranking(ranks[popularity == i])} for i, g in enumerate(GROUPS)],
                     "parameters": {**parameters, **size},
                     "training": {"seconds": 21.0, "rows_per_second": speed["rows_per_second"], "epochs": 12},
@@ -86,7 +89,7 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
             np.save((run / "evaluate-abc123").with_name(f"ranks-{name}-seed{seed}.npy"), ranks)
         if stage["verb"] == "evaluate":
             protocol = {"name": "full", "history": "masked", "split": "leave-one-out", "split_hash": "0f0f0f0f0f0f"}
-            protocol |= {"users": USERS, "items": 300, "candidates": None}
+            protocol |= {"users": USERS, "items": 300, "interactions": USERS, "candidates": None}
             legend = {group: f"definition of {group}" for group in ("head", "tail", "short", "long")}
             content = {"protocol": protocol, "ks": list(KS), "groups": legend, "models": models}
             write(folder / "evaluation.json", content)

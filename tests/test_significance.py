@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from lit_llmers.errors import UserError
-from lit_llmers.reporting.significance import paired_over_seeds, paired_test, spread
+from lit_llmers.reporting.significance import holm, paired_over_seeds, paired_test, spread
 
 
 def test_figures_against_scipy():
@@ -42,6 +42,34 @@ def test_the_interval_covers_no_difference_as_often_as_it_says():
         result = paired_test(rng.normal(size=100), rng.normal(size=100))
         covered += result["low"] <= 0 <= result["high"]
     assert 178 <= covered <= 200  # 95 % of 200 is 190, with four standard deviations
+
+
+def test_rows_of_one_user_count_as_one():
+    rng = np.random.default_rng(4)
+    a, b = rng.random(60), rng.random(60)
+    alone = paired_test(a, b)
+    assert paired_test(a, b, user=rng.permutation(60)) == alone
+    thrice = paired_test(a.repeat(3), b.repeat(3), user=np.arange(60).repeat(3))
+    assert thrice == pytest.approx(alone)
+    assert paired_test(a.repeat(3), b.repeat(3))["p"] < alone["p"], "taken for other users they would count thrice"
+    by_seed = paired_over_seeds([a.repeat(3)] * 2, [b.repeat(3)] * 2, user=np.arange(60).repeat(3))
+    assert by_seed["p"] == thrice["p"]
+
+
+def test_the_interval_covers_it_where_users_have_many_rows_that_resemble_each_other():
+    rng = np.random.default_rng(5)
+    covered, naive, rejected = 0, 0, 0
+    for _ in range(200):
+        user = np.arange(80).repeat(rng.integers(1, 12, 80))
+        gain = rng.normal(size=80)[user] + 0.3 * rng.normal(size=len(user))
+        nothing = np.zeros(len(user))
+        result, wrong = paired_test(gain, nothing, user=user), paired_test(gain, nothing)
+        covered += result["low"] <= 0 <= result["high"]
+        naive += wrong["low"] <= 0 <= wrong["high"]
+        rejected += result["p"] < 0.05
+    assert 176 <= covered <= 200
+    assert 0 <= rejected <= 24
+    assert naive < 150
 
 
 def test_swapping_the_models_turns_the_sign_and_the_seed_decides_the_draw():
@@ -98,3 +126,23 @@ def test_memory_does_not_grow_with_the_resamples():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 * 2**20  # all resamples at once would take 2000 x 30,000 x 8 bytes = 480 MB
+
+
+@pytest.mark.parametrize(
+    ("p", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04 no less than that
+        ([0.2], [0.2]),
+        ([0.6, 0.5], [1, 1]),
+        ([], []),
+    ],
+)
+def test_holm_by_hand(p, corrected):
+    assert holm(p) == pytest.approx(corrected)
+
+
+def test_holm_keeps_the_error_of_the_whole_family():
+    rng = np.random.default_rng(0)
+    families = rng.random((2000, 6))  # p-values where nothing differs
+    wrong = np.mean([min(holm(p)) < 0.05 for p in families])
+    assert 0.035 < wrong < 0.065  # 5 %, with three standard deviations; uncorrected it is 26 %

@@ -11,7 +11,6 @@ from lit_llmers import export
 from lit_llmers.conf.schema import ExportStage, FitStage, SequenceConfig
 from lit_llmers.data import DataConfig
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
-from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.files import write_json
 from lit_llmers.models import TABLE, build_model
 from lit_llmers.stages import Run, Stage, describe
@@ -55,7 +54,7 @@ def export_stage(folder: Path, fit: str, model: dict, formats: list[str]) -> Sta
     student = Stage("student", "fit", config, 3, [data, table], run, repeated=True)
     student.folder.mkdir()
     torch.manual_seed(0)
-    built = build_model(student, dataset(), TrainingRows(dataset(), config.sequences))
+    built = build_model(student, dataset())
     with torch.no_grad():
         for parameter in built.parameters():  # no weight is as it was made, LoRA's zeros neither
             if parameter.requires_grad:

@@ -1,6 +1,6 @@
-"""Plain torch modules, one paper each, that turn a history into a user vector.
+"""Plain torch modules, one paper each, of three kinds: by what they know a user from.
 
-A backbone has `layers`, `width` (D) and `dim` (d), and three methods:
+`Backbone`, sequential: a history becomes a user vector. It has `layers`, `width` (D) and `dim` (d), and three methods:
 
 - `forward(items [B, L] int64, mask [B, L] bool, every_position=False)` returns `layers + 1` hidden states `[B, P, D]`,
   where `P = L` with `every_position` and else 1, the read-out position. Index 0 is the input embedding, the last comes
@@ -9,15 +9,30 @@ A backbone has `layers`, `width` (D) and `dim` (d), and three methods:
 - `head(state [..., D]) -> [..., d]` makes the user vector from the last hidden state.
 - `item_table() -> [n+1, d]`: row 0 is padding and stays zero, because item 0 is never a candidate.
 
-Constructor arguments named `n_items`, `max_length` and `item_table` are given by the stage that builds the backbone.
+`CollaborativeBackbone`: users and items are rows of two tables, without order. `CountingBackbone`: nothing is trained,
+the training interactions are counted.
+
+Constructor arguments named `n_items`, `n_users`, `max_length`, `item_table` (of other stages) and `training_pairs`
+(`[E, 2]` int64 numpy array: user 0..U-1, item 1..n) are given by the stage that builds the backbone.
 """
+
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+Batch = dict[str, Tensor]
+
 
 class Backbone(nn.Module):
-    """What every backbone offers; see the package for the meaning."""
+    """What every sequential backbone offers; see the package for the meaning.
 
+    Attributes:
+        every_position: whether `forward` can read out at every position, as `sequences.examples=sequence` asks.
+        causal: whether a position sees its past alone when it trains, so that a teacher's signals belong to it.
+    """
+
+    every_position: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
     layers: int
     width: int
     dim: int
@@ -32,4 +47,41 @@ class Backbone(nn.Module):
 
     def item_table(self) -> Tensor:
         """`[n+1, d]`, row 0 is padding."""
+        raise NotImplementedError
+
+    def training_view(self, batch: Batch) -> Batch:
+        """The batch as this model trains on it."""
+        return batch
+
+
+class CollaborativeBackbone(nn.Module):
+    """What every collaborative backbone offers."""
+
+    layers: int
+    width: int
+    dim: int
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """All users `[U, d]` and items `[n+1, d]` as they score each other; row 0 of the items is padding and zero."""
+        raise NotImplementedError
+
+    def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of each row's target `[B]` and of its negatives `[B, N]`, from what `forward` returned."""
+        user = users[batch["user"]]
+        return (user * items[batch["target"]]).sum(1), (user[:, None] * items[batch["negatives"]]).sum(2)
+
+    def penalty(self, batch: Batch) -> Tensor | float:
+        """A regulariser of the batch, a scalar."""
+        return 0.0
+
+
+class CountingBackbone(nn.Module):
+    """What every backbone without trained parameters offers."""
+
+    layers = 0
+    width: int
+    dim: int
+
+    def scores(self, items: Tensor, mask: Tensor) -> Tensor:
+        """Scores `[B, n+1]` of the whole catalogue for histories `[B, L]`."""
         raise NotImplementedError

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
+from lit_llmers.backbones.dropout import Dropout
 from lit_llmers.backbones.items import item_embedding
 from lit_llmers.errors import UserError
 
@@ -53,7 +54,7 @@ class SASRec(Backbone):
         self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
         self.items = item_embedding(n_items, dim, init_std, item_init)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * init_std)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, ffn) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=_EPS)
 
@@ -95,7 +96,7 @@ class Block(nn.Module):
         self.out = _linear(dim, dim)
         self.ffn_norm = nn.LayerNorm(dim, eps=_EPS)
         self.inner, self.outer = _linear(dim, ffn * dim), _linear(ffn * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, visible: Tensor, last_only: bool = False) -> Tensor:
         """Args: x `[B, L, D]`; visible `[B, 1, L, L]` bool; last_only: return the last position alone, `[B, 1, D]`."""
@@ -105,8 +106,8 @@ class Block(nn.Module):
         if last_only:
             x, q, visible = x[:, -1:], q[:, :, -1:], visible[:, :, -1:]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, -1, dim)))
-        return x + self.dropout(self.outer(F.relu(self.inner(self.ffn_norm(x)))))
+        x = self.dropout.add(x, self.out(mixed.transpose(1, 2).reshape(batch, -1, dim)))
+        return self.dropout.add(x, self.outer(F.relu(self.inner(self.ffn_norm(x)))))
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -79,4 +79,4 @@ class DeepSupervision(Distillation):
                 "Choose a depth divisible by the blocks."
             ) from error
         heads = nn.ModuleList(nn.Linear(width, dim, bias=False) for _ in boundaries)
-        return DeepSupervisionTerm(boundaries, heads, student.task_loss, self.share)
+        return DeepSupervisionTerm(boundaries, heads, student.next_item_loss, self.share)

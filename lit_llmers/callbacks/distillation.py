@@ -1,15 +1,16 @@
 """What all distillation callbacks share: a loss term that is registered before training and fed by a source of signals."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 from torch import Tensor, nn
 
+from lit_llmers.backbones import Backbone
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.students.output import StudentOutput
-from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.students.recommender import Recommender
 
 Reduce = Callable[[Tensor, Batch], Tensor]
 
@@ -27,10 +28,12 @@ class SignalSource(Protocol):
 class Term(nn.Module):
     """A loss term. `requires` names the outputs (`hidden`) and the batch keys that `forward` reads.
 
+    `per_target` says that its loss is a sum over targets, reduced by the student; otherwise it is a mean over rows.
     `parts` holds the detached scalars that the last forward was made of, for the log.
     """
 
     requires: frozenset[str] = frozenset()
+    per_target: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +57,14 @@ class Distillation(L.Callback):
     """
 
     name: str
+    fits: ClassVar[type[nn.Module]] = Backbone  # the kind of backbone that the term reads
 
     def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:
         if decay_epochs < 0:
             raise UserError(f"{self.name}: decay_epochs is {decay_epochs}. It must be 0 (constant weight) or more.")
         self.weight, self.decay_epochs = weight, decay_epochs
 
-    def build(self, student: SequentialRecommender) -> Term:
+    def build(self, student: Any) -> Term:
         """Check that the student and the signals fit together and return the term.
 
         Raises:
@@ -69,7 +73,7 @@ class Distillation(L.Callback):
         raise NotImplementedError
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(pl_module, SequentialRecommender) and self.name not in pl_module.distillation:
+        if stage == "fit" and isinstance(pl_module, Recommender) and self.name not in pl_module.distillation:
             pl_module.distillation[self.name] = self.build(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,6 +89,6 @@ class Distillation(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if isinstance(pl_module, SequentialRecommender):
+        if isinstance(pl_module, Recommender):
             parts = pl_module.terms[self.name].parts
             pl_module.log_losses({f"loss/{self.name}/{part}": value for part, value in parts.items()}, batch)

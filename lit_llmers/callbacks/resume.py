@@ -28,7 +28,10 @@ class SeedEachStep(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         key = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        torch.manual_seed(hash(key) & 0x7FFF_FFFF_FFFF_FFFF)
+        seed = hash(key) & 0x7FFF_FFFF_FFFF_FFFF
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.3 ms for devices that are not there
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
 
 
 class LastCheckpoint(L.Callback):

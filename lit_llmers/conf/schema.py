@@ -3,6 +3,7 @@
 A room's own settings (a data source's, an LLM base's, a backbone's arguments) live with the room.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -12,13 +13,13 @@ from lit_llmers.errors import UserError, nearest, unknown
 
 EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "cosine")
-PROTOCOLS = ("full", "sampled-999")
 SIGNAL_DTYPES = ("float16", "float32")
 ENCODERS = ("tfidf",)
 RECORDABLE = ("block_states",)
 LOGGERS = ("wandb", "tensorboard", "csv")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 EXPORTS = ("safetensors", "onnx")
+LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 
 Config = TypeVar("Config")
 
@@ -128,6 +129,31 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """The task's own loss.
+
+    Attributes:
+        kind: `cross_entropy`: softmax over the whole catalogue. `sampled_softmax`: over the target and items drawn by
+            popularity once for the batch, with the log-q correction. `bce`, `gbce`, `bpr`: the target against items drawn
+            uniformly for each target. A collaborative student takes `bpr` or `bce`.
+        negatives: items drawn.
+        t: of `gbce`, calibration from 0 (plain BCE) to 1 (fully unbiased).
+    """
+
+    kind: str = "cross_entropy"
+    negatives: int = 256
+    t: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.kind not in LOSSES:
+            raise unknown("loss (loss.kind)", self.kind, LOSSES)
+        if self.negatives < 1:
+            raise UserError(f"loss.negatives is {self.negatives}. It must be at least 1.")
+        if not 0 <= self.t <= 1:
+            raise UserError(f"loss.t is {self.t}. It must lie between 0 and 1.")
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """Lightning's Trainer, as far as a recipe or a user chooses.
 
@@ -169,20 +195,27 @@ class EvaluationConfig:
     """What the target is ranked against.
 
     Attributes:
-        protocol: `full`: the whole catalogue. `sampled-999`: 999 items the user has never met, drawn once with
-            `candidate_seed` and stored with their hash (the SLMRec paper's number of negatives).
-        mask_history: items that the user has seen do not compete; a repeated target still does.
-        batch_size: users at a time.
+        protocol: `full`: the whole catalogue. `sampled-N`: N items that the user never meets, drawn once with
+            `candidate_seed` and stored with their hash; `sampled-999` has the SLMRec paper's number of negatives.
+        candidates: FILE with the items that compete, in place of a protocol; see `lit_llmers.candidates` for its form.
+        mask_history: items that the user has seen do not compete; a repeated target still does. Validation too.
+        batch_size: rows at a time; it changes no figure.
     """
 
     protocol: str = "full"
+    candidates: str | None = None
     mask_history: bool = True
     batch_size: int = 512
     candidate_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise unknown("evaluation protocol (evaluation.protocol)", self.protocol, PROTOCOLS)
+        if self.protocol != "full" and not re.fullmatch("sampled-[1-9][0-9]*", self.protocol):
+            raise unknown("evaluation protocol (evaluation.protocol)", self.protocol, ["full", "sampled-99", "sampled-999"])
+        if self.candidates is not None:
+            if self.protocol != "full":
+                raise UserError(f"evaluation.candidates excludes evaluation.protocol={self.protocol}. Leave one of them out.")
+            if not self.candidates.endswith((".npy", ".parquet")):
+                raise UserError(f"evaluation.candidates is {self.candidates}. It must be an npy or a parquet file.")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {self.batch_size}. It must be at least 1.")
 
@@ -228,25 +261,34 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class FitStage:
-    """Train a backbone as a sequential recommender.
+    """Train a backbone as a recommender.
 
     Attributes:
         fit: the backbone, a file in `lit_llmers/backbones`.
         model: arguments of the backbone.
+        loss: the task's own loss.
+        objective: loss terms that belong to the model itself, such as the contrast of CL4SRec; written as `callbacks` are.
         items: stages whose item tables the backbone reads, side by side (backbones with an `item_table` argument).
         callbacks: list of one-key mappings, a file in `lit_llmers/callbacks` to its arguments; `from` names the stage that
-            recorded the teacher.
+            recorded the teacher. What a method adds to a model stands here, so `callbacks: []` makes its control.
         sequences, optimizer, trainer: override the run's own for this stage.
     """
 
     fit: str
     model: dict[str, Any] = field(default_factory=dict)
+    loss: LossConfig = field(default_factory=LossConfig)
+    objective: list[dict[str, Any]] = field(default_factory=list)
     items: list[str] = field(default_factory=list)
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mask_history: bool = True
+
+    @property
+    def terms(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names and arguments of all loss terms, the model's own first."""
+        return [(name, own or {}) for entry in (*self.objective, *self.callbacks) for name, own in entry.items()]
 
 
 @dataclass(frozen=True)

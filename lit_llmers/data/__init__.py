@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from lit_llmers.errors import UserError, unknown
 
-SPLITS = ("leave-one-out", "given")
+SPLITS = ("leave-one-out", "temporal", "given")
 SOURCES = ("demo", "movielens", "amazon", "folder")
 
 
@@ -86,7 +86,9 @@ class DataConfig:
         path: the folder of `data=local`.
         category: of the Amazon Reviews 2023 on the Hugging Face hub.
         columns: names in the tables of `root` and `path`.
-        split: leave-one-out (the last item of a user tests, the one before validates) or given (column `split`).
+        split: leave-one-out (the last item of a user tests, the one before validates), temporal (two moments, the same for
+            all users, part training, validation and test; needs times, not positions) or given (column `split`).
+        quantiles: of the times of all interactions, for the two moments of the temporal split.
         k_core: keep users and items with at least so many interactions, until all have them. 0: no filter.
         min_interactions: users with fewer are dropped.
         min_rating: interactions rated lower are dropped. null: ratings are not read.
@@ -99,6 +101,7 @@ class DataConfig:
     category: str | None = None
     columns: Columns = field(default_factory=Columns)
     split: str = "leave-one-out"
+    quantiles: list[float] = field(default_factory=lambda: [0.8, 0.9])
     k_core: int = 0
     min_interactions: int = 3
     min_rating: float | None = None
@@ -109,6 +112,8 @@ class DataConfig:
             raise unknown("data.source", self.source, SOURCES)
         if self.split not in SPLITS:
             raise unknown("data.split", self.split, SPLITS)
+        if len(self.quantiles) != 2 or not 0 < self.quantiles[0] < self.quantiles[1] < 1:
+            raise UserError(f"data.quantiles is {self.quantiles}. It must be two ascending shares, such as [0.8,0.9].")
         if self.k_core < 0:
             raise UserError(f"data.k_core is {self.k_core}. It must be 0 (no filter) or a number of interactions.")
         least = 3 if self.split == "leave-one-out" else 1

@@ -57,6 +57,13 @@ class Dataset:
             sha.update("\x00".join(ids).encode() + b"\x01")
         return sha.hexdigest()[:12]
 
+    @property
+    def training_pairs(self) -> np.ndarray:
+        """`[E, 2]` int64: user 0..U-1 and item 1..n of every training interaction, users in order."""
+        train = np.flatnonzero(self.split == TRAIN)
+        user = np.repeat(np.arange(self.n_users), np.diff(self.offsets))[train]
+        return np.stack([user, self.items[train]], 1)
+
     def popularity(self) -> np.ndarray:
         """Count the training interactions per item: `[n_items+1]` int64, index 0 (padding) is 0."""
         return np.bincount(self.items[self.split == TRAIN], minlength=self.n_items + 1)

@@ -1,5 +1,7 @@
 """Which interactions are kept, and which train, validate and test. Arrays in, arrays out."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lit_llmers.data.dataset import TEST, TRAIN, VALID
@@ -46,6 +48,35 @@ def leave_one_out(offsets: np.ndarray) -> np.ndarray:
     return split
 
 
+def check_moments(users: np.ndarray, times: np.ndarray, origin: str) -> None:
+    """Check that times can be compared between users: `[N]` codes from 0 and `[N]` times.
+
+    Raises:
+        UserError: every user begins at the same time, as positions do.
+    """
+    first = np.full(users.max() + 1, np.inf)
+    np.minimum.at(first, users, times)
+    if len(first) > 1 and (first == first[0]).all():
+        raise UserError(
+            f"{origin}: every user's first interaction has the time {first[0]:g}. Those are positions within a user, and "
+            "data.split=temporal needs moments that all users share. Choose their column with data.columns.time=NAME, or use "
+            "data.split=leave-one-out."
+        )
+
+
+def temporal(times: np.ndarray, quantiles: Sequence[float]) -> tuple[np.ndarray, list[float]]:
+    """Train before one moment, validate from there to a second, test from there on, for all users alike.
+
+    A moment is the time before which the quantile's share of all interactions lies. What happened at one moment stays
+    together, so where many times are equal the parts before are smaller than their shares.
+
+    `[N]` times -> `[N]` uint8, and the two moments.
+    """
+    ordered = np.sort(times)
+    moments = [ordered[int(share * len(ordered))].item() for share in quantiles]
+    return np.array([TRAIN, VALID, TEST], np.uint8)[np.searchsorted(moments, times, side="right")], moments
+
+
 def given(labels: np.ndarray, origin: str) -> np.ndarray:
     """Turn the names of a `split` column into TRAIN, VALID and TEST: `[N]` str -> `[N]` uint8.
 
@@ -80,7 +111,7 @@ def check_order(split: np.ndarray, users: np.ndarray, ids: np.ndarray, origin: s
         )
 
 
-def without_history(split: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """Say which interactions belong to a user without any training interaction: `[N]` bool."""
-    trained = np.bincount(users, weights=split == TRAIN) if len(users) else np.zeros(0)
-    return trained[users] == 0
+def without_history(split: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Say which interactions belong to a user (or item) without any training interaction: `[N]` and `[N]` -> `[N]` bool."""
+    trained = np.bincount(codes, weights=split == TRAIN) if len(codes) else np.zeros(0)
+    return trained[codes] == 0

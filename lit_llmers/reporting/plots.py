@@ -1,4 +1,4 @@
-"""The plots of a run, as PNG files: losses, validation, comparison, gain by popularity."""
+"""Plots as PNG files. Of a run: losses, validation, comparison, gain by popularity. Of many runs: levels and gains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_llmers.files import atomic_write
-from lit_llmers.reporting.results import METRIC, Results, StageResult
+from lit_llmers.reporting.comparison import Comparison
+from lit_llmers.reporting.results import METRIC, Evaluated, Results, StageResult
 from lit_llmers.reporting.significance import paired_test
 
 if TYPE_CHECKING:
@@ -38,20 +39,38 @@ def write_plots(results: Results) -> dict[str, Path]:
     Returns:
         file by name; the names are the files' own, without ending.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     folder = results.run / "plots"
     folder.mkdir(exist_ok=True)
     written: dict[str, Path] = {}
-    with matplotlib.rc_context(STYLE):
+    with _style():
         for name, figure in _figures(results):
             written[name] = folder / f"{name}.png"
-            with atomic_write(written[name]) as temporary:
-                figure.savefig(temporary, dpi=150, format="png")
+            _save(figure, written[name])
     for old in set(folder.glob("*.png")) - set(written.values()):
         old.unlink()
     return written
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the plot of a comparison: every model's level, and its paired difference to its reference."""
+    with _style(), _figure(comparison, columns=2, height=1.0 + 0.36 * len(comparison.models)) as (figure, (left, right)):
+        _contenders(comparison, left)
+        _differences(comparison, right)
+        _save(figure, path)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
@@ -78,16 +97,14 @@ def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
 
 
 @contextmanager
-def _figure(results: Results, columns: int = 1, height: float = 4.0) -> Iterator[tuple["Figure", Any]]:
+def _figure(results: Evaluated, columns: int = 1, height: float = 4.0) -> Iterator[tuple["Figure", Any]]:
     """A figure and its axes; a subtitle says what data it is of, and that it is generated where it is."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
         1, columns, figsize=(5.6 * columns + 2.0 * (columns == 1), height + 0.4), layout="constrained"
     )
-    data = f"{results.data.get('name', 'unknown data')}{' (generated data)' if results.generated else ''}"
-    subject = f"{results.about['recipe']}/{results.about['run']} on {data}"
-    figure.suptitle(subject, fontsize=9, color="#555555", x=0.01, ha="left")
+    figure.suptitle(results.subject, fontsize=9, color="#555555", x=0.01, ha="left")
     try:
         yield figure, axes
     finally:
@@ -174,9 +191,7 @@ def _comparison(results: Results, axes: "Axes") -> None:
     names = list(results.models)
     for place, name in enumerate(names):
         rows = results.per_row(name)
-        mean = np.mean(rows, axis=0)
-        interval = paired_test(mean, np.zeros_like(mean))
-        level, low, high = (float(interval[key] or 0.0) for key in ("difference", "low", "high"))
+        level, low, high = _level(rows, results.user)
         axes.barh(place, level, height=0.6, color=_colour(results, name), alpha=0.75)
         axes.errorbar(level, place, xerr=[[level - low], [high - level]], color="black", capsize=4, linewidth=1.2)
         if len(rows) > 1:
@@ -187,6 +202,14 @@ def _comparison(results: Results, axes: "Axes") -> None:
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
     axes.set(title=f"Test {METRIC} (whisker: 95 % interval over users; dot: one seed)", xlabel=f"test {METRIC}")
+
+
+def _level(rows: list[np.ndarray], user: np.ndarray) -> tuple[float, float, float]:
+    """Mean over seeds and rows of `[n]` for each seed, and the 95 % bootstrap interval over users."""
+    mean = np.mean(rows, axis=0)
+    interval = paired_test(mean, np.zeros_like(mean), user=user)
+    level, low, high = (float(interval[key] or 0.0) for key in ("difference", "low", "high"))
+    return level, low, high
 
 
 def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
@@ -241,3 +264,57 @@ def _gain(results: Results, gains: list[dict[str, Any]], method: str, control: s
     _labels(gains, axes)
     title = f"Gain of {method} over {control}\n(95 % bootstrap over users; grey: contains 0)"
     axes.set(title=title, ylabel=f"relative gain in {METRIC} [%]")
+
+
+# ---- many runs ------------------------------------------------------------------------------------------------------
+
+
+def _contenders(comparison: Comparison, axes: "Axes") -> None:
+    """A dot for each model's mean, a line for its interval over users, a ring for each seed; references in black."""
+    references = {second for _, second in comparison.comparisons}
+    for place, name in enumerate(comparison.models):
+        rows = comparison.per_row(name)
+        level, low, high = _level(rows, comparison.user)
+        colour = "black" if name in references else COLOURS[0]
+        axes.plot([low, high], [place, place], color=colour, linewidth=1.6, solid_capstyle="round")
+        axes.plot(level, place, "o", color=colour, markersize=7)
+        if len(rows) > 1:
+            means = [row.mean() for row in rows]
+            axes.plot(means, [place + 0.22] * len(means), "o", color=colour, markersize=3.5, markerfacecolor="white")
+        axes.annotate(f"{level:.4f}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+    _places(comparison, axes)
+    axes.set_yticks(range(len(comparison.models)), list(comparison.models))
+    axes.margins(x=0.18)
+    rings = "; rings: seeds" if max(map(len, comparison.models.values())) > 1 else ""
+    axes.set(title=f"Test {METRIC}\n(line: 95 % interval over users{rings})", xlabel=f"test {METRIC}")
+
+
+def _differences(comparison: Comparison, axes: "Axes") -> None:
+    """The relative difference of each model to its reference, with its paired interval; grey where it may be chance."""
+    references = {second for _, second in comparison.comparisons}
+    for place, name in enumerate(comparison.models):
+        against, gain = comparison.gain(name)
+        if against is None or gain is None:
+            if name in references:
+                axes.plot(0, place, "o", color="black", markersize=7)
+        elif gain["relative"] is None:
+            axes.annotate(f"{against} is 0", (0, place), ha="center", va="center", fontsize=8, color="#666666")
+        else:
+            level = float(np.mean(comparison.per_row(against)))
+            middle, low, high = (100 * gain[key] / level for key in ("difference", "low", "high"))
+            colour = "#888888" if gain["holm"] >= 0.05 else COLOURS[0] if middle > 0 else COLOURS[1]
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.6, solid_capstyle="round")
+            axes.plot(middle, place, "o", color=colour, markersize=7)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.08)
+    _places(comparison, axes)
+    axes.set_yticks(range(len(comparison.models)), [""] * len(comparison.models))
+    axes.tick_params(axis="y", length=0)
+    title = f"Against {comparison.opponent}\n(paired 95 % interval over users; grey: p ≥ 0.05 after Holm)"
+    axes.set(title=title, xlabel=f"relative difference in {METRIC} [%]")
+
+
+def _places(comparison: Comparison, axes: "Axes") -> None:
+    """One line for each model, the first on top."""
+    axes.set_ylim(len(comparison.models) - 0.4, -0.6)
+    axes.grid(axis="y", linestyle=":")

@@ -12,17 +12,20 @@ RESAMPLES = 2000
 CHUNK = 2**20
 
 
-def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float | None]:
-    """Compare a metric of two models on the same users.
+def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, user: np.ndarray | None = None) -> dict[str, float | None]:
+    """Compare a metric of two models on the same rows.
 
-    The interval is a percentile bootstrap over users: 2000 times, n users are drawn with replacement and their mean
-    difference is taken. p is two-sided, of the paired t-test. Both speak of other users for these very models; how far
-    training anew would move the difference is not in them (see `paired_over_seeds`).
+    The interval is a percentile bootstrap over users: 2000 times, as many users are drawn with replacement, each with all
+    its rows, and the mean difference of the rows is taken. p is two-sided, of the paired t-test; where users have several
+    rows, of the t-test for a ratio of means over clusters (Cochran, Sampling Techniques, 3rd ed., 1977, section 6.4). Both
+    speak of other users for these very models; how far training anew would move the difference is not in them (see
+    `paired_over_seeds`).
 
     Args:
-        a: `[n]` the metric of each user under the first model.
+        a: `[n]` the metric of each row under the first model.
         b: `[n]` under the second, the reference, in the same order.
         seed: of the bootstrap.
+        user: `[n]` whose row each is; None where every row is another user's.
 
     Returns:
         `difference` mean(a) - mean(b); `relative` the same as a share of mean(b), None where that is 0; `low` and
@@ -35,27 +38,37 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, float 
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"two finite vectors of one length are compared, not {a.shape} and {b.shape}")
-    if len(a) < 2:
-        raise UserError(f"A paired test needs at least two evaluated rows, there is {len(a)}. Evaluate on more users.")
     gain = a - b
-    mean, reference = float(gain.mean()), float(b.mean())
-    low, high = np.quantile(_bootstrap(gain, seed), [0.025, 0.975])
-    constant = np.ptp(gain) == 0  # the t statistic is 0/0 or infinite
-    p = float(mean == 0) if constant else float(stats.ttest_rel(a, b).pvalue)
+    rows = None
+    if user is not None:
+        code, rows = np.unique(user, return_inverse=True, return_counts=True)[1:]
+        gain, rows = (np.bincount(code, gain), rows) if len(rows) < len(a) else (gain, None)
+    users = len(gain)
+    if users < 2:
+        raise UserError(f"A paired test needs at least two evaluated users, there is {users}. Evaluate on more users.")
+    mean, reference = float((a - b).mean()), float(b.mean())
+    low, high = np.quantile(_bootstrap(gain, rows, seed), [0.025, 0.975])
+    residual = gain - mean * (1 if rows is None else rows)
+    error = np.sqrt((residual**2).sum() / (users * (users - 1))) / (len(a) / users)
+    constant = np.ptp(gain if rows is None else gain / rows) == 0  # the t statistic is 0/0 or infinite
+    p = float(mean == 0) if constant else float(2 * stats.t.sf(abs(mean) / error, users - 1))
     relative = mean / reference if reference else None
     return {"difference": mean, "relative": relative, "low": float(low), "high": float(high), "p": p}
 
 
-def paired_over_seeds(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0) -> dict[str, Any]:
+def paired_over_seeds(
+    a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0, user: np.ndarray | None = None
+) -> dict[str, Any]:
     """Compare two models that were trained with several seeds each.
 
-    Every user's metric is averaged over the seeds first, then `paired_test` compares the averages: users are the
+    Every row's metric is averaged over the seeds first, then `paired_test` compares the averages: users are the
     sample, and more seeds do not inflate it. What training anew does shows in `by_seed`, the means' differences.
 
     Args:
-        a: for each seed, `[n]` the metric of each user under the first model.
-        b: for each seed, `[n]` under the second, the reference; the same seeds and users in the same order.
+        a: for each seed, `[n]` the metric of each row under the first model.
+        b: for each seed, `[n]` under the second, the reference; the same seeds and rows in the same order.
         seed: of the bootstrap.
+        user: `[n]` whose row each is; None where every row is another user's.
 
     Returns:
         `paired_test`'s figures, and `by_seed`, the list of differences.
@@ -68,7 +81,20 @@ def paired_over_seeds(a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: in
         raise ValueError(f"{len(a)} and {len(b)} seeds of the same users are compared seed by seed")
     first, second = np.stack(a).astype(np.float64), np.stack(b).astype(np.float64)  # [seeds, n]
     by_seed = (first.mean(1) - second.mean(1)).tolist()
-    return {**paired_test(first.mean(0), second.mean(0), seed), "by_seed": by_seed}
+    return {**paired_test(first.mean(0), second.mean(0), seed, user), "by_seed": by_seed}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Correct the p-values of a family of tests for its size (Holm, Scand. J. Statist. 6, 1979, pp. 65-70).
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none falls below one before it or exceeds 1. Then
+    the probability of one false discovery or more in the whole family is at most the level at which they are read.
+    """
+    order = np.argsort(p, kind="stable")
+    steps = np.asarray(p, dtype=np.float64)[order] * np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -78,9 +104,15 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _bootstrap(values: np.ndarray, seed: int) -> np.ndarray:
-    """Means `[RESAMPLES]` of n draws with replacement from `values` `[n]`, about `CHUNK` draws in memory at a time."""
+def _bootstrap(values: np.ndarray, rows: np.ndarray | None, seed: int) -> np.ndarray:
+    """Means `[RESAMPLES]` of n draws with replacement from `values` `[n]`, about `CHUNK` draws in memory at a time.
+
+    With `rows` `[n]`, the number of rows that each value is the sum of, they are means over rows.
+    """
     rng = np.random.default_rng(seed)
     step = max(1, CHUNK // len(values))
-    sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
-    return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
+    means = []
+    for start in range(0, RESAMPLES, step):
+        draw = rng.integers(0, len(values), (min(step, RESAMPLES - start), len(values)))
+        means.append(values[draw].mean(1) if rows is None else values[draw].sum(1) / rows[draw].sum(1))
+    return np.concatenate(means)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llmers.reporting.results import METRIC, Results
+from lit_llmers.reporting.results import METRIC, Evaluated, Results
 from lit_llmers.reporting.significance import spread
 
 Rows = list[list[str]]
@@ -31,27 +31,30 @@ def plain(header: Sequence[str], rows: Rows) -> str:
     )
 
 
-def metric_names(results: Results) -> list[str]:
-    """HR@k for every k, NDCG@k for every k but 1, where it is HR@1, and MRR."""
+def metric_names(results: Evaluated) -> list[str]:
+    """HR@k for every k, NDCG@k for every k but 1, where it is HR@1, and MRR; Recall@k and coverage@10 where they are known."""
     assert results.evaluation is not None
     ks = results.evaluation["ks"]
-    return [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks if k > 1] + ["MRR"]
+    known = results.evaluation["models"][0]["metrics"]["all"]
+    more = [name for name in (*(f"Recall@{k}" for k in ks), "coverage@10") if name in known]
+    return [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks if k > 1] + ["MRR", *more]
 
 
-def main_table(results: Results) -> str:
+def main_table(results: Evaluated) -> str:
     """Every metric of every model: mean and standard deviation over seeds, the best mean bold."""
     names = metric_names(results)
-    return markdown(["model", "seeds", *names], _metric_rows(results, [("all", name) for name in names]))
+    return markdown(["model", "seeds", *names], metric_rows(results, [("all", name) for name in names]))
 
 
-def group_table(results: Results, groups: Sequence[str], metrics: Sequence[str] = ("HR@10", METRIC)) -> str:
+def group_table(results: Evaluated, groups: Sequence[str], metrics: Sequence[str] = ("HR@10", METRIC)) -> str:
     """Some metrics on groups of the test users."""
     columns = [(group, metric) for group in groups for metric in metrics]
     header = ["model", "seeds", *(f"{metric} {group}" for group, metric in columns)]
-    return markdown(header, _metric_rows(results, columns))
+    return markdown(header, metric_rows(results, columns))
 
 
-def _metric_rows(results: Results, columns: Sequence[tuple[str, str]]) -> Rows:
+def metric_rows(results: Evaluated, columns: Sequence[tuple[str, str]]) -> Rows:
+    """Model, number of seeds and, for each column, a (group, metric), mean and standard deviation, the best mean bold."""
     rows = [[name, str(len(models))] for name, models in results.models.items()]
     for group, metric in columns:
         found = [results.values(name, lambda model: model["metrics"][group].get(metric)) for name in results.models]  # noqa: B023
@@ -70,12 +73,13 @@ def _with_spread(values: list[float], digits: int = 4) -> str:
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
 
 
-def gain_table(results: Results) -> str:
+def gain_table(results: Evaluated) -> str:
     """Every comparison that matters: difference, relative, interval over users, p, and the difference of each seed."""
-    header = ["comparison", f"{METRIC} difference", "relative", "95 % interval", "p", "by seed"]
+    corrected = any("holm" in gain for gain in results.gains.values() if gain)
+    tests = ["p", "p (Holm)"] if corrected else ["p"]
+    header = ["comparison", f"{METRIC} difference", "relative", "95 % interval", *tests, "by seed"]
     rows = []
-    for first, second in results.comparisons:
-        gain = results.compare(first, second)
+    for (first, second), gain in results.gains.items():
         if gain is None:
             rows.append([f"{first} against {second}", *[NONE] * (len(header) - 1)])
             continue
@@ -87,14 +91,14 @@ def gain_table(results: Results) -> str:
                 f"{gain['difference']:+.4f}",
                 percent(gain["relative"]),
                 interval,
-                p_value(gain["p"]),
+                *(p_value(gain[key]) for key in (["p", "holm"] if corrected else ["p"])),
                 seeds,
             ]
         )
     return markdown(header, rows)
 
 
-def cost_table(results: Results) -> str:
+def cost_table(results: Evaluated) -> str:
     """Size and speed of every model, means over seeds."""
     header = [
         "model",
@@ -109,18 +113,18 @@ def cost_table(results: Results) -> str:
     ]
     rows = []
     for name in results.models:
-        seconds = _mean(results, name, "training", "seconds")
+        seconds = average(results, name, "training", "seconds")
         rows.append(
             [
                 name,
-                count(_mean(results, name, "parameters", "layers")),
-                count(_mean(results, name, "parameters", "width")),
-                count(_mean(results, name, "parameters", "total")),
-                count(_mean(results, name, "parameters", "trainable")),
-                f"{_mean(results, name, 'training', 'epochs'):.0f}",
+                count(average(results, name, "parameters", "layers")),
+                count(average(results, name, "parameters", "width")),
+                count(average(results, name, "parameters", "total")),
+                count(average(results, name, "parameters", "trainable")),
+                f"{average(results, name, 'training', 'epochs'):.0f}",
                 duration(seconds),
-                count(_mean(results, name, "training", "rows_per_second")),
-                count(_mean(results, name, "inference", "users_per_second")),
+                count(average(results, name, "training", "rows_per_second")),
+                count(average(results, name, "inference", "users_per_second")),
             ]
         )
     return markdown(header, rows)
@@ -136,9 +140,9 @@ def ratio_table(results: Results) -> str:
             continue
 
         def ratio(part: str, key: str, method: str = method, teacher: str = results.teacher) -> float:
-            return _mean(results, method, part, key) / _mean(results, teacher, part, key)
+            return average(results, method, part, key) / average(results, teacher, part, key)
 
-        layers = [_mean(results, name, "parameters", "layers") for name in (method, results.teacher)]
+        layers = [average(results, name, "parameters", "layers") for name in (method, results.teacher)]
         rows.append(
             [
                 f"{method} : {results.teacher}, this run",
@@ -189,8 +193,8 @@ def terminal_table(results: Results) -> str:
     rows = []
     for name in results.models:
         metrics = [_with_spread(results.values(name, _metric(metric))) for metric in ("HR@10", METRIC, "MRR")]
-        sizes = [count(_mean(results, name, "parameters", key)) for key in ("layers", "total")]
-        rows.append([name, *sizes, *metrics, count(_mean(results, name, "inference", "users_per_second"))])
+        sizes = [count(average(results, name, "parameters", key)) for key in ("layers", "total")]
+        rows.append([name, *sizes, *metrics, count(average(results, name, "inference", "users_per_second"))])
     return plain(["model", "layers", "parameters", "HR@10", METRIC, "MRR", "users/s"], rows)
 
 
@@ -198,8 +202,9 @@ def _metric(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda model: model["metrics"]["all"].get(name)
 
 
-def _mean(results: Results, name: str, part: str, key: str) -> float:
-    return float(np.mean(results.values(name, lambda model: model[part][key])))
+def average(results: Evaluated, name: str, part: str, key: str) -> float:
+    """A figure of a model's `parameters`, `training` or `inference`, mean over its seeds."""
+    return float(np.average(results.values(name, lambda model: model[part][key])))
 
 
 def percent(share: float | None) -> str:

@@ -11,10 +11,12 @@ class StudentOutput:
 
     Attributes:
         user: `[T, d]` user vectors that score items by their dot product with the item table.
+        items: `[n+1, d]` the item table of this forward pass, row 0 is padding.
         hidden: layers+1 tensors `[T, D]`, the hidden states at those positions; index 0 is the input embedding, the last is
             after the final norm. None unless a loss term requires it. (A tuple and not one tensor: a term that reads some
             layers then costs no copy of all, forward or backward.)
     """
 
     user: Tensor
+    items: Tensor
     hidden: tuple[Tensor, ...] | None = None

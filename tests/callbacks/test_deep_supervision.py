@@ -40,7 +40,7 @@ def case(student):
     generator = torch.Generator().manual_seed(0)
     hidden = tuple(torch.randn(9, 8, generator=generator, requires_grad=True) for _ in range(5))
     target = torch.randint(1, 21, (9,), generator=generator)
-    return StudentOutput(hidden[-1], hidden), {"target": target}
+    return StudentOutput(hidden[-1], torch.zeros(0), hidden), {"target": target}
 
 
 def test_values_equal_plain_cross_entropy(student, case):
@@ -67,7 +67,7 @@ def test_gradients_reach_inner_states_heads_and_the_item_table(student, case):
 
 
 def test_heads_that_point_at_the_target_cost_nothing():
-    output = StudentOutput(torch.eye(4), (torch.eye(4), torch.eye(4), torch.eye(4)))
+    output = StudentOutput(torch.eye(4), torch.eye(4), (torch.eye(4), torch.eye(4), torch.eye(4)))
     head = nn.Linear(4, 4, bias=False)
     head.weight.data = 50 * torch.eye(4)
 
@@ -80,7 +80,7 @@ def test_heads_that_point_at_the_target_cost_nothing():
 def test_a_share_is_an_unbiased_estimate(student, case):
     output, batch = case
     whole = DeepSupervision(blocks=4).build(student)
-    share = DeepSupervisionTerm(whole.boundaries, whole.heads, student.task_loss, share=1 / 3)
+    share = DeepSupervisionTerm(whole.boundaries, whole.heads, student.next_item_loss, share=1 / 3)
     torch.manual_seed(0)
     with torch.no_grad():
         draws = torch.stack([share(output, batch) for _ in range(3000)])

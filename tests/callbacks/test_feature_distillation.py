@@ -48,7 +48,7 @@ def case(layers: int = 4, width: int = 5, blocks: int = 2, teacher_width: int = 
     generator = torch.Generator().manual_seed(0)
     hidden = tuple(torch.randn(7, width, generator=generator, requires_grad=True) for _ in range(layers + 1))
     teacher = torch.randn(7, blocks, teacher_width, generator=generator)
-    return StudentOutput(torch.zeros(7, 3), hidden), {KEY: teacher}
+    return StudentOutput(torch.zeros(7, 3), torch.zeros(5, 3), hidden), {KEY: teacher}
 
 
 def test_values_equal_numpy():

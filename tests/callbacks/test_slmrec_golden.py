@@ -31,7 +31,7 @@ def test_total_and_gradients_equal_the_official_code(golden):
     assert student_blocks == case["hp.pair_student"].tolist()
     assert teacher_blocks == case["hp.pair_teacher"].tolist()
     hidden = student[:, :, -1].unbind(0)  # N+1 x [B, H], last position
-    output = StudentOutput(user=hidden[-1] @ score.T, hidden=hidden)
+    output = StudentOutput(user=hidden[-1] @ score.T, items=score, hidden=hidden)
     batch = {KEY: case["in.teacher_hidden_states"][teacher_blocks, :, -1].transpose(0, 1)}
     feature = FeatureTerm(student_blocks, None, float(case["hp.distill_lambda"]), float(case["hp.l2_weight"]), reduce)
     deep = DeepSupervisionTerm(student_blocks[:-1], heads, task_loss)

@@ -103,6 +103,15 @@ def test_rows_of_like_length_share_a_batch():
     assert widths != sorted(widths), "batches come in random order, not by length"
 
 
+@pytest.mark.parametrize("examples", MODES)
+def test_a_batch_larger_than_the_data_holds_all_of_it(unique, examples):
+    rows, held_out = rows_of(unique, examples), EvaluationRows(unique, "valid", 4)
+    for batches, number in ((TrainingBatches(rows, 10_000, seed=0), len(rows)), (EvaluationBatches(held_out, 10_000), 60)):
+        (batch,) = batches
+        assert len(batches) == 1
+        assert sorted(batch["row"].tolist()) == list(range(number))
+
+
 def test_the_order_is_decided_by_seed_and_epoch(unique):
     rows = rows_of(unique)
 

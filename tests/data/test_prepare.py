@@ -33,6 +33,14 @@ def histories(dataset: Dataset) -> dict[str, list[str]]:
     return {user: [ids[i] for i in part] for user, part in zip(dataset.users, parts, strict=True)}
 
 
+def write(folder: Path, items: dict[str, str], times: dict[str, list[int]]) -> None:
+    """Make `folder` a data set of these users, with one letter for each item."""
+    rows = [(user, item, time) for user in items for item, time in zip(items[user], times[user], strict=True)]
+    pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).to_parquet(folder / "interactions.parquet")
+    names = sorted(set("".join(items.values())))
+    pd.DataFrame({"item_id": names, "title": names}).to_parquet(folder / "items.parquet")
+
+
 def test_order_leave_one_out_and_info(folder: Path, tmp_path: Path) -> None:
     info = prepare(local(folder), tmp_path / "out")
     dataset = Dataset.load(tmp_path / "out")
@@ -120,6 +128,87 @@ def test_given_split_without_training(folder: Path, tmp_path: Path) -> None:
         prepare(local(folder, split="given"), tmp_path / "out")
 
 
+def test_temporal_split_drops_what_training_does_not_know(folder: Path, tmp_path: Path) -> None:
+    # times in order: c 1, 2, 3; b 5; a 10, 20, 25, 26; b 30, 30. Before 20 there is no item 2, and every user is known
+    info = prepare(local(folder, split="temporal", quantiles=[0.5, 0.7]), tmp_path / "out")
+    dataset = Dataset.load(tmp_path / "out")
+    assert histories(dataset) == {"b": ["1", "4"], "a": ["1", "3", "4"], "c": ["4", "3", "1"]}
+    assert dataset.split.tolist() == [0, 2, 0, 1, 2, 0, 0, 0]
+    assert info["notes"] == [
+        "Training before time 20, validation before 26, test from there on.",
+        "2 held-out interactions of items without any training interaction were dropped.",
+    ]
+    assert info["dropped"]["split=temporal (users and items without a training interaction)"] == {
+        "users": 0,
+        "items": 1,
+        "interactions": 2,
+    }
+    assert dataset.catalogue["title"].tolist() == ["One", "Three", "Four"], "the unknown item leaves the catalogue"
+
+
+def test_temporal_split_drops_users_who_come_later(folder: Path, tmp_path: Path) -> None:
+    write(folder, {"b": "xxyx", "a": "yxz", "c": "xzzz"}, {"b": [1, 4, 9, 10], "a": [5, 6, 9], "c": [2, 3, 5, 11]})
+    info = prepare(local(folder, split="temporal", quantiles=[0.45, 0.7]), tmp_path / "out")
+    dataset = Dataset.load(tmp_path / "out")
+    assert histories(dataset) == {"b": ["x", "x", "x"], "c": ["x", "z", "z", "z"]}
+    assert info["notes"][1:3] == [
+        "3 held-out interactions of users without any training interaction were dropped.",
+        "2 held-out interactions of items without any training interaction were dropped.",
+    ]
+
+
+def test_temporal_split_leaks_nothing_across_time(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = {f"u{user}": "".join(rng.permutation(list("abcdefghijklmnopqrst"))[: rng.integers(3, 15)]) for user in range(40)}
+    times = {user: rng.integers(0, 300, len(items)).tolist() for user, items in names.items()}
+    write(folder, names, times)
+    prepare(local(folder, split="temporal"), tmp_path / "out")
+    dataset = Dataset.load(tmp_path / "out")
+    when = {(user, item): time for user in names for item, time in zip(names[user], times[user], strict=True)}
+    moments = [[when[user, item] for item in items] for user, items in histories(dataset).items()]
+    assert all(each == sorted(each) for each in moments)
+    parts = [np.concatenate(moments)[dataset.split == part] for part in (0, 1, 2)]
+    assert min(map(len, parts)) > 10
+    assert parts[0].max() < parts[1].min() <= parts[1].max() < parts[2].min()
+    assert len(parts[0]) == sum(time <= parts[0].max() for time in when.values()), "training is whole"
+    known = dataset.items[dataset.split == 0]
+    assert set(dataset.items.tolist()) == set(known.tolist())
+
+
+def test_temporal_split_of_positions_names_the_column(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    table = pd.read_parquet(path)
+    table.assign(timestamp=table.groupby("user_id").cumcount()).to_parquet(path)
+    with pytest.raises(UserError, match=r"positions within a user.*data\.columns\.time=NAME"):
+        prepare(local(folder, split="temporal"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_an_empty_part_of_a_temporal_split(part: str, folder: Path, tmp_path: Path) -> None:
+    if part == "validation":  # both moments are time 4
+        write(folder, {"b": "xyx", "a": "yxy", "c": "xyx"}, {"b": [1, 3, 4], "a": [2, 4, 4], "c": [3, 4, 5]})
+    else:  # from time 7 on all is of item z, which training does not know
+        write(folder, {"b": "xyz", "a": "yxz", "c": "xyz"}, {"b": [1, 2, 7], "a": [3, 5, 8], "c": [4, 6, 9]})
+    with pytest.raises(UserError, match=f"The {part} part of 'local' is empty .* Move data.quantiles"):
+        prepare(local(folder, split="temporal", quantiles=[0.5, 0.75]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("part", "label"), [("validation", "test"), ("test", "valid")])
+def test_an_empty_part_of_a_given_split(part: str, label: str, folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    last = [True, False, False, False, False, True, False, False, True, True]
+    pd.read_parquet(path).assign(split=[label if held else "train" for held in last]).to_parquet(path)
+    with pytest.raises(UserError, match=f"The {part} part of 'local' is empty .* Correct the column 'split'"):
+        prepare(local(folder, split="given"), tmp_path / "out")
+
+
+def test_a_catalogue_of_one_item(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).assign(item_id="1").to_parquet(path)
+    with pytest.raises(UserError, match="'local' has one item: there is nothing to rank"):
+        prepare(local(folder), tmp_path / "out")
+
+
 def test_repeated_items_are_kept_and_said(folder: Path, tmp_path: Path) -> None:
     path = folder / "interactions.parquet"
     pd.read_parquet(path).assign(item_id=["1"] * 2 + ["2", "1", "3", "2", "4", "3", "1", "4"]).to_parquet(path)
@@ -135,6 +224,8 @@ def test_repeated_items_are_kept_and_said(folder: Path, tmp_path: Path) -> None:
         ({"split": "leave_one_out"}, "Unknown data.split 'leave_one_out'. Did you mean 'leave-one-out'"),
         ({"min_interactions": 2}, r"data\.min_interactions is 2.*at least 3"),
         ({"k_core": -1}, r"data\.k_core is -1"),
+        ({"quantiles": [0.9, 0.8]}, r"data\.quantiles is \[0\.9, 0\.8\]\. It must be two ascending"),
+        ({"quantiles": [0.9]}, r"data\.quantiles is \[0\.9\]"),
     ],
 )
 def test_wrong_settings(settings: dict, message: str) -> None:

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from lit_llmers.data.splits import check_order, enough, given, k_core, leave_one_out, offsets_of, without_history
+from lit_llmers.data.splits import (
+    check_moments,
+    check_order,
+    enough,
+    given,
+    k_core,
+    leave_one_out,
+    offsets_of,
+    temporal,
+    without_history,
+)
 from lit_llmers.errors import UserError
 
 
@@ -60,3 +70,31 @@ def test_without_history() -> None:
         True,
         False,
     ]
+
+
+def test_temporal_cuts_at_two_moments_that_all_users_share() -> None:
+    times = np.array([7, 1, 10, 3, 5, 2, 9, 4, 8, 6])
+    split, moments = temporal(times, [0.8, 0.9])
+    assert moments == [9, 10]
+    assert split.tolist() == [0, 0, 2, 0, 0, 0, 1, 0, 0, 0]
+    assert temporal(times * 0.5, [0.2, 0.5])[0].tolist() == [2, 0, 2, 1, 1, 0, 2, 1, 2, 2]
+
+
+def test_temporal_keeps_a_moment_together_whatever_the_quantiles_are() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        times, quantiles = rng.integers(20, size=200), np.sort(rng.uniform(0.05, 0.95, 2))
+        split, _ = temporal(times, quantiles)
+        parts = [times[split == part] for part in (0, 1, 2)]
+        for early, late in ((parts[0], parts[1]), (parts[1], parts[2]), (parts[0], parts[2])):
+            if early.size and late.size:
+                assert early.max() < late.min()
+        assert (split == 0).mean() <= quantiles[0]
+
+
+def test_positions_are_no_moments() -> None:
+    users = np.array([0, 0, 1, 1, 1])
+    check_moments(users, np.array([3, 5, 4, 4, 9]), "shop.csv")
+    for first in (0, 1):
+        with pytest.raises(UserError, match=rf"shop\.csv: every user's first .* the time {first}\. Those are positions"):
+            check_moments(users, np.array([0, 1, 0, 1, 2]) + first, "shop.csv")

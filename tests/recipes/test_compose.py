@@ -18,8 +18,12 @@ NEEDS = {  # what an option cannot do without
     "teacher=local": ["teacher.path=FOLDER"],
     "student=sasrec": ["student.model.layers=4"],
     "student=gru4rec": ["student.model.layers=4"],
+    "student=cl4srec": ["student.model.layers=4"],
 }
 OPTIONS = [f"{group}={name}" for group in recipes.GROUPS for name in recipes.options(group)]
+# slmrec's terms are about the hidden states of each next item
+FITTED = ("llm", "sasrec", "gru4rec", "cl4srec")
+UNFIT = [f"student={name}" for name in recipes.options("student") if name not in FITTED]
 SHALLOW = """\
 # A recipe of one's own: one model, no LLM.
 defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
@@ -62,10 +66,17 @@ def test_there_are_recipes_and_options():
     assert {"data=ml-1m", "teacher=llama2-7b", "trainer=single", "logger=wandb"} <= set(OPTIONS)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", RECIPES)
+FITTING = [
+    (name, option)
+    for name in RECIPES
+    for option in OPTIONS
+    if (name, option) != ("student", "student=llm") and (name != "slmrec" or option not in UNFIT)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), FITTING)
 def test_every_recipe_plans_with_every_option(name, option, no_files):
-    config = recipes.compose(name, [option, *NEEDS.get(option, [])])
+    config = recipes.compose(name, [option, *(NEEDS.get(option, []) if name == "slmrec" or "student" not in option else [])])
     group, _, chosen = option.partition("=")
     if group in ("data", "teacher"):
         assert config[group]["name"] == chosen
@@ -74,9 +85,25 @@ def test_every_recipe_plans_with_every_option(name, option, no_files):
     for stage in plan(config):
         if stage.verb == "fit":
             find("backbones", stage.config.fit)
-            for callback in stage.config.callbacks:
-                for callback_name in callback:
-                    find("callbacks", callback_name)
+            for callback_name, _ in stage.config.terms:
+                find("callbacks", callback_name)
+
+
+@pytest.mark.parametrize("option", UNFIT)
+def test_a_student_that_the_method_does_not_fit_is_refused_before_anything_runs(option, no_files):
+    with pytest.raises(UserError, match="does not train on next items|does not fit|cannot be cut|reads one position"):
+        plan(recipes.compose("slmrec", [option]))
+
+
+def test_an_llm_alone_lacks_the_item_vectors_of_another_stage(no_files):
+    with pytest.raises(UserError, match="stages.student.items"):
+        plan(recipes.compose("student", ["student=llm"]))
+
+
+def test_what_is_said_of_the_whole_run_wins_over_the_students_own_file(no_files):
+    student = by_name(plan(recipes.compose("student", ["student=bert4rec", "trainer.max_epochs=2"])))["student"].config
+    assert student.trainer.max_epochs == 2
+    assert by_name(plan(recipes.compose("student", ["student=bert4rec"])))["student"].config.trainer.max_epochs > 2
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALED)

@@ -61,7 +61,7 @@ def make(request):
     def build(rows: TrainingRows, dropout: float = 0.0, **optimizer) -> SequentialRecommender:
         torch.manual_seed(0)
         settings = OptimizerConfig(**({"lr": 1e-2} | optimizer))
-        return SequentialRecommender(BACKBONES[request.param](dropout), settings, rows.targets / len(rows))
+        return SequentialRecommender(BACKBONES[request.param](dropout), settings, targets_per_row=rows.targets / len(rows))
 
     return build
 
@@ -104,7 +104,7 @@ class Gradients(L.Callback):
 
 
 def train(model: SequentialRecommender, batches: list[Batch], *callbacks: L.Callback, **trainer) -> L.Trainer:
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | trainer
+    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1} | trainer
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     made = L.Trainer(callbacks=list(callbacks), use_distributed_sampler=False, **settings, **quiet)
     made.fit(model, Loader(batches))
@@ -122,7 +122,7 @@ def test_one_causal_pass_equals_all_prefixes(make, data):
         if isinstance(model.backbone, SASRec):  # it counts positions from a row's right end, where a prefix stands elsewhere
             model.backbone.positions.requires_grad_(False).zero_()
         batch = batch_of(rows, range(len(rows)))
-        loss = model.task_loss(model(batch).user, batch)
+        loss = model.task_loss(model(batch), batch)
         loss.backward()
         losses.append(loss)
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
@@ -141,7 +141,7 @@ def test_the_task_is_the_mean_cross_entropy_of_every_target(make, data):
         target = batch["target"] if examples == "sequence" else F.pad(batch["target"][:, None], (every.shape[1] - 1, 0))
         scores = model.backbone.head(every) @ model.item_table()[1:].T  # [B, L, n]
         plain = F.cross_entropy(scores.flatten(0, 1), target.flatten() - 1, ignore_index=-1)
-        torch.testing.assert_close(model.task_loss(model(batch).user, batch), plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.task_loss(model(batch), batch), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_has_no_influence_on_the_loss(make, data):
@@ -188,9 +188,9 @@ def test_a_share_of_the_targets_estimates_the_same_loss(make, data):
     model = make(rows).eval()
     batch = batch_of(rows, range(len(rows)))
     user = model(batch).user
-    whole = model.task_loss(user, batch)
+    whole = model.next_item_loss(user, batch)
     parts = torch.randperm(rows.targets).split(rows.targets // 4)  # a partition: the estimates average to the loss
-    estimates = torch.stack([model.task_loss(user[drawn], batch, drawn) for drawn in parts])
+    estimates = torch.stack([model.next_item_loss(user[drawn], batch, drawn) for drawn in parts])
     size = torch.tensor([len(drawn) for drawn in parts], dtype=torch.float)
     torch.testing.assert_close((estimates * size).sum() / size.sum(), whole, rtol=1e-5, atol=1e-6)
     assert estimates.std() > 0

@@ -1,0 +1,95 @@
+"""A subject: RecBole's SASRec, GRU4Rec, LightGCN or BPR.
+
+Its sequential models make a row of each prefix, which predicts one item. They get the end of each history, so that they
+predict the same items in an epoch as the others.
+"""
+
+import itertools
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import subject
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, get_trainer, init_seed
+
+MODELS = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "lightgcn": "LightGCN", "bpr-mf": "BPR"}
+SEQUENTIAL: dict[str, Any] = {
+    "loss_type": "CE",
+    "train_neg_sample_args": None,
+    "hidden_size": 64,
+    "inner_size": 64,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dropout_prob": 0.2,
+    "attn_dropout_prob": 0.2,
+    "num_layers": 1,  # of GRUs
+    "dropout_prob": 0.2,
+}
+
+
+class Part:
+    """The first `batches` of a loader."""
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader, self.batches = loader, batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Any:
+        return itertools.islice(self.loader, self.batches)
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    subject.announce_first_step()
+    task = subject.settings()
+    os.chdir(task["folder"])
+    sequential = task["model"] in ("sasrec", "gru4rec")
+    atomic = Path("data/ours/ours.inter")
+    atomic.parent.mkdir(parents=True)
+    with open(atomic, "w") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for user, history in enumerate(subject.histories(task["data"])):
+            kept = history[-task["length"] - 3 :] if sequential else history  # one to begin with and two held out
+            file.writelines(f"{user}\t{item}\t{time}\n" for time, item in enumerate(kept))
+    options = {
+        "data_path": "data",
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"},
+        "metrics": ["Hit"],
+        "topk": [10],
+        "valid_metric": "Hit@10",
+        "use_gpu": False,
+        "state": "ERROR",
+        "show_progress": False,
+        "learning_rate": 1e-3,
+        "train_batch_size": task["batch"],
+        "eval_batch_size": 4096,
+        "embedding_size": 64,
+        "n_layers": 2,
+        "MAX_ITEM_LIST_LENGTH": task["length"],
+        "seed": 0,
+        "reproducibility": False,
+        **(SEQUENTIAL if sequential else {}),
+    }
+    config = Config(model=MODELS[task["model"]], dataset="ours", config_dict=options)
+    init_seed(0, False)
+    training, _, test = data_preparation(config, create_dataset(config))
+    model = get_model(config["model"])(config, training.dataset)
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    part = Part(training, task["batches"] or len(training))
+    epoch = itertools.count()
+    subject.epochs(lambda: trainer._train_epoch(part, next(epoch)), len(part) / len(training))
+    trainer.eval_collector.data_collect(training)
+    subject.evaluations(lambda: trainer.evaluate(test, load_best_model=False)["hit@10"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""CL4SRec: Xie et al., "Contrastive Learning for Sequential Recommendation", ICDE 2022 (arXiv 2010.14395)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError
+from lit_llmers.losses.alignment import info_nce_among
+from lit_llmers.students.output import StudentOutput
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+_CROP, _HIDE, _REORDER = range(3)
+
+
+class SequenceContrastTerm(Term):
+    """InfoNCE between two augmented views of each row: of all views of the batch, which one is of the same history?
+
+    The negatives of a view are the `2 (B - 1)` views of the other rows. The similarity is the dot product, as in the paper.
+
+    Args:
+        encode: user vectors `[R, d]` of histories `[R, L]` and their mask.
+        crop, hide, reorder: see `augment`.
+        temperature: divides the similarities.
+    """
+
+    per_target = False
+
+    def __init__(self, encode: Encode, crop: float, hide: float, reorder: float, temperature: float) -> None:
+        super().__init__()
+        self.encode, self.crop, self.hide, self.reorder, self.temperature = encode, crop, hide, reorder, temperature
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        twice = batch["items"].repeat(2, 1), batch["mask"].repeat(2, 1)  # [2B, L]
+        views = self.encode(*augment(*twice, self.crop, self.hide, self.reorder))  # [2B, d]
+        own = torch.arange(len(views), device=views.device)
+        other = own.roll(len(batch["items"]))
+        return info_nce_among(views, views, other, own, temperature=self.temperature, cosine=False).mean()
+
+
+class SequenceContrast(Distillation):
+    """Two views of one history are to have user vectors closer to each other than to those of other histories.
+
+    Both are read by the student itself, with its dropout, in one pass that costs up to twice the student's own encoding.
+    We differ from the paper in that an item is hidden behind the zero vector of padding, where the paper learns a vector
+    for it; and that rows may be windows of one user's history, or prefixes, where the paper's batches hold users once.
+
+    Args:
+        crop: share of a history that cropping keeps (the paper's eta).
+        hide: share of the items that masking hides (gamma).
+        reorder: share of a history that reordering shuffles (beta).
+        temperature: divides the dot products; the paper has none. Vectors that end in a norm, as SASRec's, are as long as
+            the root of their width, which is a good value.
+        weight: factor of the contrast in the student's loss (lambda).
+        decay_epochs: see `Distillation`.
+
+    Raises:
+        UserError: a share outside 0..1, or a temperature that is not positive.
+    """
+
+    name = "sequence_contrast"
+
+    def __init__(
+        self,
+        crop: float = 0.6,
+        hide: float = 0.3,
+        reorder: float = 0.6,
+        temperature: float = 1.0,
+        weight: float = 0.1,
+        decay_epochs: int = 0,
+    ) -> None:
+        super().__init__(weight, decay_epochs)
+        for name, value in {"crop": crop, "hide": hide, "reorder": reorder}.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"sequence_contrast: {name} is {value}. It is a share, from 0 to 1.")
+        if not temperature > 0:
+            raise UserError(f"sequence_contrast: temperature is {temperature}. It must be positive.")
+        self.crop, self.hide, self.reorder, self.temperature = crop, hide, reorder, temperature
+
+    def build(self, student: Any) -> SequenceContrastTerm:
+        if not student.backbone.causal:
+            raise UserError(
+                f"sequence_contrast: {type(student.backbone).__name__} trains on rows in which items are hidden already. "
+                "Choose a causal student, such as sasrec."
+            )
+        return SequenceContrastTerm(student.encode, self.crop, self.hide, self.reorder, self.temperature)
+
+
+def augment(items: Tensor, mask: Tensor, crop: float, hide: float, reorder: float) -> tuple[Tensor, Tensor]:
+    """Change each row in one of the paper's three ways, drawn for each row.
+
+    Crop keeps `max(1, floor(crop * n))` items in a row out of n; mask hides `floor(hide * n)` items wherever they are;
+    reorder shuffles `floor(reorder * n)` items in a row. A hidden item is item 0 where `mask` is true.
+
+    Args:
+        items: `[R, L]`, left-padded with 0.
+        mask: `[R, L]` bool.
+
+    Returns:
+        new items and mask, of the same shapes.
+    """
+    (rows, length), device = items.shape, items.device
+    operation = torch.randint(3, (rows, 1), device=device)
+    noise = torch.rand(rows, length, device=device)
+    column = torch.arange(length, device=device)
+    count = mask.sum(1, keepdim=True)  # [R, 1]
+    place = column - length + count  # [R, L], 0 is a row's first item
+
+    # what crop keeps and reorder shuffles is a span
+    cropped = (crop * count).long().clamp(min=1)
+    size = torch.where(operation == _CROP, cropped, (reorder * count).long())
+    start = (torch.rand(rows, 1, device=device) * (count - size + 1)).long()
+    to_the_end = (column - (count - start - size)).clamp(min=0)
+    in_span = (place >= start) & (place < start + size)
+    shuffled = torch.where(in_span, start + noise * size, place).argsort(1)
+    source = torch.where(operation == _CROP, to_the_end, torch.where(operation == _REORDER, shuffled, column))
+    mask = torch.where(operation == _CROP, mask & (column >= length - size), mask)
+
+    order_of_hiding = noise.masked_fill(~mask, 2.0).argsort(1).argsort(1)
+    hidden = (operation == _HIDE) & (order_of_hiding < (hide * count).long())
+    return items.gather(1, source).masked_fill(hidden | ~mask, 0), mask

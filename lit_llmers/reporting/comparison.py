@@ -1,0 +1,189 @@
+"""Models of several runs beside each other: one table, with each against its reference."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lit_llmers.errors import UserError
+from lit_llmers.reporting.results import METRIC, Evaluated, Results
+from lit_llmers.reporting.significance import holm, spread
+from lit_llmers.reporting.tables import NONE, Rows, average, count, duration, metric_names, metric_rows, p_value, percent
+
+COLUMNS = (("all", "HR@10"), ("all", METRIC), ("head", METRIC), ("tail", METRIC))  # of the table; all others are in the CSV
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the comparison: the model that the run in `run` calls `name`."""
+
+    label: str
+    run: Path
+    name: str
+
+
+class Comparison(Evaluated):
+    """Models of several runs, which were ranked on the same test rows.
+
+    Args:
+        contenders: the rows; every run is evaluated.
+        pairs: labels of methods and their controls. Without any, the rows go from the best to the worst.
+        reference: the label that all are compared with; None takes each method's control, or without pairs the best.
+
+    Attributes:
+        reference: who all are compared with; None where each method has its control.
+
+    Raises:
+        UserError: the runs were not evaluated on the same rows in the same way.
+    """
+
+    def __init__(
+        self, contenders: Sequence[Contender], pairs: Sequence[tuple[str, str]] = (), reference: str | None = None
+    ) -> None:
+        runs = {each.run: Results(each.run) for each in contenders}
+        first = next(iter(runs.values()))
+        assert first.evaluation
+        for run in runs.values():
+            assert run.evaluation
+            if run.evaluation["protocol"] != first.evaluation["protocol"]:
+                raise UserError(
+                    f"{run.run} and {first.run} were not evaluated on the same rows in the same way, so they cannot be "
+                    "compared. Remove the older of the two folders and give the same command again."
+                )
+        rows = [_of(runs[each.run], each) for each in contenders]
+        if not pairs:
+            rows.sort(key=lambda seeds: -spread([model["metrics"]["all"][METRIC] for model in seeds])[0])
+        models = [model for seeds in rows for model in seeds]
+        super().__init__(first.data, first.evaluation | {"models": models}, first.folder)
+        self.pairs = list(pairs)
+        self.best_is_reference = reference is None and not pairs
+        self.reference = next(iter(self.models)) if self.best_is_reference else reference
+
+    @property
+    def subject(self) -> str:
+        assert self.evaluation is not None
+        protocol = self.evaluation["protocol"]
+        against = "whole catalogue" if protocol["name"] == "full" else protocol["name"]
+        seeds = max(map(len, self.models.values()))
+        return (
+            f"{super().subject}: {protocol['split']}, {against}, history {protocol['history']}, "
+            f"{protocol['users']:,} users, {seeds} seed{'s' if seeds > 1 else ''}"
+        )
+
+    @property
+    def comparisons(self) -> list[tuple[str, str]]:
+        """All with the reference, or each method with its control."""
+        if self.reference:
+            pairs = [(name, self.reference) for name in self.models if name != self.reference]
+        else:
+            pairs = self.pairs
+        return [pair for pair in pairs if pair[0] in self.models and pair[1] in self.models]
+
+    @cached_property
+    def gains(self) -> dict[tuple[str, str], dict[str, Any] | None]:
+        """`compare` for each of `comparisons`, with `holm`, p corrected for their number."""
+        gains = super().gains
+        tested = {pair: gain for pair, gain in gains.items() if gain}
+        corrected = holm([gain["p"] for gain in tested.values()])
+        return gains | {pair: {**gain, "holm": p} for (pair, gain), p in zip(tested.items(), corrected, strict=True)}
+
+    def gain(self, name: str) -> tuple[str | None, dict[str, Any] | None]:
+        """The (first) reference of a model, and how it compares."""
+        return next(((second, gain) for (first, second), gain in self.gains.items() if first == name), (None, None))
+
+    @property
+    def opponent(self) -> str:
+        """Who the models are compared with, for the head of a column."""
+        return self.reference or "its control"
+
+
+def _of(run: Results, contender: Contender) -> list[dict[str, Any]]:
+    """The contender's evaluated models, one for each seed, under its label and with the full paths of their ranks."""
+    return [
+        model | {"name": contender.label, "ranks": str((run.folder / model["ranks"]).resolve())}
+        for model in run.models[contender.name]
+    ]
+
+
+def comparison_table(comparison: Comparison) -> tuple[list[str], Rows]:
+    """Header and rows of the table: quality, head and tail, against the reference, and cost."""
+    titles = [metric if group == "all" else f"{metric} {group}" for group, metric in COLUMNS]
+    against = f"against {comparison.opponent}"
+    header = ["model", "seeds", *titles, against, "p (Holm)", "training", "parameters", "users/s"]
+    rows = metric_rows(comparison, COLUMNS)
+    for row, name in zip(rows, comparison.models, strict=True):
+        _, gain = comparison.gain(name)
+        compared = [percent(gain["relative"]), p_value(gain["holm"])] if gain else [NONE, NONE]
+        row += [
+            *(["reference", NONE] if name == comparison.reference else compared),
+            duration(average(comparison, name, "training", "seconds")),
+            count(average(comparison, name, "parameters", "total")),
+            count(average(comparison, name, "inference", "users_per_second")),
+        ]
+    return header, rows
+
+
+def terminal_columns(header: list[str], rows: Rows) -> tuple[list[str], Rows]:
+    """The same for the terminal: without emphasis, the number of seeds, and the spread on head and tail."""
+    kept = [column for column, title in enumerate(header) if title != "seeds"]
+    narrow = [column for column, title in enumerate(header) if title.endswith((" head", " tail"))]
+
+    def cell(column: int, text: str) -> str:
+        text = text.replace("**", "")
+        return text.partition(" ±")[0] if column in narrow else text
+
+    return [header[column] for column in kept], [[cell(column, row[column]) for column in kept] for row in rows]
+
+
+def figures(comparison: Comparison) -> list[dict[str, Any]]:
+    """Every figure of every model, unrounded, one flat mapping per model with the same keys in the same order."""
+    assert comparison.evaluation is not None
+    groups = list(comparison.evaluation["models"][0]["metrics"])
+    out = []
+    for name, models in comparison.models.items():
+        row: dict[str, Any] = {"model": name, "seeds": len(models)}
+        for group in groups:
+            for metric in metric_names(comparison):
+                found = comparison.values(name, lambda model: model["metrics"][group].get(metric))  # noqa: B023
+                title = metric if group == "all" else f"{metric} {group}"
+                row[title], row[f"{title} sd"] = spread(found) if found else (None, None)
+        against, gain = comparison.gain(name)
+        row["against"] = against
+        row |= {key: (gain or {}).get(key) for key in ("difference", "relative", "low", "high", "p", "holm")}
+        row["training seconds"] = average(comparison, name, "training", "seconds")
+        row["epochs"] = average(comparison, name, "training", "epochs")
+        row["parameters"] = average(comparison, name, "parameters", "total")
+        row["users per second"] = average(comparison, name, "inference", "users_per_second")
+        out.append(row)
+    return out
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How to read the table, in sentences."""
+    assert comparison.evaluation is not None
+    seeds = max(map(len, comparison.models.values()))
+    groups = comparison.evaluation["groups"]
+    tests = sum(gain is not None for gain in comparison.gains.values())
+    lines = [
+        "Means over seeds with their standard deviation; the best of a column is bold."
+        if seeds > 1
+        else "One seed only: how far training anew would move these figures is not known.",
+        f"*head*: {groups['head']}; *tail*: {groups['tail']}.",
+    ]
+    if tests:
+        lines.append(
+            f"Against {comparison.opponent}: relative difference in {METRIC}. p: paired t-test over the same users, {METRIC} "
+            f"averaged over the seeds first, corrected for {tests} comparison{'s' if tests > 1 else ''} by Holm's method; "
+            "it speaks of other users, not of training anew."
+        )
+    if comparison.best_is_reference and tests:
+        lines.append(
+            f"{comparison.reference} is the reference because it is the best on these very users, which flatters it a "
+            "little; reference=NAME names one beforehand."
+        )
+    lines.append(
+        "training: time in this model's own training steps, without loading, validation and teacher. parameters: what serves, "
+        "the item table included. users/s: encoding and ranking the test users on this machine."
+    )
+    return lines

@@ -1,0 +1,84 @@
+"""What a report says of its data, its protocol and its machine, in words."""
+
+from typing import Any
+
+from lit_llmers.reporting.results import Evaluated
+
+
+def data_line(results: Evaluated) -> str:
+    """How much data there is; that a program made them comes first."""
+    if not results.data:
+        return ""
+    counts = results.data["counts"]
+    line = f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions."
+    if results.generated:
+        return (
+            "**Generated data: a program made this data set. The figures show that the method runs and what it does "
+            f"here; they say nothing about real users.** {line}"
+        )
+    return f"Data: {results.data['name']}, {line}"
+
+
+def protocol_section(results: Evaluated) -> str:
+    """How the test items were held out and ranked."""
+    if results.evaluation is None:
+        return ""
+    protocol = results.evaluation["protocol"]
+    against = "the whole catalogue" if protocol["name"] == "full" else f"stored candidates ({protocol['name']})"
+    seen = {
+        "masked": "do not compete (history masked)",
+        "kept": "compete too (history kept)",
+        "as in the file": "compete where they are among them",
+    }[protocol["history"]]
+    lines = [
+        f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, "
+        f"{protocol['items']:,} items, {protocol['interactions']:,} interactions to predict.",
+        f"Each held-out item is ranked against {against}; items that the user has met before {seen}. Ties count half.",
+        *_several(results),
+        "Epochs are selected on the validation part alone; the test part selects nothing.",
+    ]
+    if protocol["candidates"]:
+        lines.append(f"Candidates: sha256 `{protocol['candidates']}`.")
+    return "\n".join(["## Protocol\n", *(f"- {line}" for line in lines)])
+
+
+def _several(results: Evaluated) -> list[str]:
+    """How users with several held-out interactions count, where there are such."""
+    assert results.evaluation is not None
+    figures = results.evaluation["models"][0]["metrics"]["all"]
+    if figures["users"] == figures["interactions"]:
+        return []
+    return [
+        f"The {figures['interactions']:,} interactions are of {figures['users']:,} users, each predicted from all before it. "
+        "HR, NDCG and MRR are means over interactions; Recall is a mean over users, of the share of hits among a user's."
+    ]
+
+
+def data_section(results: Evaluated) -> str:
+    """What was kept of the data, what was dropped and why."""
+    data = results.data
+    if not data:
+        return ""
+    counts = ", ".join(f"{name} {number:,}" for name, number in data["counts"].items())
+    lines = [
+        f"{data['name']}: {counts}.",
+        f"Kept: {data['min_interactions']} or more interactions per user, k-core {data['k_core']}.",
+    ]
+    lines += [f"Dropped, {reason}: {_dropped(number)}." for reason, number in data["dropped"].items() if number]
+    return "\n".join(["## Data\n", *(f"- {line}" for line in [*lines, *data["notes"]])])
+
+
+def _dropped(number: int | dict[str, int]) -> str:
+    if isinstance(number, dict):
+        return ", ".join(f"{count:,} {what}" for what, count in number.items())
+    return f"{number:,}"
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Date, machine, versions and commit, from `environment.json`."""
+    versions = environment["packages"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions)
+    device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
+    git = environment["git"]
+    commit = f" Commit `{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}." if git else ""
+    return f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."

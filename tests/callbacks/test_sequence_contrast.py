@@ -1,0 +1,201 @@
+"""CL4SRec's contrast: what the three augmentations do to a history, and the loss by plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import by_name, losses, small
+from torch import Tensor, nn
+
+from lit_llmers.backbones.bert4rec import BERT4Rec
+from lit_llmers.backbones.caser import Caser
+from lit_llmers.backbones.gru4rec import GRU4Rec
+from lit_llmers.backbones.sasrec import SASRec
+from lit_llmers.callbacks import sequence_contrast
+from lit_llmers.callbacks.sequence_contrast import SequenceContrast, augment
+from lit_llmers.errors import UserError
+from lit_llmers.stages import run
+from lit_llmers.students.output import StudentOutput
+from lit_llmers.students.sequential import SequentialRecommender
+
+OUTPUT = StudentOutput(torch.zeros(0, 1), torch.zeros(0, 1))
+
+
+def histories(rows: int = 600, longest: int = 11) -> Tensor:
+    """Left-padded rows of 1 to `longest` items; item number = its place in the row plus 100 times the row's number."""
+    lengths = torch.arange(rows) % longest + 1
+    place = torch.arange(longest) - longest + lengths[:, None]
+    return torch.where(place >= 0, place + 1 + 100 * torch.arange(1, rows + 1)[:, None], 0)
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Augment with one operation."""
+
+    def run(operation: int, items: Tensor, crop: float = 0.6, hide: float = 0.3, reorder: float = 0.6) -> list[list[int]]:
+        torch.manual_seed(0)
+        monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.full(size, operation))
+        changed, mask = augment(items, items > 0, crop, hide, reorder)
+        assert changed.shape == mask.shape == items.shape
+        assert (mask.int().diff(dim=1) >= 0).all(), "padding stays to the left"
+        assert not changed[~mask].any()
+        return [row[own].tolist() for row, own in zip(changed, mask, strict=True)]
+
+    return run
+
+
+def test_crop_keeps_a_span(only):
+    items = histories()
+    seen = set()
+    for row, kept in zip(items, only(sequence_contrast._CROP, items), strict=True):
+        whole = row[row > 0].tolist()
+        assert len(kept) == max(1, int(0.6 * len(whole)))
+        start = whole.index(kept[0])
+        assert kept == whole[start : start + len(kept)]
+        seen.add((len(whole), start))
+    assert {start for length, start in seen if length == 11} == set(range(11 - 6 + 1)), "any span"
+
+
+def test_mask_hides_items_in_place(only):
+    items = histories()
+    hidden_places = set()
+    for row, kept in zip(items, only(sequence_contrast._HIDE, items), strict=True):
+        whole = row[row > 0].tolist()
+        assert [new for new in kept if new] == [old for old, new in zip(whole, kept, strict=True) if new]
+        assert kept.count(0) == int(0.3 * len(whole))
+        hidden_places |= {place for place, new in enumerate(kept) if not new}
+    assert hidden_places == set(range(11))
+
+
+def test_reorder_shuffles_a_span(only):
+    items = histories()
+    starts, moved = set(), 0
+    for row, kept in zip(items, only(sequence_contrast._REORDER, items), strict=True):
+        whole = row[row > 0].tolist()
+        assert sorted(kept) == whole
+        places = [place for place, (old, new) in enumerate(zip(whole, kept, strict=True)) if old != new]
+        if places:
+            assert places[-1] - places[0] < int(0.6 * len(whole))
+            starts.add(places[0])
+        moved += len(whole) == 11 and bool(places)
+    assert moved > 50, "of 54 with six items to shuffle"
+    assert starts >= set(range(5))
+
+
+def test_the_ends_of_the_shares(only):
+    items = histories(22)
+    whole = [row[row > 0].tolist() for row in items]
+    assert only(sequence_contrast._CROP, items, crop=1.0) == whole
+    assert all(len(row) == 1 for row in only(sequence_contrast._CROP, items, crop=0.0))
+    assert only(sequence_contrast._HIDE, items, hide=0.0) == only(sequence_contrast._REORDER, items, reorder=0.0) == whole
+    assert not any(map(any, only(sequence_contrast._HIDE, items, hide=1.0)))
+
+
+def test_each_operation_has_a_third_of_the_rows():
+    items = histories(3000)[10::11]  # all of eleven items
+    torch.manual_seed(0)
+    changed, mask = augment(items, items > 0, 0.5, 0.5, 1.0)
+    crop = ~mask.all(1)
+    hide = mask.all(1) & (changed == 0).any(1)
+    share = torch.stack([crop, hide, ~crop & ~hide]).float().mean(1)
+    assert (share - 1 / 3).abs().max() < 0.1
+    again, _ = augment(items, items > 0, 0.5, 0.5, 1.0)
+    assert not torch.equal(changed, again)
+
+
+def student_of(backbone: nn.Module) -> SequentialRecommender:
+    return SequentialRecommender(backbone)  # type: ignore[arg-type]
+
+
+def batch_of(items: Tensor) -> dict[str, Tensor]:
+    return {"items": items, "mask": items > 0}
+
+
+def test_value_by_plain_loops(monkeypatch):
+    torch.manual_seed(0)
+    student = student_of(SASRec(20, 6, dim=8, dropout=0.0, init_std=0.3).double())
+    items = torch.randint(1, 21, (4, 6))
+    items[1, :3] = 0
+    shapes = []
+
+    def encode(items: Tensor, mask: Tensor) -> Tensor:
+        shapes.append(tuple(items.shape))
+        views.append(SequentialRecommender.encode(student, items, mask))
+        return views[-1]
+
+    views: list[Tensor] = []
+    monkeypatch.setattr(student, "encode", encode)
+    loss = SequenceContrast(temperature=2.0).build(student)(OUTPUT, batch_of(items))
+    assert shapes == [(8, 6)], "both views of all rows at once"
+    dots = (views[0] @ views[0].T / 2.0).tolist()
+    expected = 0.0
+    for row in range(8):
+        other = (row + 4) % 8
+        negatives = [math.exp(dots[row][j]) for j in range(8) if j not in (row, other)]
+        assert len(negatives) == 2 * (4 - 1)
+        expected -= math.log(math.exp(dots[row][other]) / (math.exp(dots[row][other]) + sum(negatives))) / 8
+    assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("make", [SASRec, GRU4Rec, Caser])
+def test_it_learns_to_tell_histories_apart(make):
+    torch.manual_seed(0)
+    student = student_of(make(200, 12, dim=16, dropout=0.0, init_std=0.1))
+    term = SequenceContrast().build(student)
+    batch = batch_of(torch.arange(1, 193).view(16, 12))
+    adam = torch.optim.Adam(student.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        adam.zero_grad()
+        loss = term(OUTPUT, batch)
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.0
+    assert sum(losses[-10:]) / 10 < 0.25 * losses[0]
+    assert not student.backbone.items.weight[0].any(), "hidden items and padding are not trained"
+
+
+def test_a_single_row_has_nothing_to_tell_apart():
+    term = SequenceContrast().build(student_of(SASRec(20, 6, dim=8, dropout=0.0)))
+    assert term(OUTPUT, batch_of(torch.tensor([[1, 2, 3]]))).item() == 0
+
+
+def test_it_adds_no_parameters():
+    student = student_of(SASRec(20, 6, dim=8))
+    assert not list(SequenceContrast().build(student).parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop": 1.5}, "crop is 1.5"),
+        ({"hide": -0.1}, "hide is -0.1"),
+        ({"reorder": 2.0}, "reorder is 2.0"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"decay_epochs": -1}, "decay_epochs is -1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(UserError, match=message):
+        SequenceContrast(**arguments)
+
+
+def test_a_student_that_hides_items_itself_is_refused():
+    with pytest.raises(UserError, match="BERT4Rec.*causal"):
+        SequenceContrast().build(student_of(BERT4Rec(20, 6, dim=8)))
+
+
+def test_cl4srec_from_yaml_learns_both_and_serves_as_sasrec(tmp_path):
+    """The contrast belongs to the model, so it is no callback that a control would go without."""
+    planned = small(tmp_path, "student=cl4srec", "optimizer.lr=0.01", "+stages.student.trainer.batch_size=16", recipe="student")
+    student = by_name(planned)["student"]
+    assert student.config.fit == "sasrec"
+    assert not student.config.callbacks
+    run(planned, "student")
+    total, task, term = (np.array(losses(student, f"loss{part}")) for part in ("", "/task", "/sequence_contrast"))
+    np.testing.assert_allclose(total, task + 0.1 * term, rtol=1e-5)
+    assert term[-5:].mean() < 0.8 * term[:5].mean()
+    weights = torch.load(student.folder / "best.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[1] for name in weights} == {"items", "positions", "blocks", "norm"}

@@ -1,0 +1,327 @@
+"""Many runs, one table: what is asked, what is run, what is shared, what fails, and whether the figures are right."""
+
+import contextlib
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_fit import HEAVY
+from test_report import make_run
+from tiny import arguments
+
+from lit_llmers import compare, fit, recipes
+from lit_llmers.errors import UserError
+from lit_llmers.loggers import finish_loggers, make_loggers
+from lit_llmers.reporting import comparison_report
+from lit_llmers.reporting.comparison import Comparison, Contender, comparison_table, figures, notes
+
+LEVELS = {"sasrec": 1.6, "gru4rec": 1.4, "caser": 0.4}
+METHOD = """\
+defaults: [/base, /data: demo, /teacher: tiny-llama, /student: sasrec, /trainer: single, /logger: wandb, _self_]
+repeat: [student, control]
+pairs: [[student, control]]
+stages:
+  prepare: {{prepare: interactions}}
+  student: {{like: "${{student}}", callbacks: [{{deep_supervision: {{blocks: 2, weight: {weight}}}}}]}}
+  control: {{like: student, callbacks: []}}
+  evaluate: {{evaluate: test, of: [student, control]}}
+"""
+
+
+# ---- the figures: made-up runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Three students of known levels, three seeds each, on the same users."""
+    root = tmp_path_factory.mktemp("runs")
+    return {name: make_run(root / name, {"student": level}) for name, level in LEVELS.items()}
+
+
+def students(folders: dict[str, Path], reference: str | None = None) -> Comparison:
+    return Comparison([Contender(name, run, "student") for name, run in reversed(folders.items())], reference=reference)
+
+
+def ndcg(run: Path) -> np.ndarray:
+    """NDCG@10 of every user, mean over the seeds, from the ranks alone."""
+    ranks = np.stack([np.load(path) for path in sorted(run.glob("evaluate-*/ranks-student-*.npy"))]).astype(np.float64)
+    return np.where(ranks < 10, 1 / np.log2(ranks + 2), 0).mean(0)
+
+
+def test_the_best_is_the_reference_and_p_is_corrected_for_all_that_are_compared_with_it(folders):
+    comparison = students(folders)
+    assert list(comparison.models) == ["sasrec", "gru4rec", "caser"]
+    ours = {name: ndcg(run) for name, run in folders.items()}
+    raw = {name: stats.ttest_rel(ours[name], ours["sasrec"]).pvalue for name in ("gru4rec", "caser")}
+    assert raw["caser"] < raw["gru4rec"]
+    corrected = {"caser": 2 * raw["caser"], "gru4rec": max(raw["gru4rec"], 2 * raw["caser"])}
+    for name in raw:
+        against, gain = comparison.gain(name)
+        assert (against, gain["p"]) == ("sasrec", pytest.approx(raw[name], rel=1e-4))
+        assert gain["holm"] == pytest.approx(corrected[name], rel=1e-4)
+        assert gain["relative"] == pytest.approx(ours[name].mean() / ours["sasrec"].mean() - 1, rel=1e-4)
+    assert comparison.gain("sasrec") == (None, None)
+
+
+def test_the_table_shows_mean_spread_gain_and_cost(folders):
+    comparison = students(folders)
+    header, rows = comparison_table(comparison)
+    cells = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    values = comparison.values("gru4rec", lambda model: model["metrics"]["tail"]["NDCG@10"])
+    assert cells["gru4rec"]["NDCG@10 tail"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+    assert cells["sasrec"]["NDCG@10"].startswith("**")
+    assert cells["sasrec"]["against sasrec"] == "reference"
+    relative = ndcg(folders["caser"]).mean() / ndcg(folders["sasrec"]).mean() - 1
+    assert cells["caser"]["against sasrec"] == f"{100 * relative:+.1f} %"
+    assert cells["caser"]["p (Holm)"] == "< 0.001"
+    assert (cells["caser"]["training"], cells["caser"]["parameters"], cells["caser"]["users/s"]) == ("21 s", "140,000", "3,800")
+    text = "\n".join(notes(comparison))
+    assert "corrected for 2 comparisons by Holm's method" in text
+    assert "best on these very users" in text
+
+
+def test_a_named_reference_is_what_all_are_compared_with(folders):
+    comparison = students(folders, "caser")
+    assert comparison.comparisons == [("sasrec", "caser"), ("gru4rec", "caser")]
+    assert comparison.gain("sasrec")[1]["difference"] > 0
+    assert "best on these very users" not in "\n".join(notes(comparison))
+
+
+def test_each_method_is_compared_with_its_own_control(tmp_path):
+    runs = [make_run(tmp_path / str(i), {"student": level, "control": 1.0}) for i, level in enumerate((1.5, 0.5))]
+    rows = [Contender(f"{label}{end}", run, name) for label, run in zip("ab", runs, strict=True)
+            for name, end in (("student", ""), ("control", "/control"))]  # fmt: skip
+    comparison = Comparison(rows, [("a", "a/control"), ("b", "b/control")])
+    assert list(comparison.models) == ["a", "a/control", "b", "b/control"], "in the order given"
+    assert [figure["against"] for figure in figures(comparison)] == ["a/control", None, "b/control", None]
+    assert comparison.gain("a")[1]["difference"] > 0 > comparison.gain("b")[1]["difference"]
+    header, table = comparison_table(comparison)
+    assert table[1][header.index("against its control")] == "-"
+
+
+def test_what_is_written(folders, tmp_path, monkeypatch):
+    comparison = students(folders)
+    about = [(name, run, f"the command of {name}") for name, run in folders.items()]
+    path = comparison_report.write_report(tmp_path, comparison, about, {"srgnn": "no luck"}, "the command of all")
+    text = path.read_text()
+    assert text.startswith("# Comparison on demo (")
+    assert "**Generated data" in text
+    assert "> - srgnn: no luck" in text
+    assert text.count("p (Holm)") == 3, "table, note and differences"
+    assert f"[caser]({os.path.relpath(folders['caser'], tmp_path)}/report.md): `the command of caser`" in text
+    with open(tmp_path / "compare.csv", newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert float(rows["caser"]["NDCG@10"]) == pytest.approx(ndcg(folders["caser"]).mean(), rel=1e-5)
+    values = comparison.values("caser", lambda model: model["metrics"]["head"]["HR@10"])
+    assert float(rows["caser"]["HR@10 head sd"]) == np.std(values, ddof=1)
+    assert (rows["sasrec"]["against"], rows["caser"]["against"]) == ("", "sasrec")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    lines = comparison_report.summary_table(comparison).splitlines()
+    assert lines[0] == "demo (generated data): leave-one-out, whole catalogue, history masked, 600 users, 3 seeds"
+    assert max(map(len, lines)) <= 140
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    loggers = make_loggers({"logger": {"kind": "wandb"}}, tmp_path, group="g", name="compare", run_id="c", settings={})
+    comparison_report.publish(tmp_path, comparison, loggers)
+    finish_loggers(loggers)
+    media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
+    assert sorted(name.rpartition(".")[2] for name in media) == ["json", "png"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(*given: str) -> int:
+    return compare.main(list(given))
+
+
+def table(out: str) -> tuple[str, list[str]]:
+    """The header of the printed table, and the models in its rows."""
+    lines = out.splitlines()
+    rule = next(number for number, line in enumerate(lines) if line.startswith("---"))
+    return lines[rule - 1], [line.split()[0] for line in lines[rule + 1 : lines.index("", rule)]]
+
+
+def tiny(folder: Path, *more: str) -> list[str]:
+    return arguments(folder, "~stages.export", "trainer.max_epochs=1", *more, recipe="student")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["data=demo"], "Nothing to compare. Give students=[NAME,...] or recipes=[NAME,...]"),
+        (["students=[]"], "students=[] is empty"),
+        (["students=[sasrec,]"], "has an empty place"),
+        (["students=sasrec"], "students=sasrec is not a list. Write students=[sasrec,gru4rec]"),
+        (["students=[sasrec,gru4rek]"], "Unknown student 'gru4rek'. Did you mean 'gru4rec'?"),
+        (["students=[sasrec,sasrec]"], "names sasrec twice"),
+        (["recipes=[slmrek]"], "Unknown recipe 'slmrek'. Did you mean 'slmrec'?"),
+        (["recipes=[slmrec]", "students=[sasrec]", "student=gru4rec"], "not both"),
+        (["students=[sasrec]", "recipe=student"], "Here it is recipes=[NAME, ...]"),
+        (["students=[sasrec]", "stage=prepare"], "nothing to compare"),
+        (["students=[sasrec]", "seeds=[0,"], "seeds=[0, is not a list. Write seeds=[0,1,2]"),
+        (["students=[sasrec]", "seeds=[]"], "seeds=[] is empty"),
+        (["students=[sasrec]", "seeds=[0,x]"], "seeds are whole numbers from 0"),
+        (["students=[sasrec]", "seeds=[0,-1]"], "seeds are whole numbers from 0"),
+        (["students=[sasrec]", "seeds=[1,1]"], "names 1 twice"),
+        (["students=[sasrec]", "data=nowhere"], "Unknown option of data 'nowhere'"),
+        (["students=[sasrec]", "trainer.max_epoch=1"], "Did you mean 'max_epochs'?"),
+        (["students=[sasrec,gru4rec]", "reference=gru4re"], "Unknown reference 'gru4re'. Did you mean 'gru4rec'?"),
+        (["students=[sasrec,gru4rec]", "reference="], "Unknown reference ''"),
+    ],
+)
+def test_what_a_user_can_mend_is_said_before_anything_runs(capsys, tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(*given) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy_and_lists_students_and_recipes():
+    probe = f"import sys; from lit_llmers.compare import main; main(['-h']); print([m for m in {HEAVY} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert f"students: {', '.join(recipes.options('student'))}" in out
+    assert all(f"  {name} " in out for name in recipes.available())
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[str]:
+    """Runs go on in this process, and their names are noted."""
+    names: list[str] = []
+
+    def start(given: list[str]) -> str | None:
+        names.append(given[-1].removeprefix("run.name="))
+        with contextlib.redirect_stdout(None):
+            return "it failed" if fit.main(given) else None
+
+    monkeypatch.setattr(compare, "start", start)
+    return names
+
+
+def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path, started, monkeypatch, capsys):
+    command = ["students=[sasrec,gru4rec]", "seeds=[0,1]", *tiny(tmp_path)]
+    root = tmp_path / "compare" / "demo"
+    goes_on = compare.start
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "start", lambda given: "no memory" if "student=gru4rec" in given else goes_on(given))
+        assert main(*command) == 1
+    said = capsys.readouterr()
+    assert "error: gru4rec failed: no memory" in said.err
+    assert table(said.out)[1] == ["sasrec"]
+    assert "> - gru4rec: no memory" in (root / "compare.md").read_text()
+    assert main(*command) == 0
+    assert started == ["sasrec", "gru4rec"], "the first is not run again"
+    folders = [root / "student" / name for name in ("sasrec", "gru4rec")]
+    (prepared,), (linked,) = (list(folder.glob("prepare-*")) for folder in folders)
+    assert linked.resolve() == prepared.resolve(), "the data are prepared once"
+    assert (root / "student" / "gru4rec" / "report.md").is_file()
+    capsys.readouterr()
+    assert main(*command, "reference=gru4rec") == 0
+    assert started == ["sasrec", "gru4rec"], "nothing is"
+    assert "against gru4rec" in capsys.readouterr().out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "start", lambda given: "no memory")
+        assert main(*command, "trainer.batch_size=8") == 1
+    assert "sasrec" not in capsys.readouterr().out, "figures of other settings are no substitute"
+
+
+def test_a_run_goes_on_with_its_own_command(tmp_path, started):
+    command = ["students=[sasrec]", *tiny(tmp_path / "a folder"), "run.name=mine"]
+    root, (run,) = compare.plan(compare.parse(command))
+    assert root == tmp_path / "a folder" / "compare" / "mine"
+    assert main(*command) == 0
+    assert (root / "compare.md").is_file()
+    before = (run.evaluation.folder / "DONE").stat().st_mtime_ns
+    assert fit.main(run.arguments) == 0
+    assert (run.evaluation.folder / "DONE").stat().st_mtime_ns == before
+
+
+def test_methods_share_their_control(tmp_path, started, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, weight in (("one", 0.1), ("two", 0.3)):
+        Path(f"{name}.yaml").write_text(METHOD.format(weight=weight))
+    command = ["recipes=[one.yaml,two.yaml]", *(o for o in tiny(tmp_path) if not o.startswith("~"))]
+    assert main(*command) == 0
+    header, rows = table(capsys.readouterr().out)
+    assert rows == ["control", "one", "two"]
+    assert "against its control" in header
+    root = tmp_path / "compare" / "demo"
+    (control,) = (root / "two" / "default").glob("control-*")
+    assert control.is_symlink()
+    assert control.resolve().parent == (root / "one" / "default").resolve()
+
+    shutil.rmtree(root / "one")
+    assert main(*command) == 0, "links that lead nowhere are mended"
+    assert all((path / "DONE").is_file() for path in root.glob("*/default/*-*") if path.name != "report")
+
+
+def test_labels_name_what_differs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text(METHOD.format(weight=0.1))
+    Path("two.yaml").write_text(METHOD.format(weight=0.3))
+    given = ["students=[sasrec,gru4rec]", "student.model.layers=2", *(o for o in tiny(tmp_path) if not o.startswith("~"))]
+
+    def called(names: str) -> dict[tuple[str, str], str]:
+        return compare.labels(compare.plan(compare.parse([f"recipes=[{names}]", *given]))[1])
+
+    assert called("one.yaml") == {
+        ("sasrec", "student"): "sasrec",
+        ("sasrec", "control"): "sasrec/control",
+        ("gru4rec", "student"): "gru4rec",
+        ("gru4rec", "control"): "gru4rec/control",
+    }
+    both = called("one.yaml,two.yaml")
+    assert both["two/sasrec", "student"] == "two/sasrec"
+    assert both["one/sasrec", "control"] == both["two/sasrec", "control"] == "one/sasrec/control", "two controls: which is said"
+    Path("more").mkdir()
+    shutil.copy("two.yaml", "more/one.yaml")
+    with pytest.raises(UserError, match="Two recipes are called 'one/sasrec'"):
+        called("one.yaml,more/one.yaml")
+    plain = called("one.yaml,student")
+    assert plain["one/gru4rec", "control"] == plain["student/gru4rec", "student"] == "student/gru4rec"
+
+
+def test_runs_on_other_data_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text(METHOD.format(weight=0.1))
+    Path("two.yaml").write_text(METHOD.format(weight=0.1) + "evaluation: {mask_history: false}\n")
+    assert main("recipes=[one.yaml,two.yaml]", *[o for o in tiny(tmp_path) if not o.startswith("~")]) == 2
+    assert "'one' and 'two' cannot be compared: evaluation.mask_history is True in one and False" in capsys.readouterr().err
+
+
+def test_the_error_of_a_run_is_its_own_words():
+    assert compare.start(["recipe=slmrek"]).startswith("Unknown recipe 'slmrek'. Did you mean 'slmrec'?")
+    assert compare._error(1, "Traceback\n  File x\nValueError: old\n\ntorch.OutOfMemoryError: full\nsome more\n") == (
+        "torch.OutOfMemoryError: full"
+    )
+    assert compare._error(-9, "epoch 1") == "killed by SIGKILL, as the system does when memory runs out"
+    assert compare._error(3, "") == "exit status 3, without a word"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a kernel's favour")
+def test_a_killed_comparison_leaves_no_run_behind():
+    program = """\
+import subprocess, sys
+from lit_llmers.compare import _die_with_parent
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=_die_with_parent())
+print(child.pid, flush=True)
+child.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(100):
+        if not state.is_file() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the run outlived its comparison")
