@@ -3,7 +3,8 @@
 `model.safetensors` holds the weights as they were trained, adapters merged into their base. `model.onnx` is the whole
 model in float32, from histories to the scores of the whole catalogue: a server needs nothing beside it, the item table
 is in it once and serves both ends, and every runtime can take the best of a row. Both are checked against the
-trained model on real histories before they are kept.
+trained model on real users before they are kept. A collaborative model is exported as its two final tables, and its
+users and what they have met as `users.parquet`.
 """
 
 import json
@@ -15,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lit_llmers.backbones import Backbone
+from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.backbones.llm_decoder import LLMDecoder
 from lit_llmers.conf.schema import ExportStage
 from lit_llmers.data.dataset import Dataset
@@ -27,26 +27,28 @@ from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, write_json
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.onnx_graph import save_onnx, trace
+from lit_llmers.served import FinalTables, rebuild, served, weights_of
 from lit_llmers.serving import (
     CONFIG,
     FORMAT,
     GRAPH,
     ITEMS,
+    USERS,
     WEIGHTS,
     OnnxScorer,
+    inputs_of,
     load_exported,
-    rebuild,
     score_catalogue,
 )
 from lit_llmers.stages import Stage
-from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import BaseConfig
 
 __all__ = ["load_exported", "run"]
 
 TOLERANCE = 1e-3  # of a score, relative to the largest: between ONNX and PyTorch
 REREAD_TOLERANCE = 1e-6  # the same between a model and itself, read back
-HISTORIES = 32  # real ones, from the shortest to the longest, that both files are checked on
+CHECKED = 32  # real users, from the shortest history to the longest, that both files are checked on
 
 log = logging.getLogger(__name__)
 
@@ -60,25 +62,24 @@ def run(stage: Stage) -> dict[str, Any]:
     config: ExportStage = stage.config
     dataset, fitted = load_dataset(stage), stage.need(config.of)
     model = load_model(fitted, dataset)
-    histories = real_histories(dataset, fitted.config.sequences.max_length)
+    asked = real_users(dataset) if "user" in served(model).inputs else real_histories(dataset, fitted.config.sequences.max_length)
     difference: dict[str, float] = {}
-    before = scores_of(model, histories)
-    if make_standalone(model.backbone):
-        difference["lora_merge"], _ = compare(scores_of(model, histories), before)
+    before = scores_of(model, asked)
+    if change := make_standalone(model):
+        difference[change], _ = compare(scores_of(model, asked), before)
     description = {
         **{"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(config)},
         **describe(model, fitted, dataset),
     }
-    with atomic_write(stage.folder / ITEMS) as temporary:
-        catalogue = dataset.catalogue[["item_id", "title", "categories"]]
-        catalogue.insert(0, "index", np.arange(1, dataset.n_items + 1))
-        catalogue.to_parquet(temporary, index=False)
+    write_catalogue(dataset, stage.folder)
+    if "user" in description["inputs"]:
+        write_users(dataset, stage.folder)
     if "safetensors" in config.export:
-        difference["safetensors"] = write_safetensors(model, stage.folder, description, histories)
+        difference["safetensors"] = write_safetensors(model, stage.folder, description, asked)
     if "onnx" in config.export:
-        difference["onnx"] = write_onnx(model, stage.folder, fitted.config.sequences.max_length, histories)
+        difference["onnx"] = write_onnx(model, stage.folder, fitted.config.sequences.max_length, asked)
     write_json(stage.folder / CONFIG, description)
-    names = [CONFIG, ITEMS, WEIGHTS, GRAPH, f"{GRAPH}.data"]
+    names = [CONFIG, ITEMS, USERS, WEIGHTS, GRAPH, f"{GRAPH}.data"]
     size = {name: path.stat().st_size for name in names if (path := stage.folder / name).is_file()}
     for name, value in difference.items():
         log.info("%-24s %s: largest difference of a score %.1e", stage.label, name, value)
@@ -88,14 +89,24 @@ def run(stage: Stage) -> dict[str, Any]:
 # ---- what is exported ------------------------------------------------------------------------------------------------
 
 
-def make_standalone(backbone: Backbone) -> bool:
-    """Free an LLM decoder, in place, from what serving has not: adapters, and attention kernels of a training GPU.
+def make_standalone(model: Recommender) -> str:
+    """Free the model, in place, from what serving has not.
+
+    A collaborative model becomes its final tables, without the graph they come from. An LLM decoder loses its adapters,
+    which are merged into the base and rounded to its precision, and attention kernels of a training GPU.
 
     Returns:
-        whether adapters were merged into the base, which rounds them to the base's precision.
+        the change that scores are to be compared across, `tables` or `lora_merge`; empty if there is none.
     """
-    if not isinstance(backbone, LLMDecoder):
-        return False
+    if isinstance(model.backbone, CollaborativeBackbone):
+        with torch.no_grad():
+            model.backbone = FinalTables(*model.backbone())
+        return "tables"
+    return "lora_merge" if isinstance(model.backbone, LLMDecoder) and _merge_adapters(model.backbone) else ""
+
+
+def _merge_adapters(backbone: LLMDecoder) -> bool:
+    """Make plain layers of an LLM's; whether any had an adapter."""
     if backbone.base.config._attn_implementation not in ("eager", "sdpa"):
         backbone.base.set_attn_implementation("sdpa")
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -108,7 +119,7 @@ def make_standalone(backbone: Backbone) -> bool:
     return bool(adapted)
 
 
-def describe(model: SequentialRecommender, fitted: Stage, dataset: Dataset) -> dict[str, Any]:
+def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, Any]:
     """All that `config.json` says of the model: how to build it, and where it comes from."""
     backbone = model.backbone
     arguments = dict(fitted.config.model)
@@ -126,9 +137,11 @@ def describe(model: SequentialRecommender, fitted: Stage, dataset: Dataset) -> d
     return {
         "format": FORMAT,
         "backbone": {"name": fitted.config.fit, "arguments": arguments},
+        "inputs": list(served(model).inputs),
         "n_items": dataset.n_items,
+        "n_users": dataset.n_users,
         "max_length": fitted.config.sequences.max_length,
-        "dim": model.item_table().shape[1],
+        "dim": backbone.dim,
         "parameters": summary["parameters"],
         "trained": {
             "recipe": fitted.run.recipe,
@@ -143,29 +156,49 @@ def describe(model: SequentialRecommender, fitted: Stage, dataset: Dataset) -> d
     }
 
 
-def weights_of(backbone: Backbone) -> dict[str, Tensor]:
-    """The backbone's weights, and what it holds itself beside them, such as a frozen item table."""
-    held = {name: value for name, value in backbone.named_buffers(recurse=False) if value.numel()}
-    return {name: value.detach().cpu().contiguous() for name, value in (held | backbone.state_dict()).items()}
+def write_catalogue(dataset: Dataset, folder: Path) -> None:
+    """Write `items.parquet`: `index` 1..n, `item_id`, `title`, `categories`."""
+    catalogue = dataset.catalogue[["item_id", "title", "categories"]]
+    catalogue.insert(0, "index", np.arange(1, dataset.n_items + 1))
+    with atomic_write(folder / ITEMS) as temporary:
+        catalogue.to_parquet(temporary, index=False)
 
 
-# ---- checks on real histories ----------------------------------------------------------------------------------------
+def write_users(dataset: Dataset, folder: Path) -> None:
+    """Write `users.parquet`: `user_id` of the rows 0..U-1, and `items`, all they have met, held-out parts too, oldest first."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    met = pa.LargeListArray.from_arrays(np.asarray(dataset.offsets), np.asarray(dataset.items))
+    with atomic_write(folder / USERS) as temporary:
+        write_table(pa.table({"user_id": pa.array(dataset.users, pa.string()), "items": met}), temporary)
+
+
+# ---- checks on real users --------------------------------------------------------------------------------------------
 
 
 def real_histories(dataset: Dataset, max_length: int) -> list[np.ndarray]:
     """Left-padded batches `[B, L]` int64: the shortest history, the longest, all together, and all padded further."""
     rows = EvaluationRows(dataset, "test", max_length)
     order = np.argsort(rows.lengths, kind="stable")
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, HISTORIES).astype(int))]
-    batches = EvaluationBatches(rows, HISTORIES, mask_history=False)
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, CHECKED).astype(int))]
+    batches = EvaluationBatches(rows, CHECKED, mask_history=False)
     made = [batches.collate(index)["items"].numpy() for index in (chosen[:1], chosen[-1:], chosen)]
     return [*made, np.pad(made[-1], ((0, 0), (max_length - made[-1].shape[1], 0)))]
 
 
-def scores_of(model: SequentialRecommender, histories: list[np.ndarray]) -> list[np.ndarray]:
+def real_users(dataset: Dataset) -> list[np.ndarray]:
+    """Batches `[B]` int64 of rows of the user table: the user with the shortest history, the longest, all together."""
+    order = np.argsort(np.diff(dataset.offsets), kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, CHECKED).astype(int))]
+    return [chosen[:1], chosen[-1:], chosen]
+
+
+def scores_of(model: Recommender, asked: list[np.ndarray]) -> list[np.ndarray]:
     """Scores `[B, n+1]` of the trained model for each batch."""
     with torch.inference_mode():
-        return [score_catalogue(model, items, items > 0).float().numpy() for items in map(torch.from_numpy, histories)]
+        tensors = [[torch.from_numpy(value) for value in inputs_of(batch).values()] for batch in asked]
+        return [score_catalogue(model, *inputs).float().numpy() for inputs in tensors]
 
 
 def compare(got: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, float]:
@@ -181,7 +214,7 @@ def compare(got: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, f
 
 
 def write_safetensors(
-    model: SequentialRecommender, folder: Path, description: dict[str, Any], histories: list[np.ndarray]
+    model: Recommender, folder: Path, description: dict[str, Any], asked: list[np.ndarray]
 ) -> float:
     """Write the weights and read them back into a new model.
 
@@ -194,12 +227,12 @@ def write_safetensors(
     from safetensors.torch import load_file, save_file
 
     with atomic_write(folder / WEIGHTS) as temporary:
-        save_file(weights_of(model.backbone), temporary)
+        save_file(weights_of(model), temporary)
         temporary.chmod((folder / ITEMS).stat().st_mode)  # safetensors would keep it from other users
         again = rebuild(json.loads(json.dumps(description)), load_file(temporary))
-        read, written = weights_of(again.backbone), weights_of(model.backbone)
+        read, written = weights_of(again), weights_of(model)
         same = read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
-        difference, relative = compare(scores_of(again, histories), scores_of(model, histories))
+        difference, relative = compare(scores_of(again, asked), scores_of(model, asked))
         if not same or relative > REREAD_TOLERANCE:
             raise UserError(
                 f"{WEIGHTS}, read back, is not the trained model: its scores differ by up to {difference:.3g}; it was "
@@ -208,11 +241,11 @@ def write_safetensors(
     return difference
 
 
-def write_onnx(model: SequentialRecommender, folder: Path, max_length: int, histories: list[np.ndarray]) -> float:
+def write_onnx(model: Recommender, folder: Path, max_length: int, asked: list[np.ndarray]) -> float:
     """Write the model as one ONNX graph, in float32; the model itself is changed into what can be exported.
 
     Inputs `items [batch, length]` int64, left-padded with 0, `length` up to `max_length`, and `mask [batch, length]`
-    bool; output `scores [batch, n+1]` float32, `-inf` for item 0.
+    bool, or `user [batch]` int64, 0..U-1; output `scores [batch, n+1]` float32, `-inf` for item 0.
 
     Returns:
         the largest difference between its scores and PyTorch's in float32.
@@ -221,11 +254,11 @@ def write_onnx(model: SequentialRecommender, folder: Path, max_length: int, hist
         UserError: a difference above `TOLERANCE`; the file is not kept.
     """
     model.float()
-    expected = scores_of(model, histories)
+    expected = scores_of(model, asked)
 
     def check(path: Path) -> float:
         scorer = OnnxScorer(path)
-        difference, relative = compare([scorer(items) for items in histories], expected)
+        difference, relative = compare([scorer(batch) for batch in asked], expected)
         if not relative <= TOLERANCE:
             raise UserError(
                 f"{GRAPH} scores up to {difference:.3g} away from PyTorch, {relative:.3g} of the largest score and "

@@ -1,4 +1,4 @@
-"""A recommender as one ONNX graph, from histories to the scores of the whole catalogue."""
+"""A recommender as one ONNX graph, from histories or users to the scores of the whole catalogue."""
 
 import logging
 import warnings
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.files import atomic_write
-from lit_llmers.serving import GRAPH, score_catalogue
-from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.served import served
+from lit_llmers.serving import GRAPH
+from lit_llmers.students.recommender import Recommender
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -20,23 +21,23 @@ if TYPE_CHECKING:
 LARGE = 3 * 2**29  # bytes of weights above which ONNX keeps them in a second file; protobuf ends at 2 GiB
 
 
-def trace(model: SequentialRecommender, max_length: int) -> "ONNXProgram":
+def trace(model: Recommender, max_length: int) -> "ONNXProgram":
     """The model as an ONNX program with a free batch size and length, without the traces of where it was made."""
     backbone = model.backbone
     for name, module in list(backbone.named_modules()):
         if isinstance(module, nn.GRU):
             parent, _, child = name.rpartition(".")
             setattr(backbone.get_submodule(parent), child, _OnnxGRU(module))
-    items = torch.ones(5, min(max_length, 3), dtype=torch.int64)
-    items[1:3, 0] = 0
-    axes = {0: "batch", 1: "length"}
+    scorer = served(model)
+    example = scorer.example(min(max_length, 3))
+    axes = tuple(dict(enumerate(("batch", "length")[: tensor.dim()])) for tensor in example)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Scores(model),
-            (items, items > 0),
-            input_names=["items", "mask"],
+            scorer,
+            example,
+            input_names=scorer.inputs,
             output_names=["scores"],
-            dynamic_shapes={"items": axes, "mask": axes},
+            dynamic_shapes=(axes,),  # of the one argument *inputs
             dynamo=True,
             verbose=False,
         )
@@ -67,17 +68,6 @@ def save_onnx(program: "ONNXProgram", folder: Path, check: Callable[[Path], floa
                     entry.value = f"{GRAPH}.data"
         onnx.save(renamed, graph)
         return result
-
-
-class _Scores(nn.Module):
-    """From histories to scores, the graph that is exported."""
-
-    def __init__(self, model: SequentialRecommender) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, items: Tensor, mask: Tensor) -> Tensor:
-        return score_catalogue(self.model, items, mask)
 
 
 class _OnnxGRU(nn.Module):

@@ -103,6 +103,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
                         f"'python -m lit_llmers.fit recipe={name} --config' prints them all."
                     ) from error
             raise UserError(f"Recipe '{name}' does not compose: {str(error).splitlines()[0]}") from error
+    OmegaConf.set_struct(config, False)
     for override in others:  # what is said of the whole run wins over the student's own file
         section, _, key = override.partition("=")[0].lstrip("+~").partition(".")
         own = OmegaConf.select(config, f"student.{section}") if section in SECTIONS else None

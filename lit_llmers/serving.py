@@ -1,11 +1,11 @@
 """An exported student at work, from its own folder alone: no run, no teacher, no data, and with ONNX no torch either.
 
 An export is `config.json` (how to build the model, and where it comes from), `items.parquet` (the catalogue),
-`model.safetensors` (the weights) and `model.onnx` (the whole model as one graph).
+`model.safetensors` (the weights) and `model.onnx` (the whole model as one graph). A student that knows its users by
+themselves and not by their histories has `users.parquet` beside them: who they are and what they have met.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from lit_llmers.files import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lit_llmers.students.sequential import SequentialRecommender
+    from lit_llmers.students.recommender import Recommender
 
 FORMAT = 1  # raised when a folder written before can no longer be read
-CONFIG, ITEMS, WEIGHTS, GRAPH = "config.json", "items.parquet", "model.safetensors", "model.onnx"
-_AGAIN = "Run the export stage again, or copy the folder again and completely."
+CONFIG, ITEMS, USERS = "config.json", "items.parquet", "users.parquet"
+WEIGHTS, GRAPH = "model.safetensors", "model.onnx"
+AGAIN = "Run the export stage again, or copy the folder again and completely."
 
 
 def find_export(folder: Path) -> Path:
@@ -59,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     config = read_json(path)
     if "backbone" not in config:
-        raise UserError(f"{path} does not describe an exported model: the export was not finished. {_AGAIN}")
+        raise UserError(f"{path} does not describe an exported model: the export was not finished. {AGAIN}")
     if config.get("format") != FORMAT:
         raise UserError(
             f"{path} has export format {config.get('format')}, and this version reads {FORMAT}. Export the student "
@@ -68,10 +69,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def inputs_of(asked: np.ndarray) -> dict[str, np.ndarray]:
+    """What a model reads of the users in question: rows of its table `[B]`, or histories `[B, L]`; int64."""
+    return {"user": asked} if asked.ndim == 1 else {"items": asked, "mask": asked > 0}
+
+
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
-def load_exported(folder: Path) -> "SequentialRecommender":
+def load_exported(folder: Path) -> "Recommender":
     """The exported model as a PyTorch module, in evaluation mode; nothing but the folder is read.
 
     Raises:
@@ -80,6 +86,8 @@ def load_exported(folder: Path) -> "SequentialRecommender":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from lit_llmers.served import rebuild
+
     path = Path(folder) / WEIGHTS
     config = read_config(folder)
     if not path.is_file():
@@ -87,70 +95,40 @@ def load_exported(folder: Path) -> "SequentialRecommender":
     try:
         weights = load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}). {_AGAIN}") from error
+        raise UserError(f"{path} is damaged ({error}). {AGAIN}") from error
     return rebuild(config, weights)
 
 
-def rebuild(config: Mapping[str, Any], weights: Mapping[str, "Tensor"]) -> "SequentialRecommender":
-    """Make the model that `config.json` describes and give it its weights.
+def score_catalogue(model: "Recommender", *inputs: "Tensor") -> "Tensor":
+    """Scores `[B, n+1]` of all items; `-inf` for item 0, which is padding.
 
-    Raises:
-        UserError: the weights are of another model.
+    Args:
+        inputs: `items [B, L]` int64 and `mask [B, L]` bool; for a collaborative model `user [B]` int64.
     """
-    import torch
+    from lit_llmers.served import served
 
-    from lit_llmers.building import build_backbone
-    from lit_llmers.conf.schema import FitStage, SequenceConfig
-    from lit_llmers.students.sequential import SequentialRecommender
-
-    described = FitStage(
-        fit=config["backbone"]["name"],
-        model=config["backbone"]["arguments"],
-        sequences=SequenceConfig(max_length=config["max_length"]),
-    )
-    with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are not to shift anyone's dice
-        table = torch.zeros(config["n_items"] + 1, config["dim"])
-        offered = {"n_items": config["n_items"], "max_length": config["max_length"], "item_table": table}
-        backbone = build_backbone(described, 0, offered)
-    held = [name for name, _ in backbone.named_buffers(recurse=False, remove_duplicate=False)]
-    for name in held:  # frozen item table, prompt; copied into aligned memory: else the last bit of a score may differ
-        if name in weights:
-            setattr(backbone, name, weights[name].clone())
-    own = backbone.state_dict()
-    expected = own.keys() | {name for name in held if backbone.get_buffer(name).numel()}
-    wrong = sorted(expected ^ weights.keys()) or sorted(name for name in own if own[name].shape != weights[name].shape)
-    if wrong:
-        raise UserError(f"{WEIGHTS} is not of the model in {CONFIG}: they differ in '{wrong[0]}'. {_AGAIN}")
-    backbone.load_state_dict({name: weights[name] for name in own})
-    return SequentialRecommender(backbone).eval()
-
-
-def score_catalogue(model: "SequentialRecommender", items: "Tensor", mask: "Tensor") -> "Tensor":
-    """Scores `[B, n+1]` of all items for the histories `items [B, L]`; `-inf` for item 0, which is padding."""
-    scores = model.encode(items, mask) @ model.item_table().T
-    return scores.index_fill(1, items.new_zeros(1), float("-inf"))
+    return served(model)(*inputs)
 
 
 class TorchScorer:
-    """Scores histories with PyTorch, on the CPU."""
+    """Scores for users with PyTorch, on the CPU."""
 
     def __init__(self, folder: Path) -> None:
         self.model = load_exported(folder)
 
-    def __call__(self, items: np.ndarray) -> np.ndarray:
-        """Scores `[B, n+1]` float32 for the histories `[B, L]` int64, left-padded with 0."""
+    def __call__(self, asked: np.ndarray) -> np.ndarray:
+        """Scores `[B, n+1]` float32 for histories `[B, L]` int64, left-padded with 0, or for users `[B]` int64, 0..U-1."""
         import torch
 
-        history = torch.from_numpy(items)
         with torch.inference_mode():
-            return score_catalogue(self.model, history, history > 0).float().numpy()
+            return score_catalogue(self.model, *map(torch.from_numpy, inputs_of(asked).values())).float().numpy()
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
 class OnnxScorer:
-    """Scores histories with ONNX Runtime, on the CPU."""
+    """Scores for users with ONNX Runtime, on the CPU."""
 
     def __init__(self, graph: Path) -> None:
         import onnxruntime
@@ -163,8 +141,8 @@ class OnnxScorer:
         try:
             self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.RuntimeException) as error:
-            raise UserError(f"{graph} is damaged ({str(error).strip().splitlines()[0]}). {_AGAIN}") from error
+            raise UserError(f"{graph} is damaged ({str(error).strip().splitlines()[0]}). {AGAIN}") from error
 
-    def __call__(self, items: np.ndarray) -> np.ndarray:
-        """Scores `[B, n+1]` float32 for the histories `[B, L]` int64, left-padded with 0."""
-        return self.session.run(["scores"], {"items": items, "mask": items > 0})[0]
+    def __call__(self, asked: np.ndarray) -> np.ndarray:
+        """Scores `[B, n+1]` float32 for histories `[B, L]` int64, left-padded with 0, or for users `[B]` int64, 0..U-1."""
+        return self.session.run(["scores"], inputs_of(asked))[0]

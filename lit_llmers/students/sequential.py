@@ -129,4 +129,7 @@ class SequentialRecommender(Recommender):
             factor = self._typical_targets(batch) / max(1, int((batch["target"] > 0).sum()))
             per_row = {f"loss/{name}" for name, term in self.terms.items() if not term.per_target}
             means = {name: value if name in per_row else value * factor for name, value in losses.items()}
+            if "loss" in means:
+                weighted = [self.weights.get(name, 1.0) * means[f"loss/{name}"] for name in self.terms]
+                means["loss"] = sum(weighted, means["loss/task"])
             super().log_losses(means, batch)
