@@ -62,7 +62,8 @@ def run(stage: Stage) -> dict[str, Any]:
     config: ExportStage = stage.config
     dataset, fitted = load_dataset(stage), stage.need(config.of)
     model = load_model(fitted, dataset)
-    asked = real_users(dataset) if "user" in served(model).inputs else real_histories(dataset, fitted.config.sequences.max_length)
+    max_length = fitted.config.sequences.max_length
+    asked = real_users(dataset) if "user" in served(model).inputs else real_histories(dataset, max_length)
     difference: dict[str, float] = {}
     before = scores_of(model, asked)
     if change := make_standalone(model):
@@ -77,7 +78,7 @@ def run(stage: Stage) -> dict[str, Any]:
     if "safetensors" in config.export:
         difference["safetensors"] = write_safetensors(model, stage.folder, description, asked)
     if "onnx" in config.export:
-        difference["onnx"] = write_onnx(model, stage.folder, fitted.config.sequences.max_length, asked)
+        difference["onnx"] = write_onnx(model, stage.folder, max_length, asked)
     write_json(stage.folder / CONFIG, description)
     names = [CONFIG, ITEMS, USERS, WEIGHTS, GRAPH, f"{GRAPH}.data"]
     size = {name: path.stat().st_size for name in names if (path := stage.folder / name).is_file()}
@@ -213,9 +214,7 @@ def compare(got: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, f
 # ---- the two files ---------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(
-    model: Recommender, folder: Path, description: dict[str, Any], asked: list[np.ndarray]
-) -> float:
+def write_safetensors(model: Recommender, folder: Path, description: dict[str, Any], asked: list[np.ndarray]) -> float:
     """Write the weights and read them back into a new model.
 
     Returns:

@@ -1,19 +1,26 @@
-"""`python -m lit_llmers.recommend run=FOLDER history="TITLE; TITLE"`: ask an exported student what comes next."""
+"""`python -m lit_llmers.recommend run=FOLDER history="TITLE; TITLE"`: ask an exported student what comes next.
+
+A collaborative student is asked by `user=ID`."""
 
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lit_llmers.errors import UserError, nearest, unknown
-from lit_llmers.serving import GRAPH, ITEMS, OnnxScorer, TorchScorer, find_export, read_config
+from lit_llmers.serving import GRAPH, ITEMS, USERS, OnnxScorer, TorchScorer, find_export, read_config
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 RUNTIMES = ("onnx", "torch")
-KEYS = ("run", "history", "history_ids", "top", "as")
+KEYS = ("run", "user", "history", "history_ids", "top", "as")
 WIDTH = 60  # characters of a title in the table
+LAST = 3  # titles that a known user met, named above the table
 USAGE = """usage: python -m lit_llmers.recommend run=FOLDER history="TITLE; TITLE" [key=value ...]
 
 Prints the titles that an exported student would show next, best first, with their scores.
@@ -21,9 +28,38 @@ Prints the titles that an exported student would show next, best first, with the
   run=FOLDER                 a run, such as runs/slmrec/default, or the folder of an export
   history="TITLE; TITLE"     what the user chose so far, oldest first; a part of a title does if no other has it
   history_ids="ID; ID"       the same by item id
+  user=ID                    whom to recommend for, for a student that knows each user (bpr-mf, lightgcn, ...): a user of the
+                             data it was trained on; all that user met is left out, and what history= names too
   top=10                     how many titles
   as=onnx|torch              what runs the student; by default ONNX Runtime, where model.onnx was exported
 """
+
+
+class Users:
+    """The users that a collaborative student knows.
+
+    Args:
+        user_ids: `[U]`.
+        met: from a row 0..U-1 to the items that the user has met, oldest first.
+    """
+
+    def __init__(self, user_ids: Iterable[str], met: Callable[[int], list[int]]) -> None:
+        self._rows = {user_id: row for row, user_id in enumerate(user_ids)}
+        self.met = met
+
+    def find(self, user_id: str) -> int:
+        """The row of the user with that id.
+
+        Raises:
+            UserError: there is none.
+        """
+        if user_id not in self._rows:
+            raise UserError(
+                f"The student knows no user with the id '{user_id}'.{nearest(user_id, self._rows)} It knows the "
+                f"{len(self._rows)} users of the data it was trained on. For others train a student that reads histories, "
+                "such as student=sasrec."
+            )
+        return self._rows[user_id]
 
 
 class Recommender:
@@ -32,7 +68,8 @@ class Recommender:
     Args:
         item_ids, titles, categories: of the items 1, 2, ...
         max_length: items of history that the student reads, the latest ones.
-        scorer: from histories `[B, L]` int64, left-padded with 0, to scores `[B, n+1]`.
+        scorer: from histories `[B, L]` int64, left-padded with 0, to scores `[B, n+1]`; with `users` from their rows `[B]`.
+        users: those that a student knows which reads no history.
     """
 
     def __init__(
@@ -42,10 +79,11 @@ class Recommender:
         categories: Sequence[str],
         max_length: int,
         scorer: Callable[[np.ndarray], np.ndarray],
+        users: Users | None = None,
     ) -> None:
         self.item_ids, self.categories = ["", *item_ids], ["", *categories]
         self.titles = ["", *(title or item_id for title, item_id in zip(titles, item_ids, strict=True))]
-        self.max_length, self.scorer = max_length, scorer
+        self.max_length, self.scorer, self.users = max_length, scorer, users
         self._plain = [_plain(title) for title in self.titles]
         self._exact = _index(self._plain)
         self._short = _index(map(_short, self._plain))
@@ -62,40 +100,53 @@ class Recommender:
         Raises:
             UserError: there is no finished export, a file is missing or damaged, or the runtime is unknown.
         """
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-
         export = find_export(Path(folder))
         config = read_config(export)
         runtime = runtime or ("onnx" if (export / GRAPH).is_file() else "torch")
         if runtime not in RUNTIMES:
             raise unknown("runtime (as)", runtime, RUNTIMES)
-        try:
-            items = read_table(export / ITEMS).to_pydict()
-        except (OSError, ArrowException) as error:
-            raise UserError(f"{export / ITEMS} cannot be read ({error}). Copy the export again and completely.") from error
+        items = _read(export / ITEMS).to_pydict()
+        users = None
+        if "user" in config.get("inputs", []):  # exports from before there were such students do not name their inputs
+            table = _read(export / USERS)
+            users = Users(table["user_id"].to_pylist(), lambda row: table["items"][row].as_py())
         scorer = OnnxScorer(export / GRAPH) if runtime == "onnx" else TorchScorer(export)
-        return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer)
+        return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer, users)
 
-    def recommend(self, history: list[str], top: int = 10) -> list[tuple[str, float]]:
-        """The `top` best titles for a history of titles, oldest first, with their scores, best first.
-
-        Raises:
-            UserError: the history is empty, or a title is unknown or could be several.
-        """
-        return [(self.titles[index], score) for index, score in self.rank([self.find(title) for title in history], top)]
-
-    def rank(self, history: list[int], top: int) -> list[tuple[int, float]]:
-        """The `top` best items, those of the history left out, for a history of item indices.
+    def recommend(self, history: list[str], top: int = 10, user: str | None = None) -> list[tuple[str, float]]:
+        """The `top` best titles for a history of titles, oldest first, or for a user, with their scores, best first.
 
         Raises:
-            UserError: the history is empty, or `top` is not positive.
+            UserError: see `rank`; or a title is unknown or could be several.
         """
-        if not history:
-            raise UserError('The history is empty. Give at least one title: history="TITLE; TITLE".')
+        ranked = self.rank([self.find(title) for title in history], top, user)
+        return [(self.titles[index], score) for index, score in ranked]
+
+    def rank(self, history: list[int], top: int, user: str | None = None) -> list[tuple[int, float]]:
+        """The `top` best items for a history of item indices, or for a user; those of the history and all that the user met
+        are left out.
+
+        Raises:
+            UserError: the student reads the other of the two, the history is empty, the user is unknown, or `top` is not
+                positive.
+        """
         if top < 1:
             raise UserError(f"top is {top}. It must be at least 1.")
-        scores = self.scorer(np.array([history[-self.max_length :]], np.int64))[0]
+        if self.users is None:
+            if user is not None:
+                raise UserError('This student reads histories and knows no users. Give history="TITLE; TITLE" without user=.')
+            if not history:
+                raise UserError('The history is empty. Give at least one title: history="TITLE; TITLE".')
+            asked = np.array([history[-self.max_length :]], np.int64)
+        else:
+            if user is None:
+                raise UserError(
+                    "This student knows users and reads no histories. Give user=ID, a user of the data it was trained on. For "
+                    "histories train another, such as student=sasrec."
+                )
+            row = self.users.find(user)
+            asked, history = np.array([row], np.int64), [*self.users.met(row), *history]
+        scores = self.scorer(asked)[0]
         scores[[0, *history]] = -np.inf
         order = np.argsort(-scores, kind="stable")[: min(top, len(scores) - 1 - len(set(history)))]
         return [(int(index), float(scores[index])) for index in order]
@@ -173,14 +224,31 @@ def _index(names: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
-def table(recommender: Recommender, history: list[int], ranked: list[tuple[int, float]]) -> str:
-    """The history as it was understood, and what comes next."""
+def _read(path: Path) -> "Table":
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        return read_table(path)
+    except (OSError, ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({error}). Copy the export again and completely.") from error
+
+
+def table(recommender: Recommender, history: list[int], ranked: list[tuple[int, float]], user: str | None = None) -> str:
+    """The user, the history as it was understood, and what comes next."""
     rows = [("", "score", "title", "categories")]
     for place, (index, score) in enumerate(ranked, 1):
         rows.append((str(place), f"{score:.3f}", _cut(recommender.titles[index]), recommender.categories[index]))
     number, score_width, title = (max(len(row[column]) for row in rows) for column in range(3))
     lines = [f"{a:>{number}}  {b:>{score_width}}  {c:<{title}}  {d}".rstrip() for a, b, c, d in rows]
-    return "\n".join(["After: " + "; ".join(_cut(recommender.titles[index]) for index in history), "", *lines])
+    head = []
+    if user is not None and recommender.users is not None:
+        met = recommender.users.met(recommender.users.find(user))
+        last = "; ".join(_cut(recommender.titles[index]) for index in met[-LAST:])
+        head.append(f"For user {user}, who met {len(met)} items, at last: {last}")
+    if history:
+        head.append("After: " + "; ".join(_cut(recommender.titles[index]) for index in history))
+    return "\n".join([*head, "", *lines])
 
 
 def _cut(title: str) -> str:
@@ -202,7 +270,8 @@ def main(arguments: Sequence[str]) -> int:
         history = [recommender.find(title) for title in recommender.split(given.get("history", ""))]
         ids = re.split(r"[;,]", given.get("history_ids", ""))
         history += [recommender.find_id(item_id.strip()) for item_id in ids if item_id.strip()]
-        print(table(recommender, history, recommender.rank(history, int(given["top"]))))
+        user = given.get("user")
+        print(table(recommender, history, recommender.rank(history, int(given["top"]), user), user))
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pyarrow.parquet import read_table
 from safetensors.torch import load_file, save_file
 from tiny_export import DIM, MAX_LENGTH, N_ITEMS, dataset, export_stage, finish
 
@@ -13,7 +14,7 @@ from lit_llmers import export, onnx_graph
 from lit_llmers.conf.schema import ExportStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_model
-from lit_llmers.serving import OnnxScorer, TorchScorer, load_exported, score_catalogue
+from lit_llmers.serving import OnnxScorer, TorchScorer, inputs_of, load_exported, score_catalogue
 
 SIZES = {
     "vocab_size": 3,
@@ -35,8 +36,21 @@ MODELS = {
     "sasrec": ("sasrec", {"dim": DIM, "layers": 2}),
     "gru4rec": ("gru4rec", {"dim": DIM, "layers": 2}),
     "llama": ("llm_decoder", llm("llama") | {"train_items": True}),
+    "popularity": ("popularity", {}),
+    "item-knn": ("item_knn", {"neighbours": 5, "shrink": 1.0}),
+    "bpr-mf": ("bpr_mf", {"dim": DIM}),
+    "lightgcn": ("lightgcn", {"dim": DIM, "layers": 2}),
     "sliding window": ("llm_decoder", llm("mistral", config=SIZES | {"model_type": "mistral", "sliding_window": 4})),
 }
+
+
+COLLABORATIVE = ("bpr-mf", "lightgcn")
+
+
+def users() -> list[np.ndarray]:
+    """Other batches of users than any that the export saw."""
+    every = np.arange(dataset().n_users)
+    return [every[:1], every[-2:][::-1].copy(), every, every.repeat(3)]
 
 
 def histories(random: np.random.Generator) -> list[np.ndarray]:
@@ -57,10 +71,10 @@ def assert_same_scores(got: np.ndarray, expected: np.ndarray, atol: float) -> No
     np.testing.assert_allclose(got[:, 1:], expected[:, 1:], rtol=0, atol=atol)
 
 
-def trained_scores(stage, items: np.ndarray) -> np.ndarray:
+def trained_scores(stage, asked: np.ndarray) -> np.ndarray:
     model = load_model(stage.need("student"), dataset())
     with torch.inference_mode():
-        return score_catalogue(model, torch.from_numpy(items), torch.from_numpy(items > 0)).numpy()
+        return score_catalogue(model, *map(torch.from_numpy, inputs_of(asked).values())).numpy()
 
 
 def moved(stage, place):
@@ -76,17 +90,47 @@ def test_both_files_score_as_the_trained_model(name, tmp_path):
     summary = finish(stage)
     assert summary["max_difference"]["safetensors"] == 0.0
     assert summary["max_difference"]["onnx"] < 1e-4
-    assert summary["files"] == ["config.json", "items.parquet", "model.safetensors", "model.onnx"]
+    collaborative = ["users.parquet"] if name in COLLABORATIVE else []
+    assert summary["files"] == ["config.json", "items.parquet", *collaborative, "model.safetensors", "model.onnx"]
     assert all((stage.folder / file).stat().st_size == size for file, size in summary["bytes"].items())
-    batches = histories(np.random.default_rng(0))
-    expected = [trained_scores(stage, items) for items in batches]
+    batches = users() if collaborative else histories(np.random.default_rng(0))
+    expected = [trained_scores(stage, asked) for asked in batches]
     folder = moved(stage, tmp_path / "moved")
     scorers = TorchScorer(folder), OnnxScorer(folder / "model.onnx")
+    inputs = [(value.name, value.shape) for value in scorers[1].session.get_inputs()]
+    history = [("items", ["batch", "length"]), ("mask", ["batch", "length"])]
+    assert inputs == ([("user", ["batch"])] if collaborative else history)
+    assert json.loads((folder / "config.json").read_text())["inputs"] == [name for name, _ in inputs]
     for items, scores in zip(batches, expected, strict=True):
         assert_same_scores(scorers[0](items), scores, atol=0)
         assert_same_scores(scorers[1](items), scores, atol=1e-4)
     assert not any(name.startswith("distillation") for name in load_file(folder / "model.safetensors"))
     assert b"lit_llmers/" not in (folder / "model.onnx").read_bytes()  # no paths of the machine that exported
+
+
+def test_the_scores_of_a_table_are_dot_products_and_those_of_neighbours_sums(tmp_path):
+    stage = export_stage(tmp_path / "run", *MODELS["lightgcn"], ["safetensors"])
+    assert finish(stage)["max_difference"] == {"tables": 0.0, "safetensors": 0.0}
+    tables = load_file(stage.folder / "model.safetensors")
+    assert {name: tuple(table.shape) for name, table in tables.items()} == {"users": (20, DIM), "items": (N_ITEMS + 1, DIM)}
+    got = TorchScorer(stage.folder)(np.array([7, 0]))
+    np.testing.assert_allclose(got[:, 1:], (tables["users"][[7, 0]] @ tables["items"].T)[:, 1:], rtol=1e-5, atol=1e-6)
+
+    stage = export_stage(tmp_path / "knn", *MODELS["item-knn"], ["safetensors"])
+    finish(stage)
+    tables = load_file(stage.folder / "model.safetensors")
+    expected = np.zeros(N_ITEMS + 1)
+    for item in (3, 9, 3):
+        np.add.at(expected, tables["nearest"][item], tables["weight"][item])
+    np.testing.assert_allclose(TorchScorer(stage.folder)(np.array([[0, 3, 9, 3]]))[0, 1:], expected[1:], rtol=1e-5)
+
+
+def test_the_users_file_names_all_that_each_has_met(tmp_path):
+    stage = export_stage(tmp_path / "run", *MODELS["bpr-mf"], ["onnx"])
+    finish(stage)
+    table, data = read_table(stage.folder / "users.parquet").to_pydict(), dataset()
+    assert table["user_id"] == list(data.users)
+    assert table["items"] == [part.tolist() for part in np.split(data.items, data.offsets[1:-1])]
 
 
 @pytest.fixture
@@ -146,8 +190,8 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
 
 def test_an_onnx_file_that_scores_otherwise_is_not_kept(tmp_path, monkeypatch):
     class Wrong(OnnxScorer):
-        def __call__(self, items):
-            return super().__call__(items) + np.float32(0.5)
+        def __call__(self, asked):
+            return super().__call__(asked) + np.float32(0.5)
 
     monkeypatch.setattr(export, "OnnxScorer", Wrong)
     stage = export_stage(tmp_path / "run", *MODELS["sasrec"], ["onnx"])
@@ -196,6 +240,17 @@ def test_weights_of_another_model(folder, change, message):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(UserError, match=message):
         load_exported(folder)
+
+
+@pytest.mark.parametrize("name", ["bpr-mf", "item-knn"])
+def test_tables_of_another_size(name, tmp_path):
+    stage = export_stage(tmp_path / "run", *MODELS[name], ["safetensors"])
+    finish(stage)
+    weights = load_file(stage.folder / "model.safetensors")
+    first = min(weights)
+    save_file(weights | {first: weights[first][:-1].clone()}, stage.folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"differ in '{first}'"):
+        load_exported(stage.folder)
 
 
 def test_damaged_and_missing_files(folder):

@@ -7,18 +7,18 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_export import DIM, FIRST, MAX_LENGTH, N_ITEMS, TITLES, export_stage, finish
+from tiny_export import DIM, FIRST, MAX_LENGTH, N_ITEMS, TITLES, dataset, export_stage, finish
 
 from lit_llmers.errors import UserError
-from lit_llmers.recommend import Recommender, main
+from lit_llmers.recommend import Recommender, Users, main
 
 
 class Favourites:
     """Scores an item by its index and remembers what it was asked."""
 
-    def __call__(self, items: np.ndarray) -> np.ndarray:
-        self.asked = items
-        scores = np.arange(N_ITEMS + 1, dtype=np.float32)[None].repeat(len(items), 0)
+    def __call__(self, asked: np.ndarray) -> np.ndarray:
+        self.asked = asked
+        scores = np.arange(N_ITEMS + 1, dtype=np.float32)[None].repeat(len(asked), 0)
         scores[:, 0] = -np.inf
         return scores
 
@@ -102,6 +102,16 @@ def test_empty_history_and_top(recommender):
         recommender.find_id("i99")
 
 
+def test_a_known_user_without_what_it_met_and_without_the_history(recommender):
+    met = {0: [1, 2], 1: [30, 29, 30]}
+    recommender.users = Users(["ann", "bob"], met.__getitem__)
+    assert recommender.recommend([], top=2, user="bob") == [("Film number 28", 28.0), ("Film number 27", 27.0)]
+    assert (recommender.scorer.asked.tolist(), recommender.scorer.asked.dtype) == ([1], np.int64)
+    assert recommender.recommend(["Film number 28"], top=1, user="bob") == [("Film number 27", 27.0)]
+    assert len(recommender.rank([], top=100, user="bob")) == N_ITEMS - 2
+    assert recommender.rank([], top=1, user="ann") == [(30, 30.0)]
+
+
 # ---- the command, on a real export ----------------------------------------------------------------------------------
 
 
@@ -110,6 +120,13 @@ def run(tmp_path_factory):
     stage = export_stage(tmp_path_factory.mktemp("run") / "tiny", "sasrec", {"dim": DIM, "layers": 1}, ["safetensors", "onnx"])
     finish(stage)
     return stage.run.folder
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    stage = export_stage(tmp_path_factory.mktemp("tables") / "tiny", "lightgcn", {"dim": DIM}, ["safetensors", "onnx"])
+    finish(stage)
+    return shutil.copytree(stage.folder, tmp_path_factory.mktemp("alone") / "export")
 
 
 def command(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -150,6 +167,53 @@ def test_onnx_needs_neither_torch_nor_the_run(run, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_the_table_of_a_known_user(tables, capsys):
+    answers = [command(capsys, f"run={tables}", "user=u12", "top=4", f"as={runtime}") for runtime in ("onnx", "torch")]
+    assert answers[0] == answers[1]
+    status, out, _ = answers[0]
+    assert status == 0
+    data = dataset()
+    met = data.items[data.offsets[12] : data.offsets[13]]
+    lines = out.splitlines()
+    assert lines[0] == f"For user u12, who met {len(met)} items, at last: " + "; ".join(TITLES[item - 1] for item in met[-3:])
+    scores = Recommender.load(tables).scorer(np.array([12]))[0]
+    scores[met] = -np.inf
+    assert [line.split()[1] for line in lines[3:]] == [f"{score:.3f}" for score in np.sort(scores)[::-1][:4]]
+    out = command(capsys, f"run={tables}", "user=u12", "history=Aladdin", "top=2")[1]
+    assert out.splitlines()[1] == "After: Aladdin (1992)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["history=Aladdin"], "knows users and reads no histories. Give user=ID"),
+        ([], "knows users and reads no histories. Give user=ID"),
+        (["user=u99"], "no user with the id 'u99'. Did you mean 'u9'? It knows the 20 users"),
+        (["user="], "no user with the id ''."),
+    ],
+)
+def test_a_wrong_command_to_a_student_that_knows_users(tables, capsys, arguments, message):
+    status, out, err = command(capsys, f"run={tables}", *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_damaged_users(tables, tmp_path, capsys):
+    alone = shutil.copytree(tables, tmp_path / "alone")
+    (alone / "users.parquet").unlink()
+    assert "users.parquet cannot be read" in command(capsys, f"run={alone}", "user=u1")[2]
+
+
+def test_an_export_that_does_not_name_its_inputs_reads_histories(run, tmp_path, capsys):
+    alone = shutil.copytree(next(run.glob("export-*")), tmp_path / "alone")
+    config = json.loads((alone / "config.json").read_text())
+    for key in ("inputs", "n_users"):
+        del config[key]
+    (alone / "config.json").write_text(json.dumps(config))
+    for runtime in ("onnx", "torch"):
+        assert command(capsys, f"run={alone}", "history=Aladdin", f"as={runtime}")[0] == 0
+
+
 def test_without_a_graph_torch_answers(run, tmp_path, capsys):
     alone = shutil.copytree(next(run.glob("export-*")), tmp_path / "alone")
     (alone / "model.onnx").unlink()
@@ -169,6 +233,8 @@ def test_without_a_graph_torch_answers(run, tmp_path, capsys):
         (["run={run}", "history=Aladdin", "as=onx"], "Did you mean 'onnx'"),
         (["run={run}", "histroy=Aladdin"], "Unknown key 'histroy'. Did you mean 'history'"),
         (["run={run}", "history=Toy", "Story"], "'Story' is not key=value. Put titles in quotes"),
+        (["run={run}", "history=Aladdin", "user=u1"], "reads histories and knows no users"),
+        (["run={run}", "user=u1"], "reads histories and knows no users. Give history="),
         (["run={run}/nowhere", "history=Aladdin"], "There is no folder"),
         (["run={run}/..", "history=Aladdin"], "It holds the runs tiny"),
     ],

@@ -8,7 +8,9 @@ import pandas as pd
 import torch
 
 from lit_llmers import export
-from lit_llmers.conf.schema import ExportStage, FitStage, SequenceConfig
+from lit_llmers.backbones import CollaborativeBackbone
+from lit_llmers.building import find
+from lit_llmers.conf.schema import ExportStage, FitStage, LossConfig, SequenceConfig
 from lit_llmers.data import DataConfig
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
 from lit_llmers.files import write_json
@@ -45,13 +47,19 @@ def export_stage(folder: Path, fit: str, model: dict, formats: list[str]) -> Sta
     run = Run(folder, "tiny", "default", {})
     data = Stage("prepare", "prepare", DataConfig(), 0, [], run)
     dataset().save(data.folder)
-    table = Stage("table", "fit", FitStage("sasrec"), 0, [data], run)
-    table.folder.mkdir(parents=True)
-    np.save(table.folder / TABLE, np.random.default_rng(1).normal(size=(N_ITEMS + 1, DIM)).astype(np.float32))
+    vectors = Stage("table", "fit", FitStage("sasrec"), 0, [data], run)
+    vectors.folder.mkdir(parents=True)
+    np.save(vectors.folder / TABLE, np.random.default_rng(1).normal(size=(N_ITEMS + 1, DIM)).astype(np.float32))
 
-    items = ["table"] if fit == "llm_decoder" else []
-    config = FitStage(fit, model, items, sequences=SequenceConfig(max_length=MAX_LENGTH))
-    student = Stage("student", "fit", config, 3, [data, table], run, repeated=True)
+    pairwise = issubclass(find("backbones", fit), CollaborativeBackbone)
+    config = FitStage(
+        fit,
+        model,
+        LossConfig(kind="bpr", negatives=1) if pairwise else LossConfig(),
+        items=["table"] if fit == "llm_decoder" else [],
+        sequences=SequenceConfig(max_length=MAX_LENGTH),
+    )
+    student = Stage("student", "fit", config, 3, [data, vectors], run, repeated=True)
     student.folder.mkdir()
     torch.manual_seed(0)
     built = build_model(student, dataset())
@@ -59,8 +67,8 @@ def export_stage(folder: Path, fit: str, model: dict, formats: list[str]) -> Sta
         for parameter in built.parameters():  # no weight is as it was made, LoRA's zeros neither
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-        if fit != "llm_decoder":
-            built.item_table()[0] = 0
+        if fit != "llm_decoder" and (table := built.item_table()) is not None:
+            table[0] = 0
     checkpoint = {"state_dict": built.state_dict() | {"distillation.features.projector.weight": torch.ones(2, 2)}}
     built.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, student.folder / "best.ckpt")

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -21,7 +20,6 @@ class Progress(L.Callback):
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: tqdm | None = None
-        self.loss: Tensor | None = None  # of the last batch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and sys.stderr.isatty():
@@ -32,11 +30,10 @@ class Progress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.loss = outputs["loss"]
         if self.bar is not None:
             self.bar.update(batch_idx + 1 - self.bar.n)
             if batch_idx % 10 == 0:
-                self.bar.set_postfix(loss=f"{float(self.loss):.3f}")
+                self.bar.set_postfix(loss=f"{float(outputs['loss']):.3f}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -44,6 +41,7 @@ class Progress(L.Callback):
             self.bar.close()
             self.bar = None
         if trainer.is_global_zero:
-            trained = f"epoch {trainer.current_epoch + 1:2d}  loss {self.loss:.3f}  " if self.loss is not None else ""
+            trained = f"epoch {trainer.current_epoch + 1:2d}  " if trainer.state.fn == "fit" else ""
+            trained += f"loss {figures['loss']:.3f}  " if "loss" in figures else ""  # as last logged
             valid = f"valid HR@10 {figures['val/HR@10']:.4f}  NDCG@10 {figures['val/NDCG@10']:.4f}"
             log.info("%-24s %s%s", self.title, trained, valid)
