@@ -152,7 +152,7 @@ def build_backbone(stage: FitStage, seed: int, offered: dict[str, Any]) -> nn.Mo
 
     Args:
         seed: of the stage; an LLM base that is built from scratch draws its weights from this seed plus its own.
-        offered: the arguments in `INJECTED`, of which the backbone takes those it names.
+        offered: the arguments in `INJECTED`, of which the backbone takes those it names; a function makes what is costly.
     """
     cls = find("backbones", stage.fit)
     wanted = inspect.signature(cls).parameters
@@ -160,7 +160,8 @@ def build_backbone(stage: FitStage, seed: int, offered: dict[str, Any]) -> nn.Mo
     if "base" in arguments:
         base = BaseConfig.of(arguments["base"])
         arguments["base"] = replace(base, seed=base.seed + seed)
-    return cls(**{key: value for key, value in offered.items() if key in wanted}, **arguments)
+    taken = {key: value() if callable(value) else value for key, value in offered.items() if key in wanted}
+    return cls(**taken, **arguments)
 
 
 def build_callbacks(stage: FitStage, signals: dict[str, SignalSource]) -> list[Distillation]:

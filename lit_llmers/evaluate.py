@@ -11,7 +11,7 @@ import torch
 
 from lit_llmers.candidates import load_candidates, make_candidates, read_candidates, save_candidates
 from lit_llmers.conf.schema import EvaluateStage
-from lit_llmers.data.dataset import TEST, Dataset
+from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.files import atomic_write, write_json
@@ -33,7 +33,7 @@ def run(stage: Stage) -> dict[str, Any]:
     models = []
     candidates, candidates_hash = _candidates(stage, dataset)
     for fitted in (need for need in stage.needs if need.verb == "fit"):
-        rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length)
+        rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length, config.evaluation.users)
         model = load_model(fitted, dataset)
         ranks, seconds = rank_all(model, rows, config, candidates)
         shown = coverage(model, rows, config) if candidates is None else {}
@@ -64,7 +64,7 @@ def run(stage: Stage) -> dict[str, Any]:
         log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
     with atomic_write(stage.folder / "groups.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **groups)  # type: ignore[arg-type]
-    protocol = _protocol(stage, dataset, candidates_hash)
+    protocol = _protocol(stage, dataset, len(rows), candidates_hash)
     write_json(stage.folder / "evaluation.json", {"protocol": protocol, **_legend(), "models": models})
     best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
     return {"models": len(models), "best": best["name"], "NDCG@10": best["metrics"]["all"]["NDCG@10"]}
@@ -169,7 +169,7 @@ def _legend() -> dict[str, Any]:
 def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str | None]:
     """What the user's own file says, or the stored candidates of a sampled protocol, drawn when there are none; their hash."""
     settings = stage.config.evaluation
-    rows = EvaluationRows(dataset, "test", max_length=1)
+    rows = EvaluationRows(dataset, "test", 1, settings.users)
     if settings.candidates:
         return read_candidates(Path(settings.candidates), dataset, rows)
     if settings.protocol == "full":
@@ -184,7 +184,7 @@ def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str 
     return load_candidates(path, dataset.fingerprint)
 
 
-def _protocol(stage: Stage, dataset: Dataset, candidates_hash: str | None) -> dict[str, Any]:
+def _protocol(stage: Stage, dataset: Dataset, rows: int, candidates_hash: str | None) -> dict[str, Any]:
     settings = stage.config.evaluation
     history = "masked" if settings.mask_history or candidates_hash else "kept"
     return {
@@ -193,7 +193,8 @@ def _protocol(stage: Stage, dataset: Dataset, candidates_hash: str | None) -> di
         "split": dataset.info["split"],
         "split_hash": dataset.fingerprint,
         "users": dataset.n_users,
+        "sample": settings.users,
         "items": dataset.n_items,
-        "interactions": int((dataset.split == TEST).sum()),
+        "interactions": rows,
         "candidates": candidates_hash,
     }

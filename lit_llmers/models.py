@@ -49,7 +49,7 @@ def build_model(stage: Stage, dataset: Dataset) -> Recommender:
         "n_users": dataset.n_users,
         "max_length": config.sequences.max_length,
         "item_table": load_item_table(stage),
-        "training_pairs": dataset.training_pairs,
+        "training_pairs": lambda: dataset.training_pairs,
     }
     backbone = build_backbone(config, stage.seed, offered)
     if isinstance(backbone, CountingBackbone):
@@ -65,10 +65,10 @@ def build_model(stage: Stage, dataset: Dataset) -> Recommender:
 def data_module(stage: Stage, dataset: Dataset) -> SequenceDataModule | PairDataModule:
     """What the model of a fit stage trains and validates on."""
     config: FitStage = stage.config
-    batch_size, mask_history = config.trainer.batch_size, config.mask_history
+    batch_size, mask_history, users = config.trainer.batch_size, config.mask_history, config.validation_users
     if issubclass(find("backbones", config.fit), CollaborativeBackbone):
-        return PairDataModule(dataset, batch_size, config.loss.negatives, mask_history, stage.seed)
-    return SequenceDataModule(dataset, config.sequences, batch_size, mask_history, stage.seed)
+        return PairDataModule(dataset, batch_size, config.loss.negatives, mask_history, stage.seed, users)
+    return SequenceDataModule(dataset, config.sequences, batch_size, mask_history, stage.seed, users)
 
 
 def load_model(stage: Stage, dataset: Dataset) -> Recommender:

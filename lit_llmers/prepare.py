@@ -71,7 +71,8 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         split = s.leave_one_out(offsets)
     parts = np.bincount(split, minlength=3).tolist()
     _check(parts, len(item_ids), config)
-    repeats = len(users) - len(np.unique(users.astype(np.int64) * len(item_ids) + items))
+    met = np.sort(users.astype(np.int64) * len(item_ids) + items)
+    repeats = np.count_nonzero(met[1:] == met[:-1])
     if repeats:
         rows.note(f"{repeats} interactions repeat an item that the user had before; they are kept.")
     counts = {"users": len(user_ids), "items": len(item_ids), "interactions": len(users)}
@@ -108,11 +109,12 @@ class _Rows:
 
     def __init__(self, tables: Tables, name: str) -> None:
         self.name = name
-        self.table = tables.interactions
-        self.users, user_ids = pd.factorize(self.table["user_id"])
+        self.table = tables.interactions.drop(columns=["user_id", "item_id"])  # codes take their place
+        self.users, user_ids = pd.factorize(tables.interactions["user_id"])
         self.user_ids = np.asarray(user_ids, dtype=object)
         self.item_ids = tables.items["item_id"].to_numpy(dtype=object)
-        self.items = pd.Index(self.item_ids).get_indexer(pd.Index(self.table["item_id"]))
+        items, met = pd.factorize(tables.interactions["item_id"])
+        self.items = pd.Index(self.item_ids).get_indexer(np.asarray(met, dtype=object))[items]
         self.dropped: dict[str, dict[str, int]] = {}
         self.notes: list[str] = []
         if not len(self.table):
@@ -128,6 +130,8 @@ class _Rows:
         Raises:
             UserError: nothing is left; it names the filter and how much there was before.
         """
+        if mask.all():
+            return
         before = self._counts()
         self.table, self.users, self.items = self.table[mask], self.users[mask], self.items[mask]
         after = self._counts()
@@ -137,8 +141,7 @@ class _Rows:
                 f"{before['interactions']} interactions of {before['users']} users with {before['items']} items. "
                 "Relax that filter or take more data."
             )
-        if before != after:
-            self.dropped[reason] = {key: before[key] - after[key] for key in before}
+        self.dropped[reason] = {key: before[key] - after[key] for key in before}
 
     def keep_known(self, split: np.ndarray, name: str, **codes: np.ndarray) -> np.ndarray:
         """Drop what is held out of users (and items) without a training interaction; `[N]` -> the split of what is left."""
@@ -161,12 +164,12 @@ class _Rows:
     @staticmethod
     def present(codes: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number the codes that occur from 0 without gaps, in their order; return the new codes and their ids."""
-        kept, codes = np.unique(codes, return_inverse=True)
-        return codes, ids[kept]
+        occurs = np.bincount(codes, minlength=len(ids)) > 0
+        return (np.cumsum(occurs) - 1)[codes], ids[occurs]
 
     def _counts(self) -> dict[str, int]:
         return {
-            "users": len(np.unique(self.users)),
-            "items": len(np.unique(self.items)),
+            "users": int(np.count_nonzero(np.bincount(self.users))),
+            "items": int(np.count_nonzero(np.bincount(self.items))),
             "interactions": len(self.users),
         }

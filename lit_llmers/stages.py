@@ -222,7 +222,8 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         data = build(DataConfig, config["data"], "data")
         return data, source_of(data).fingerprint()
     if verb == "fit":
-        entry = {**entry, "mask_history": config["evaluation"]["mask_history"]}
+        ranked = config["evaluation"]
+        entry = {**entry, "mask_history": ranked["mask_history"], "validation_users": ranked["users"]}
     for section in SHARED.get(verb, ()):  # the run's own settings, with the stage's on top
         own: Any = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
         entry = {**entry, section: own}

@@ -206,6 +206,8 @@ def test_a_nan_is_not_a_small_difference():
         difference, relative = export.compare([np.array(bad)], [good])
         assert difference == relative == float("inf")
     assert export.compare([good + 1.0], [good]) == (1.0, 0.5)
+    none = np.array([[-np.inf, 0.0, 0.0]])  # no neighbour is known
+    assert export.compare([none], [none]) == (0.0, 0.0)
 
 
 def test_unknown_format():

@@ -1,6 +1,8 @@
 """BPR-MF: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009, 1205.2618."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lit_llmers.backbones import Batch, CollaborativeBackbone
 from lit_llmers.backbones.items import item_embedding
@@ -18,11 +20,15 @@ class BPRMF(CollaborativeBackbone):
         reg: lambda of BPR-Opt, one for all: weighs half the squares of the embeddings of a row's user, target and negatives
             (their mean), averaged over the batch.
         init_std: standard deviation of the initial embeddings.
+        sparse: gradients of the batch's rows alone, and an optimiser (torch's SparseAdam) that touches no other row nor its
+            moments. A step then costs the same however large the tables are; where a batch meets most rows it is slower.
     """
 
-    def __init__(self, n_users: int, n_items: int, dim: int = 64, reg: float = 1e-4, init_std: float = 0.1) -> None:
+    def __init__(
+        self, n_users: int, n_items: int, dim: int = 64, reg: float = 1e-4, init_std: float = 0.1, sparse: bool = False
+    ) -> None:
         super().__init__()
-        self.layers, self.width, self.dim, self.reg = 0, dim, dim, reg
+        self.layers, self.width, self.dim, self.reg, self.sparse = 0, dim, dim, reg, sparse
         self.users = nn.Embedding(n_users, dim)
         nn.init.normal_(self.users.weight, std=init_std)
         self.items = item_embedding(n_items, dim, init_std, None)
@@ -31,12 +37,20 @@ class BPRMF(CollaborativeBackbone):
         return self.users.weight, self.items.weight
 
     def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        return pair_scores(batch, users, items)
+        return pair_scores(*self._rows(batch, users, items))
 
     def penalty(self, batch: Batch) -> Tensor | float:
         if not self.reg:
             return 0.0
-        tables = self()
-        count = occurrences(batch, len(tables[0]), len(tables[1]) - 1)
-        squares = [half_squares(table, own) for table, own in zip(tables, count, strict=True)]
-        return (squares[0] + squares[1]) * (self.reg / len(batch["user"]))
+        batch, users, items = self._rows(batch, self.users.weight, self.items.weight)
+        of_users, of_items = occurrences(batch, len(users), len(items) - 1)
+        return (half_squares(users, of_users) + half_squares(items, of_items)) * (self.reg / len(batch["user"]))
+
+    def _rows(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Batch, Tensor, Tensor]:
+        """The tables and a batch that points into them; with `sparse` tables of the rows that occur in it."""
+        if not self.sparse:
+            return batch, users, items
+        rows, user = batch["user"].unique(return_inverse=True)
+        columns, item = torch.cat([batch["target"][:, None], batch["negatives"]], 1).unique(return_inverse=True)
+        batch = {"user": user, "target": item[:, 0], "negatives": item[:, 1:]}
+        return batch, F.embedding(rows, users, sparse=True), F.embedding(columns, items, sparse=True)

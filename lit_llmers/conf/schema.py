@@ -198,12 +198,15 @@ class EvaluationConfig:
         protocol: `full`: the whole catalogue. `sampled-N`: N items that the user never meets, drawn once with
             `candidate_seed` and stored with their hash; `sampled-999` has the SLMRec paper's number of negatives.
         candidates: FILE with the items that compete, in place of a protocol; see `lit_llmers.candidates` for its form.
+        users: rank for so many users only, a random sample that is the same for every model and seed; null takes all.
+            Validation too.
         mask_history: items that the user has seen do not compete; a repeated target still does. Validation too.
         batch_size: rows at a time; it changes no figure.
     """
 
     protocol: str = "full"
     candidates: str | None = None
+    users: int | None = None
     mask_history: bool = True
     batch_size: int = 512
     candidate_seed: int = 0
@@ -216,6 +219,8 @@ class EvaluationConfig:
                 raise UserError(f"evaluation.candidates excludes evaluation.protocol={self.protocol}. Leave one of them out.")
             if not self.candidates.endswith((".npy", ".parquet")):
                 raise UserError(f"evaluation.candidates is {self.candidates}. It must be an npy or a parquet file.")
+        if self.users is not None and self.users < 1:
+            raise UserError(f"evaluation.users is {self.users}. It must be at least 1, or null for all.")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {self.batch_size}. It must be at least 1.")
 
@@ -272,6 +277,7 @@ class FitStage:
         callbacks: list of one-key mappings, a file in `lit_llmers/callbacks` to its arguments; `from` names the stage that
             recorded the teacher. What a method adds to a model stands here, so `callbacks: []` makes its control.
         sequences, optimizer, trainer: override the run's own for this stage.
+        mask_history, validation_users: `evaluation.mask_history` and `evaluation.users` of the run.
     """
 
     fit: str
@@ -284,6 +290,7 @@ class FitStage:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mask_history: bool = True
+    validation_users: int | None = None
 
     @property
     def terms(self) -> list[tuple[str, dict[str, Any]]]:

@@ -53,7 +53,7 @@ class Dataset:
         sha = hashlib.sha256()
         for array, dtype in ((self.items, "<i4"), (self.offsets, "<i8"), (self.split, "u1")):
             sha.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
-        for ids in (self.catalogue["item_id"], self.users):
+        for ids in (self.catalogue["item_id"].to_numpy(dtype=object), self.users):
             sha.update("\x00".join(ids).encode() + b"\x01")
         return sha.hexdigest()[:12]
 

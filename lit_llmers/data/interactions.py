@@ -161,12 +161,13 @@ def check_tables(
     if rating:
         result["rating"] = _numbers(result["rating"], wanted["rating"], interactions.origin)
     catalogue = _catalogue(items, columns)
-    unknown = np.flatnonzero(~result["item_id"].isin(catalogue["item_id"]))
-    if unknown.size:
-        ids = result["item_id"][unknown]
+    met = np.asarray(result["item_id"].unique(), dtype=object)
+    strangers = met[pd.Index(catalogue["item_id"].to_numpy(dtype=object)).get_indexer(met) < 0]
+    if strangers.size:
+        rows = np.flatnonzero(result["item_id"].isin(strangers))
         raise UserError(
-            f"{interactions.origin}: item '{ids.iloc[0]}' (row {unknown[0] + 1}) is not in {items.origin}; "
-            f"{ids.nunique()} items in {unknown.size} interactions are unknown. Add them there or drop the rows."
+            f"{interactions.origin}: item '{strangers[0]}' (row {rows[0] + 1}) is not in {items.origin}; "
+            f"{strangers.size} items in {rows.size} interactions are unknown. Add them there or drop the rows."
         )
     return Tables(result, catalogue, info or {"generated": False, "notes": []}, interactions.origin)
 
@@ -224,7 +225,7 @@ def _ids(column: pd.Series, name: str, origin: str) -> pd.Series:
         )
     if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
         column = column.astype(np.int64)
-    return column.astype(str).astype(object)
+    return column.astype(str)
 
 
 def _numbers(column: pd.Series, name: str, origin: str) -> pd.Series:

@@ -162,14 +162,25 @@ class EvaluationBatches:
 
 
 class SequenceDataModule(L.LightningDataModule):
-    """Training batches and validation rows of one dataset. The test rows are not in reach of the Trainer."""
+    """Training batches and validation rows (of `users`, as in `EvaluationRows`) of one dataset.
 
-    def __init__(self, dataset: Dataset, config: SequenceConfig, batch_size: int, mask_history: bool, seed: int) -> None:
+    The test rows are not in reach of the Trainer.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: SequenceConfig,
+        batch_size: int,
+        mask_history: bool,
+        seed: int,
+        users: int | None = None,
+    ) -> None:
         super().__init__()
         self.dataset, self.config = dataset, config
         self.batch_size, self.mask_history, self.seed = batch_size, mask_history, seed
         self.rows = TrainingRows(dataset, config)
-        self.validation = EvaluationRows(dataset, "valid", config.max_length)
+        self.validation = EvaluationRows(dataset, "valid", config.max_length, users)
 
     def _ranks(self) -> dict[str, Any]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}

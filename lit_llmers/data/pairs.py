@@ -34,7 +34,8 @@ class UnmetItems:
 
     def __init__(self, pairs: np.ndarray, n_users: int, n_items: int) -> None:
         self.n_items, self.stride = n_items, n_items + 1
-        self.met = np.unique(pairs[:, 0] * self.stride + pairs[:, 1])  # ascending
+        keys = np.sort(pairs[:, 0] * self.stride + pairs[:, 1])
+        self.met = keys[np.append(True, keys[1:] != keys[:-1])]  # np.unique takes a hundred times as long
         user, item = np.divmod(self.met, self.stride)
         count = np.bincount(user, minlength=n_users)
         self.first = np.cumsum(count) - count  # [U], where a user's pairs begin
@@ -141,14 +142,25 @@ class PairBatches(TrainingBatches):
 
 
 class PairDataModule(L.LightningDataModule):
-    """Training pairs and validation rows of one dataset. The test rows are not in reach of the Trainer."""
+    """Training pairs and validation rows (of `users`, as in `EvaluationRows`) of one dataset.
 
-    def __init__(self, dataset: Dataset, batch_size: int, negatives: int, mask_history: bool, seed: int) -> None:
+    The test rows are not in reach of the Trainer.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        negatives: int,
+        mask_history: bool,
+        seed: int,
+        users: int | None = None,
+    ) -> None:
         super().__init__()
         self.dataset, self.batch_size, self.negatives = dataset, batch_size, negatives
         self.mask_history, self.seed = mask_history, seed
         self.rows = PairRows(dataset)
-        self.validation = EvaluationRows(dataset, "valid", max_length=1)  # a user is read from a table, not from a history
+        self.validation = EvaluationRows(dataset, "valid", 1, users)  # a user is read from a table, not from a history
 
     def _ranks(self) -> dict[str, int]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}

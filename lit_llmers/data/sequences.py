@@ -80,17 +80,27 @@ class TrainingRows:
 class EvaluationRows:
     """One row per held-out interaction: predict `items[at]` from everything of the user before it.
 
+    Args:
+        part: `valid` or `test`.
+        max_length: items of history that a model reads.
+        users: take the rows of so many users only, drawn at random, the same for every model and seed; more users are fewer
+            users and some others. None takes all.
+
     Attributes:
         user, start, at: `[R]` int64; the model reads `items[start:at]`, the last `max_length` of the history
             `items[offsets[user]:at]`.
     """
 
-    def __init__(self, dataset: Dataset, part: str, max_length: int) -> None:
+    def __init__(self, dataset: Dataset, part: str, max_length: int, users: int | None = None) -> None:
         self.dataset, self.part = dataset, part
         self.at = np.flatnonzero(dataset.split == {"valid": VALID, "test": TEST}[part])
         if not len(self.at):
             raise UserError(f"The {part} part of {dataset.info.get('name', 'the data')} is empty: nothing to evaluate on.")
         self.user = np.searchsorted(dataset.offsets, self.at, side="right") - 1
+        if users is not None:
+            drawn = np.zeros(dataset.n_users, bool)
+            drawn[np.random.default_rng(0).permutation(np.flatnonzero(np.bincount(self.user)))[:users]] = True
+            self.at, self.user = self.at[drawn[self.user]], self.user[drawn[self.user]]
         self.start = np.maximum(self.at - max_length, dataset.offsets[self.user])
 
     def __len__(self) -> int:

@@ -66,9 +66,10 @@ class Comparison(Evaluated):
         protocol = self.evaluation["protocol"]
         against = "whole catalogue" if protocol["name"] == "full" else protocol["name"]
         seeds = max(map(len, self.models.values()))
+        sample = f"{protocol['sample']:,} sampled of " if protocol.get("sample") else ""
         return (
             f"{super().subject}: {protocol['split']}, {against}, history {protocol['history']}, "
-            f"{protocol['users']:,} users, {seeds} seed{'s' if seeds > 1 else ''}"
+            f"{sample}{protocol['users']:,} users, {seeds} seed{'s' if seeds > 1 else ''}"
         )
 
     @property

@@ -34,12 +34,19 @@ def protocol_section(results: Evaluated) -> str:
         f"Split: {protocol['split']}, hash `{protocol['split_hash']}`; {protocol['users']:,} users, "
         f"{protocol['items']:,} items, {protocol['interactions']:,} interactions to predict.",
         f"Each held-out item is ranked against {against}; items that the user has met before {seen}. Ties count half.",
+        *_sample(protocol),
         *_several(results),
         "Epochs are selected on the validation part alone; the test part selects nothing.",
     ]
     if protocol["candidates"]:
         lines.append(f"Candidates: sha256 `{protocol['candidates']}`.")
     return "\n".join(["## Protocol\n", *(f"- {line}" for line in lines)])
+
+
+def _sample(protocol: dict[str, Any]) -> list[str]:
+    """Whether some of the users stand for all."""
+    number = protocol.get("sample")
+    return [f"Only a random sample of {number:,} users is ranked, in validation too (`evaluation.users`)."] if number else []
 
 
 def _several(results: Evaluated) -> list[str]:

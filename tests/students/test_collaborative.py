@@ -235,6 +235,29 @@ def test_it_learns_what_the_validation_asks(data):
     assert run.callback_metrics["val/HR@10"] > 0.95
 
 
+def test_sparse_training_learns_and_leaves_other_rows_alone(data):
+    student = CollaborativeRecommender(
+        build(BACKBONES["bpr_mf"], data, sparse=True), OptimizerConfig(lr=0.01), LossConfig("bpr", 1)
+    )
+    before, batch = [table.detach().clone() for table in student.backbone()], some_batch(data, negatives=1)
+    first = student.task_loss(student(batch), batch).item()
+    step = trainer(1, limit_train_batches=1)
+    step.fit(student, datamodule=PairDataModule(data, 8, 1, True, seed=0))
+    batch = next(iter(PairBatches(PairRows(data), 8, 1, seed=0)))
+    touched = [batch["user"], torch.cat([batch["target"], batch["negatives"][:, 0]])]
+    for old, new, rows in zip(before, student.backbone(), touched, strict=True):
+        assert (old != new).any(1).nonzero().squeeze(1).tolist() == rows.unique().tolist()
+    trainer(20).fit(student, datamodule=PairDataModule(data, 64, 1, True, seed=0))
+    batch = some_batch(data, negatives=1)
+    assert student.task_loss(student(batch), batch).item() < first - 0.05
+
+
+def test_sparse_training_refuses_what_would_touch_every_row(data):
+    student = CollaborativeRecommender(build(BACKBONES["bpr_mf"], data, sparse=True), OptimizerConfig(weight_decay=0.1))
+    with pytest.raises(UserError, match="weight_decay.*model.sparse=false"):
+        trainer(1).fit(student, datamodule=PairDataModule(data, 64, 1, True, seed=0))
+
+
 @pytest.mark.parametrize("kind", ["cross_entropy", "gbce"])
 def test_a_loss_that_is_not_pairwise_is_refused(data, kind):
     with pytest.raises(UserError, match=f"loss.kind is {kind}.*bpr or bce"):

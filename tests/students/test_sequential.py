@@ -104,7 +104,13 @@ class Gradients(L.Callback):
 
 
 def train(model: SequentialRecommender, batches: list[Batch], *callbacks: L.Callback, **trainer) -> L.Trainer:
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1} | trainer
+    settings = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    } | trainer
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     made = L.Trainer(callbacks=list(callbacks), use_distributed_sampler=False, **settings, **quiet)
     made.fit(model, Loader(batches))
