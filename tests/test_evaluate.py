@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny import by_name, dataset, small
 
 from lit_llmers import candidates as stored
 from lit_llmers import evaluate
+from lit_llmers.conf.schema import EvaluationConfig
 from lit_llmers.data import GeneratorConfig
 from lit_llmers.data.dataset import TEST, TRAIN, Dataset
 from lit_llmers.data.sequences import EvaluationRows
@@ -137,6 +139,7 @@ def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):
         "split": "leave-one-out",
         "split_hash": data.fingerprint,
         "users": 150,
+        "sample": None,
         "items": data.n_items,
         "interactions": 150,
         "candidates": None,
@@ -230,6 +233,30 @@ def test_without_mask_the_history_competes(whole):
         scores, target, _ = plain_scores(fitted, data, int(rows.user[row]))
         assert free[row] == plain_rank(scores, target, [i for i in range(1, data.n_items + 1) if i != target])
     assert stage.name == "prepare"
+
+
+def test_a_sample_of_users_has_their_ranks_and_is_named(whole, tmp_path, monkeypatch):
+    stage = next(stage for stage in whole if stage.name == "evaluate")
+    asked = replace(
+        stage,
+        config=replace(stage.config, evaluation=replace(stage.config.evaluation, users=40)),
+        run=replace(stage.run, folder=tmp_path),
+    )
+    asked.folder.mkdir()
+    evaluate.run(asked)
+    found, groups = read(asked), np.load(asked.folder / "groups.npz")
+    assert (found["protocol"]["users"], found["protocol"]["sample"], found["protocol"]["interactions"]) == (150, 40, 40)
+    assert len(np.unique(groups["user"])) == 40
+    for own, every in zip(found["models"], read(stage)["models"], strict=True):
+        assert ranks_of(asked, own).tolist() == ranks_of(stage, every)[groups["user"]].tolist()
+        assert own["metrics"]["all"]["users"] == 40
+
+
+def test_a_sample_is_a_number_and_not_beside_the_users_of_a_file():
+    with pytest.raises(UserError, match=r"evaluation\.users is 0"):
+        EvaluationConfig(users=0)
+    with pytest.raises(UserError, match=r"evaluation\.candidates excludes evaluation\.users=5"):
+        EvaluationConfig(users=5, candidates="mine.npy")
 
 
 def test_evaluation_goes_on_after_a_fault(whole, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ def planned(tmp_path, stages: str, repeat: str = "", *overrides: str):
         (["signals.online=true"], ["signals", "student", "evaluate", "export"]),
         (["evaluation.batch_size=3"], ["evaluate"]),
         (["evaluation.protocol=sampled-999"], ["evaluate"]),
+        (["evaluation.users=9"], [s for s in ALL if s not in ("prepare", "text")]),
         (["stages.export.export=[onnx]"], ["export"]),
         (["trainer.max_epochs=7"], [s for s in ALL if s not in ("prepare", "text")]),
         (["sequences.examples=last"], [s for s in ALL if s not in ("prepare", "text")]),

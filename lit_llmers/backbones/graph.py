@@ -59,7 +59,7 @@ class Edges:
         once = csr_array((np.ones(len(pairs), np.float32), (pairs[:, 0], pairs[:, 1])), (n_users, n_items + 1))
         once.sum_duplicates()
         user = np.repeat(np.arange(n_users, dtype=np.int32), np.diff(once.indptr))
-        by_item = csr_array((np.arange(once.nnz), once.indices, once.indptr), once.shape).tocsc().data
+        by_item = csr_array((np.arange(once.nnz, dtype=once.indices.dtype), once.indices, once.indptr), once.shape).tocsc().data
         return cls(n_users, n_items, user, once.indices, by_item)
 
     def graph(self, keep: np.ndarray | None = None) -> Graph:

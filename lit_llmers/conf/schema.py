@@ -217,6 +217,8 @@ class EvaluationConfig:
         if self.candidates is not None:
             if self.protocol != "full":
                 raise UserError(f"evaluation.candidates excludes evaluation.protocol={self.protocol}. Leave one of them out.")
+            if self.users is not None:
+                raise UserError(f"evaluation.candidates excludes evaluation.users={self.users}: the file names the users.")
             if not self.candidates.endswith((".npy", ".parquet")):
                 raise UserError(f"evaluation.candidates is {self.candidates}. It must be an npy or a parquet file.")
         if self.users is not None and self.users < 1:

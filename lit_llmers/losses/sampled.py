@@ -30,8 +30,10 @@ def sampled_softmax(user: Tensor, item_table: Tensor, target: Tensor, negatives:
     Returns:
         `[T]`; 0 for a row whose negatives all are its target.
     """
-    positive = (user * item_table[target]).sum(1)
-    logits = torch.addmm(-log_q[negatives] - math.log(len(negatives)), user, item_table[negatives].T)  # [T, K]
+    drawn = item_table[torch.cat([target, negatives])]  # at once: each look-up's gradient is as large as the table
+    own, others = drawn.split([len(target), len(negatives)])
+    positive = (user * own).sum(1)
+    logits = torch.addmm(-log_q[negatives] - math.log(len(negatives)), user, others.T)  # [T, K]
     logits = logits.masked_fill(negatives == target[:, None], -torch.inf)
     return -F.logsigmoid(positive - logits.logsumexp(1))
 

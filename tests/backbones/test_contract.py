@@ -60,6 +60,17 @@ def make(name: str, seed: int = 0, **arguments) -> Backbone:
     return backbone.eval()
 
 
+def test_what_a_backbone_does_not_name_is_not_made():
+    def fail() -> None:
+        raise AssertionError("training_pairs were made")
+
+    stage, made = FitStage("sasrec", {"dim": 8}), []
+    build_backbone(stage, 0, {"n_items": 5, "max_length": 4, "training_pairs": fail})
+    pairs = np.array([[0, 2], [1, 2]])
+    popular = build_backbone(FitStage("popularity"), 0, {"n_items": 3, "training_pairs": lambda: made.append(1) or pairs})
+    assert (popular.count.tolist(), made) == ([0, 0, 2, 0], [1])
+
+
 @pytest.fixture(params=MODELS)
 def name(request) -> str:
     return request.param

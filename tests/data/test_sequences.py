@@ -166,6 +166,16 @@ def test_a_given_split_evaluates_every_held_out_interaction():
     assert read(rows_of(data, "prefixes", 3, 0)) == [(0, [1], [2]), (2, [9], [1])]
 
 
+def test_a_sample_keeps_all_rows_of_some_users_and_a_larger_one_keeps_these_too():
+    data = dataset([[1, 2, 3, 4, 5], *[[6, 7, 8, 9, 1]] * 30], split=[[TRAIN, VALID, VALID, TEST, TEST]] * 31)
+    parts = {n: [EvaluationRows(data, part, 3, n) for part in ("valid", "test")] for n in (7, 20, 99, None)}
+    for number, (valid, test) in parts.items():
+        assert valid.user.tolist() == test.user.tolist(), "of the same users"
+        assert len(test) == 2 * min(number or 31, 31)
+        assert (data.offsets[test.user] + [3, 4] * (len(test) // 2)).tolist() == test.at.tolist()
+    assert set(parts[7][1].user) < set(parts[20][1].user) != set(range(20))
+
+
 def test_an_empty_part_is_named(three):
     data = dataset([[1, 2, 3]], split=[[TRAIN, TRAIN, TEST]])
     with pytest.raises(UserError, match="The valid part of by hand is empty"):
