@@ -12,9 +12,9 @@ class MixGCF(LightGCN):
     """LightGCN trained against a negative that is put together from the layers of the batch's candidates.
 
     For each layer l every candidate is mixed with the target, `a target + (1 - a) candidate` with a uniform in (0, 1) (positive
-    mixing, eq. 5), and the one that the user scores highest is taken (hop mixing, eq. 6 and 7, with the user's final embedding
-    as the query); the negative is the mean of those taken (eq. 8). As in the official code one `a` serves all candidates of a
-    row and layer: the highest mixture is then that of the highest candidate, so none but the one taken is ever mixed, and
+    mixing, section 3.1), and the one that the user scores highest is taken (hop mixing, section 3.2, with the user's final
+    embedding as the query); the negative is the mean of those taken. As in the official code one `a` serves all candidates of
+    a row and layer: the highest mixture is then that of the highest candidate, so none but the one taken is ever mixed, and
     since scores are dot products they are mixed in place of embeddings.
 
     We differ from the official code in the L2 term: it is on all candidates (their mean), there on the one of layer 0.

@@ -32,7 +32,7 @@ class GraphContrastTerm(Term):
 
     Args:
         views: makes two views of all users and items from what the student has computed.
-        every_node: every node of the other view competes, and the mean is over the batch's rows (SGL, eq. 10 and 11);
+        every_node: every node of the other view competes, and the mean is over the batch's rows (SGL, section 3.2);
             otherwise the nodes of the batch do, each once, and the mean is over them (SimGCL's official code).
         temperature: divides the cosines.
     """
@@ -102,7 +102,7 @@ class GraphParts:
 
 class Noise:
     """What the student says with uniform noise on every layer: a random vector of length `size` in the orthant of what it
-    is added to (SimGCL, eq. 7), drawn anew at each step.
+    is added to (SimGCL, section 3), drawn anew at each step.
 
     Propagation is linear and the sign has no gradient, so a view is the student's own tables plus a constant: its gradient
     needs no pass of its own, and forward a view costs one propagation less than the student.

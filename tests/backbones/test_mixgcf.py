@@ -18,7 +18,7 @@ def some_batch() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("with_input", [True, False])
 def test_the_negative_is_the_paper_s(with_input):
-    """Written with embeddings, as the official code: mix, choose by the pooled user, pool (eq. 5 to 8)."""
+    """Written with embeddings, as the official code: mix, choose by the pooled user, pool."""
     torch.manual_seed(0)
     model = MixGCF(9, 13, PAIRS, dim=4, layers=2, with_input=with_input, init_std=1.0).train()
     batch = some_batch()
