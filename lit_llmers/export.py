@@ -24,22 +24,12 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
+from lit_llmers.exported import CONFIG, GRAPH, ITEMS, USERS, WEIGHTS
 from lit_llmers.files import atomic_write, write_json
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.onnx_graph import save_onnx, trace
 from lit_llmers.served import FinalTables, rebuild, served, weights_of
-from lit_llmers.serving import (
-    CONFIG,
-    FORMAT,
-    GRAPH,
-    ITEMS,
-    USERS,
-    WEIGHTS,
-    OnnxScorer,
-    inputs_of,
-    load_exported,
-    score_catalogue,
-)
+from lit_llmers.serving import FORMAT, OnnxScorer, inputs_of, load_exported, score_catalogue
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import BaseConfig

@@ -15,7 +15,7 @@ from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbo
 from lit_llmers.building import build_backbone, find
 from lit_llmers.conf.schema import FitStage, SequenceConfig
 from lit_llmers.errors import UserError
-from lit_llmers.serving import AGAIN, CONFIG, WEIGHTS
+from lit_llmers.exported import AGAIN, CONFIG, WEIGHTS
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_llmers.errors import UserError
+from lit_llmers.exported import AGAIN, CONFIG, WEIGHTS
 from lit_llmers.files import read_json
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from lit_llmers.students.recommender import Recommender
 
 FORMAT = 1  # raised when a folder written before can no longer be read
-CONFIG, ITEMS, USERS = "config.json", "items.parquet", "users.parquet"
-WEIGHTS, GRAPH = "model.safetensors", "model.onnx"
-AGAIN = "Run the export stage again, or copy the folder again and completely."
 
 
 def find_export(folder: Path) -> Path:
