@@ -8,8 +8,9 @@ _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2  # glibc's malloc.h
 def keep_memory() -> bool:
     """Tell glibc to serve large blocks from its heap and not to shrink it. Returns whether there was a glibc to tell.
 
-    By default every large tensor is mapped anew, and the kernel clears each of its pages at first touch: a third of a small
-    model's step on a CPU. Nothing is computed differently; the process keeps the most memory that it ever needed.
+    By default every large tensor is mapped anew, and the kernel clears each of its pages at first touch, at every step.
+    Nothing is computed differently; the process keeps the memory that it needed once, and with
+    tensors of ever other sizes some more.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -20,6 +20,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lit_llmers.backbones.rows import pair_scores
+
 Batch = dict[str, Tensor]
 
 
@@ -67,8 +69,7 @@ class CollaborativeBackbone(nn.Module):
 
     def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of each row's target `[B]` and of its negatives `[B, N]`, from what `forward` returned."""
-        user = users[batch["user"]]
-        return (user * items[batch["target"]]).sum(1), (user[:, None] * items[batch["negatives"]]).sum(2)
+        return pair_scores(batch, users, items)
 
     def penalty(self, batch: Batch) -> Tensor | float:
         """A regulariser of the batch, a scalar."""

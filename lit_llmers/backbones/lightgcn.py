@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Batch, CollaborativeBackbone
 from lit_llmers.backbones.graph import Edges, propagate
-from lit_llmers.backbones.rows import half_squares, occurrences, pair_scores
+from lit_llmers.backbones.rows import half_squares, occurrences
 
 
 class LightGCN(CollaborativeBackbone):
@@ -59,9 +59,6 @@ class LightGCN(CollaborativeBackbone):
         """Users `[U, d]` and items `[n+1, d]` of all nodes. (In one call: the gradient of two slices costs four copies.)"""
         users, items = nodes.split([self.n_users, self.n_items + 1])
         return users, items
-
-    def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        return pair_scores(batch, users, items)
 
     def penalty(self, batch: Batch) -> Tensor | float:
         if not self.reg:
