@@ -1,11 +1,14 @@
 """Plain torch modules, one paper each, of three kinds: by what they know a user from.
 
-`Backbone`, sequential: a history becomes a user vector. It has `layers`, `width` (D) and `dim` (d), and three methods:
+`Backbone`, sequential: a history becomes a user vector. It has `layers`, `width` (D) and `dim` (d), and these methods:
 
 - `forward(items [B, L] int64, mask [B, L] bool, every_position=False)` returns `layers + 1` hidden states `[B, P, D]`,
   where `P = L` with `every_position` and else 1, the read-out position. Index 0 is the input embedding, the last comes
   after the final norm. Rows are left-padded with item 0; padding has no influence on what real positions hold, and what
   padded positions hold is finite and means nothing.
+- `forward` is `read(embed(items), items, mask, every_position)`: `embed` makes the item vectors `[B, L, d]` as they enter,
+  before any scale, position or dropout, and `read` does the rest. What stands between them is the business of
+  `lit_llmers.fusion`.
 - `head(state [..., D]) -> [..., d]` makes the user vector from the last hidden state.
 - `item_table() -> [n+1, d]`: row 0 is padding and stays zero, because item 0 is never a candidate.
 
@@ -20,6 +23,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lit_llmers.backbones.items import copy_table
 from lit_llmers.backbones.rows import pair_scores
 
 Batch = dict[str, Tensor]
@@ -38,10 +42,27 @@ class Backbone(nn.Module):
     layers: int
     width: int
     dim: int
+    items: nn.Embedding
 
     def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         """`layers + 1` hidden states `[B, P, D]` of histories `[B, L]`."""
+        return self.read(self.embed(items), items, mask, every_position)
+
+    def embed(self, items: Tensor) -> Tensor:
+        """Item vectors `[B, L, d]`; zero for item 0."""
+        return self.items(items)
+
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        """The hidden states of `forward` from item vectors `[B, L, d]` and the items that they stand for."""
         raise NotImplementedError
+
+    def initialise(self, items: Tensor) -> None:
+        """Take `[n+1, d]` as the initial item table, its row 0 zero.
+
+        Raises:
+            UserError: it has another shape.
+        """
+        copy_table(self.items.weight, items)
 
     def head(self, state: Tensor) -> Tensor:
         """User vectors `[..., d]` from the last hidden state `[..., D]`."""
@@ -65,6 +86,14 @@ class CollaborativeBackbone(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """All users `[U, d]` and items `[n+1, d]` as they score each other; row 0 of the items is padding and zero."""
+        raise NotImplementedError
+
+    def initialise(self, items: Tensor, users: Tensor | None = None) -> None:
+        """Take `[n+1, d]` as the initial items, row 0 zero, and `[U, d]` as the initial users if given.
+
+        Raises:
+            UserError: they have another shape.
+        """
         raise NotImplementedError
 
     def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,11 +40,9 @@ class BERT4Rec(Backbone):
         mask_prob: probability of an item to be hidden in training; one of a row always is.
         last_prob: share of the training rows in which the last item alone is hidden (in the official code 1 of 11).
         init_std: standard deviation of the initial item and position embeddings.
-        item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
 
     Raises:
-        UserError: `heads` does not divide `dim`, there is no layer, a probability is none, `item_init` has another shape, or
-            a history is longer than `max_length`.
+        UserError: `heads` does not divide `dim`, there is no layer, a probability is none, or a history is longer than `max_length`.
     """
 
     causal: ClassVar[bool] = False
@@ -61,7 +59,6 @@ class BERT4Rec(Backbone):
         mask_prob: float = 0.2,
         last_prob: float = 0.1,
         init_std: float = 0.02,
-        item_init: Tensor | None = None,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -73,7 +70,7 @@ class BERT4Rec(Backbone):
                 raise UserError(f"BERT4Rec's {name} is {value}. It must be a probability, from 0 to 1.")
         self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
         self.hidden_id, self.mask_prob, self.last_prob = n_items + 1, mask_prob, last_prob
-        self.items = item_embedding(n_items, dim, init_std, item_init)
+        self.items = item_embedding(n_items, dim, init_std)
         self.hidden_item = nn.Parameter(torch.randn(dim) * init_std)
         self.positions = nn.Parameter(torch.randn(max_length + 1, dim) * init_std)
         self.dropout = nn.Dropout(dropout)
@@ -105,9 +102,13 @@ class BERT4Rec(Backbone):
             "target": items.masked_fill(~hidden, 0),
         }
 
-    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+    def embed(self, items: Tensor) -> Tensor:
+        return self.items(items.masked_fill(items == self.hidden_id, 0))
+
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         if not every_position:  # what comes next is a hidden item after the last
             items, mask = F.pad(items, (0, 1), value=self.hidden_id), F.pad(mask, (0, 1), value=True)
+            x = F.pad(x, (0, 0, 0, 1))
         length = items.shape[1]
         if length > self.max_length + 1:
             raise UserError(
@@ -115,7 +116,7 @@ class BERT4Rec(Backbone):
                 "Use the max_length that it was trained with."
             )
         hidden = items == self.hidden_id
-        x = self.items(items.masked_fill(hidden, 0)) + self.positions[self.max_length + 1 - length :]
+        x = x + self.positions[self.max_length + 1 - length :]
         x = self.dropout(torch.addcmul(x, hidden[..., None].to(x.dtype), self.hidden_item))  # [B, L, D]
         # the last column is real but in rows without any item, whose softmax would be over nothing
         visible = F.pad(mask[:, :-1], (0, 1), value=True)[:, None, None]  # [B, 1, 1, L]

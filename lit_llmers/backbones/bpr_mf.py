@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Batch, CollaborativeBackbone
-from lit_llmers.backbones.items import item_embedding
+from lit_llmers.backbones.items import copy_table, item_embedding
 from lit_llmers.backbones.rows import half_squares, occurrences, pair_scores
 
 
@@ -31,10 +31,15 @@ class BPRMF(CollaborativeBackbone):
         self.layers, self.width, self.dim, self.reg, self.sparse = 0, dim, dim, reg, sparse
         self.users = nn.Embedding(n_users, dim)
         nn.init.normal_(self.users.weight, std=init_std)
-        self.items = item_embedding(n_items, dim, init_std, None)
+        self.items = item_embedding(n_items, dim, init_std)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.users.weight, self.items.weight
+
+    def initialise(self, items: Tensor, users: Tensor | None = None) -> None:
+        copy_table(self.items.weight, items)
+        if users is not None:
+            copy_table(self.users.weight, users, "users")
 
     def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         return pair_scores(*self._rows(batch, users, items))

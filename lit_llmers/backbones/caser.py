@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
-from lit_llmers.backbones.items import item_embedding
+from lit_llmers.backbones.items import copy_table, item_embedding
 from lit_llmers.errors import UserError, unknown
 
 _ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
@@ -35,10 +35,9 @@ class Caser(Backbone):
         conv_activation: of the horizontal filters (the paper's phi_c); `identity`, `relu`, `sigmoid` or `tanh`.
         fc_activation: of the fully connected layer (phi_a).
         init_std: standard deviation of the initial item tables.
-        item_init: `[n_items+1, dim]` initial table of the items read, instead of a random one, at its own scale.
 
     Raises:
-        UserError: an unknown activation, `window` is no length, `item_init` has another shape, or every position is asked.
+        UserError: an unknown activation, `window` is no length, or every position is asked.
     """
 
     every_position: ClassVar[bool] = False
@@ -56,7 +55,6 @@ class Caser(Backbone):
         conv_activation: str = "relu",
         fc_activation: str = "relu",
         init_std: float = 0.02,
-        item_init: Tensor | None = None,
     ) -> None:
         super().__init__()
         if window < 1:
@@ -65,8 +63,8 @@ class Caser(Backbone):
             if value not in _ACTIVATIONS:
                 raise unknown(f"activation (Caser's {name})", value, _ACTIVATIONS)
         self.width, self.dim, self.window = dim, dim, window
-        self.items = item_embedding(n_items, dim, init_std, item_init)
-        self.candidates = item_embedding(n_items, dim, init_std, None)
+        self.items = item_embedding(n_items, dim, init_std)
+        self.candidates = item_embedding(n_items, dim, init_std)
         self.horizontal = nn.ModuleList(nn.Conv1d(dim, horizontal, height) for height in range(1, window + 1))
         self.vertical = nn.Linear(window, vertical)
         self.dense = nn.Linear(vertical * dim + window * horizontal, dim)
@@ -74,9 +72,12 @@ class Caser(Backbone):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        return super().forward(items[:, -self.window :], mask[:, -self.window :], every_position)
+
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         if every_position:
             raise UserError("Caser reads one window of a row. Use sequences.examples=prefixes or last.")
-        x = self.items(F.pad(items, (self.window, 0))[:, -self.window :])  # [B, L, d], L the window from here on
+        x = F.pad(x, (0, 0, self.window, 0))[:, -self.window :]  # [B, L, d], L the window from here on
         over_time = x.transpose(1, 2)  # [B, d, L]
         summed = self.vertical(over_time).transpose(1, 2).flatten(1)  # [B, vertical * d]
         largest = [self.conv_activation(conv(over_time)).amax(2) for conv in self.horizontal]  # L x [B, horizontal]
@@ -88,3 +89,8 @@ class Caser(Backbone):
 
     def item_table(self) -> Tensor:
         return self.candidates.weight
+
+    def initialise(self, items: Tensor) -> None:
+        """Both tables, of the items read and of those scored."""
+        super().initialise(items)
+        copy_table(self.candidates.weight, items)

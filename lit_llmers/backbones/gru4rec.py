@@ -20,10 +20,6 @@ class GRU4Rec(Backbone):
         layers: stacked GRUs.
         dropout: probability, on the item embeddings.
         init_std: standard deviation of the initial item embeddings.
-        item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
-
-    Raises:
-        UserError: `item_init` has another shape.
     """
 
     def __init__(
@@ -34,11 +30,10 @@ class GRU4Rec(Backbone):
         layers: int = 1,
         dropout: float = 0.2,
         init_std: float = 0.02,
-        item_init: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
-        self.items = item_embedding(n_items, dim, init_std, item_init)
+        self.items = item_embedding(n_items, dim, init_std)
         self.dropout = nn.Dropout(dropout)
         self.grus = nn.ModuleList(nn.GRU(dim, dim, bias=False, batch_first=True) for _ in range(layers))
         self.dense = nn.Linear(dim, dim)
@@ -46,19 +41,20 @@ class GRU4Rec(Backbone):
             for weight in gru.parameters():
                 nn.init.xavier_uniform_(weight)
 
-    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         # Padding is moved from the left of a row to its right, where a recurrence cannot have seen it yet.
-        batch, length = items.shape
-        position = torch.arange(length, device=items.device)
+        batch, length = mask.shape
+        position = torch.arange(length, device=mask.device)
         padding = length - mask.sum(1, keepdim=True)  # [B, 1]
-        x = self.dropout(self.items(items.gather(1, (position + padding).clamp(max=length - 1))))
+        row = torch.arange(batch, device=mask.device)[:, None]
+        shifted = row * length + (position + padding).clamp(max=length - 1)  # [B, L]
+        x = self.dropout(x.flatten(0, 1).index_select(0, shifted.flatten()).view_as(x))
         states = [x]
         for gru in self.grus:
             x, _ = gru(x)
             states.append(x)
         read = position if every_position else position[-1:]
         source = (read - padding).clamp(min=0)  # [B, P], where the read-out positions are now
-        row = torch.arange(batch, device=items.device)[:, None]
         return [state.flatten(0, 1)[row * length + source] for state in states]  # [B, P, D]
 
     def head(self, state: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Batch, CollaborativeBackbone
 from lit_llmers.backbones.graph import Edges, propagate
+from lit_llmers.backbones.items import copy_table
 from lit_llmers.backbones.rows import half_squares, occurrences
 
 
@@ -54,6 +55,12 @@ class LightGCN(CollaborativeBackbone):
         mean, hops = propagate(self.nodes, [self.graph] * self.layers, self.with_input)
         self.hops = hops if self.keep_hops and self.training else ()
         return self.split(mean)
+
+    def initialise(self, items: Tensor, users: Tensor | None = None) -> None:
+        of_users, of_items = self.split(self.nodes.data)
+        copy_table(of_items, items)
+        if users is not None:
+            copy_table(of_users, users, "users")
 
     def split(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Users `[U, d]` and items `[n+1, d]` of all nodes. (In one call: the gradient of two slices costs four copies.)"""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
+from lit_llmers.backbones.items import copy_table
 from lit_llmers.errors import UserError
 from lit_llmers.teachers.base import BaseConfig, load_base
 from lit_llmers.teachers.lora import add_lora
@@ -82,13 +83,19 @@ class LLMDecoder(Backbone):
                 f"needs {needed}. Lower max_length or choose another base."
             )
 
-    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+    def embed(self, items: Tensor) -> Tensor:
+        return F.embedding(items, self.items, padding_idx=0)
+
+    def initialise(self, items: Tensor) -> None:
+        copy_table(self.items, items)
+
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         if every_position and len(self.after):
             raise UserError(
                 "With a prompt the response tokens come after the last item, so only one position of a row can be read."
                 " Use examples=prefixes to train on every position, or teacher.prompt=false."
             )
-        vectors = self.input_proj(self.dropout(F.embedding(items, self.items, padding_idx=0)))  # [B, L, H]
+        vectors = self.input_proj(self.dropout(x))  # [B, L, H]
         if len(self.before):
             vectors, mask = self._put_in_prompt(vectors, mask)
         states = self.base(

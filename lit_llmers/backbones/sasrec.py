@@ -29,11 +29,9 @@ class SASRec(Backbone):
         dropout: probability.
         ffn: width of the feed-forward layer as a multiple of `dim`.
         init_std: standard deviation of the initial item and position embeddings. Items enter scaled by `sqrt(dim)`.
-        item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
 
     Raises:
-        UserError: `heads` does not divide `dim`, `item_init` has another shape, or a history is longer than
-            `max_length`.
+        UserError: `heads` does not divide `dim`, or a history is longer than `max_length`.
     """
 
     def __init__(
@@ -46,26 +44,25 @@ class SASRec(Backbone):
         dropout: float = 0.2,
         ffn: int = 1,
         init_std: float = 0.02,
-        item_init: Tensor | None = None,
     ) -> None:
         super().__init__()
         if dim % heads:
             raise UserError(f"SASRec's dim={dim} cannot be cut into heads={heads}. Choose heads that divide dim.")
         self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
-        self.items = item_embedding(n_items, dim, init_std, item_init)
+        self.items = item_embedding(n_items, dim, init_std)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * init_std)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, ffn) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=_EPS)
 
-    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
-        length = items.shape[1]
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        length = x.shape[1]
         if length > self.max_length:
             raise UserError(
                 f"A history of {length} items reached a SASRec built for max_length={self.max_length}. "
                 "Use the max_length that it was trained with."
             )
-        x = self.items(items) * self.dim**0.5 + self.positions[self.max_length - length :]
+        x = x * self.dim**0.5 + self.positions[self.max_length - length :]
         x = self.dropout(x)  # [B, L, D]
         visible = _visible(mask)
         states = [x]

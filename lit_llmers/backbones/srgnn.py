@@ -28,10 +28,9 @@ class SRGNN(Backbone):
         layers: propagation steps, which share their weights. The last hidden state is the read-out after the last of them.
         dropout: probability, on the last item's and the global vector before they are combined.
         init_std: standard deviation of all initial weights.
-        item_init: `[n_items+1, dim]` initial item table instead of a random one, at its own scale.
 
     Raises:
-        UserError: there is no layer, `item_init` has another shape, or every position is asked.
+        UserError: there is no layer, or every position is asked.
     """
 
     every_position: ClassVar[bool] = False
@@ -44,7 +43,6 @@ class SRGNN(Backbone):
         layers: int = 1,
         dropout: float = 0.0,
         init_std: float = 0.1,
-        item_init: Tensor | None = None,
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -58,12 +56,11 @@ class SRGNN(Backbone):
         self.dropout = nn.Dropout(dropout)
         for weight in self.parameters():
             nn.init.normal_(weight, std=init_std)
-        self.items = item_embedding(n_items, dim, init_std, item_init)
+        self.items = item_embedding(n_items, dim, init_std)
 
-    def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         if every_position:
             raise UserError("SR-GNN reads one session of a row. Use sequences.examples=prefixes or last.")
-        x = self.items(items)  # [B, L, d]
         before, after = _session_graph(items, mask, x.dtype)
         states = []
         for _ in range(self.layers):

@@ -1,0 +1,58 @@
+"""Wrappers that put what text says about items into a sequential backbone: between its embedding and its reading of rows.
+
+Each file holds one way, a class named after it, which takes the backbone first and is a backbone itself: it trains, exports
+and serves as the one inside, with any student of the task. A stage names them in `fusion`, in the order in which they wrap.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lit_llmers.backbones import Backbone, Batch
+
+Sources = dict[str, tuple[str, str]]
+
+
+class Fusion(Backbone):
+    """A backbone around another; it does as the inner one does, but for what a subclass overrides.
+
+    Attributes:
+        inner: the backbone inside.
+        sources: which constructor arguments are made by other stages: argument -> (key in the recipe that names the stage,
+            kind of artefact), see `lit_llmers.building`.
+        reads_ahead: whether a position sees what comes after it, so that only the read-out position may be trained.
+    """
+
+    sources: ClassVar[Sources] = {}
+    reads_ahead: ClassVar[bool] = False
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.inner = backbone
+        self.layers, self.width, self.dim = backbone.layers, backbone.width, backbone.dim
+
+    @property
+    def every_position(self) -> bool:  # type: ignore[override]
+        return self.inner.every_position and not self.reads_ahead
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.inner.causal
+
+    def embed(self, items: Tensor) -> Tensor:
+        return self.inner.embed(items)
+
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        return self.inner.read(x, items, mask, every_position)
+
+    def head(self, state: Tensor) -> Tensor:
+        return self.inner.head(state)
+
+    def item_table(self) -> Tensor:
+        return self.inner.item_table()
+
+    def training_view(self, batch: Batch) -> Batch:
+        return self.inner.training_view(batch)
+
+    def initialise(self, items: Tensor) -> None:
+        self.inner.initialise(items)
