@@ -92,7 +92,7 @@ class Subject:
     def top(self) -> None:
         """Every user's twenty best items."""
         catalogue = Catalogue(self.table)
-        self._batches(lambda user, row, item, rows: top_items(user, catalogue, 20, row, item))
+        self._batches(lambda user, row, item, rows: top_items(user, catalogue, 20, row, item)[0])
 
     def _batches(self, action: Callable[[Tensor, Tensor, Tensor, slice], Tensor]) -> None:
         for start in range(0, self.users, BATCH):

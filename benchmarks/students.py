@@ -67,7 +67,7 @@ def main() -> None:
     options = arguments()
     quiet()
     started = time.monotonic()
-    pairs = [(model, data) for model in options.models for data in options.data or SETS.get(model, ["ml-100k"])]
+    pairs = contests_of(options)
     contests = []
     with tempfile.TemporaryDirectory() as folder:
         for pair in pairs:
@@ -88,7 +88,16 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, help="rounds that count (default 7, 3 for large data)")
+    options = settled(parser)
+    options.rounds = 2 if options.quick else options.rounds
+    return options
+
+
+def parser_of(what: str | None) -> argparse.ArgumentParser:
+    """The options that `quality.py` has, too."""
+    parser = argparse.ArgumentParser(description=(what or "").partition("\n")[0])
     add = parser.add_argument
     add("--peers", action="store_true", help="RePlay, RecTools, RecBole and Cornac too; installs them where they are missing")
     add("--venvs", default=".bench/venvs", metavar="FOLDER", help="their virtual environments (default .bench/venvs)")
@@ -101,15 +110,24 @@ def arguments() -> argparse.Namespace:
     add("--data-root", default=str(SHARED / "data"), metavar="FOLDER", help="the data sets; without it, generated data")
     add("--data", nargs="+", metavar="NAME", help="for all models (default ml-100k; for sasrec ml-1m and amazon-beauty too)")
     add("--models", nargs="+", default=list(BATCH), choices=list(BATCH), help="default: all")
-    add("--rounds", type=int, help="rounds that count (default 7, 3 for large data)")
-    add("--quick", action="store_true", help="two rounds on little generated data: shows that it runs, no more")
+    add("--quick", action="store_true", help="little of it on little generated data: shows that it runs, no more")
     add("--record", metavar="FILE", help="Markdown file to write the table to")
+    return parser
+
+
+def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for, on generated data where there are no others."""
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.record = 2, None
+        options.record = None
     if options.quick or not Path(options.data_root).is_dir():
         options.data, options.data_root = ["demo"], None
     return options
+
+
+def contests_of(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The models, each with each of its data sets."""
+    return [(model, data) for model in options.models for data in options.data or SETS.get(model, ["ml-100k"])]
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------------
@@ -143,7 +161,7 @@ def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, option
     """One model on one data set by everybody who has it: a JSON-able account, ours in its first row."""
     command = our_command(model, data, folder, options)
     prepared, n_items = prepare(command)
-    task = {"model": model, "data": prepared, "items": n_items, "length": LENGTH, "batch": BATCH[model]}
+    task = {"model": model, "data": prepared, "items": n_items, "length": LENGTH, "batch": BATCH[model], "seed": 0}
     entrants = {OURS: Ready(Peer("ours.py", (model,), evaluates=False))} | {
         name: each for name, each in ready.items() if model in each.peer.models
     }
@@ -179,7 +197,6 @@ def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, option
 
 def our_command(model: str, data: str, folder: Path, options: argparse.Namespace) -> list[str]:
     """The arguments of `python -m lit_llmers.fit` for the same sizes and the same work as the plain loop's."""
-    source = [f"data.root={options.data_root}"] if options.data_root else QUICK * options.quick
     stage = [
         *SIZES.get(model, []),
         f"trainer.batch_size={BATCH[model]}",
@@ -195,7 +212,7 @@ def our_command(model: str, data: str, folder: Path, options: argparse.Namespace
         "recipe=student",
         f"student={model}",
         f"data={data}",
-        *source,
+        *source(options),
         f"run.dir={folder / 'runs'}",
         f"run.name={data}",
         "logger=csv",
@@ -205,6 +222,11 @@ def our_command(model: str, data: str, folder: Path, options: argparse.Namespace
         *(f"stages.student.{setting}" for setting in stage),
         "stage=student",
     ]
+
+
+def source(options: argparse.Namespace) -> list[str]:
+    """Where the data are."""
+    return [f"data.root={options.data_root}"] if options.data_root else QUICK * options.quick
 
 
 def plan(command: list[str]) -> list[stages.Stage]:

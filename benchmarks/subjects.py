@@ -1,4 +1,4 @@
-"""What `students.py` runs: subjects, each a process of its own, in an environment of its own where it is another library."""
+"""What `students.py` and `quality.py` run: subjects, each a process of its own, and libraries each in an own environment."""
 
 import fcntl
 import json
@@ -23,6 +23,7 @@ from measure import Cost
 HERE = Path(__file__).parent
 PYTHON = (3, 11)  # the newest that all of them install on
 NOTHING = Cost(float("nan"), float("nan"))
+ANSWERS = ("cpu", "wall", "first_step", "kept", "masked")  # all else that a subject says is a note
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def environment(peer: Peer, name: str, folder: Path) -> tuple[str, str]:
 
 
 class Subject:
-    """A process that trains an epoch or evaluates all users when it is asked to (`peers/subject.py` is its side).
+    """A process that trains an epoch, ranks or evaluates all users when it is asked to (`peers/subject.py` is its side).
 
     It sees a terminal on its standard error, so that a progress bar is drawn as for a person. When it dies, `failed` says
     how, and every cost from then on is `NOTHING`.
@@ -94,7 +95,9 @@ class Subject:
         first_step: seconds from its start to the end of its first training step.
         memory: peak of its resident memory in MB.
         share: part of an epoch that it trains at a time; costs are those of a whole one all the same.
+        first_epoch: what the first epoch cost, which it trains unasked.
         evaluations: costs of the evaluations that came with epochs, where they do.
+        validation: the figures of the latest of these.
         notes: what else it said last.
     """
 
@@ -102,6 +105,7 @@ class Subject:
         self.log, self.failed = log, ""
         self.first_step, self.memory, self.share = float("nan"), 0, 1.0
         self.evaluations: list[Cost] = []
+        self.validation: dict[str, float] = {}
         self.notes: dict[str, Any] = {}
         screen, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
@@ -118,7 +122,7 @@ class Subject:
         self.reader.start()
         if self._answer():
             self.first_step = time.perf_counter() - started
-        self._epoch()  # unasked, and it does not count
+        self.first_epoch = self._epoch()
 
     def epoch(self) -> Cost:
         """Train an epoch."""
@@ -126,9 +130,21 @@ class Subject:
         return self._epoch()
 
     def evaluate(self) -> Cost:
-        """Rank all users' targets."""
+        """Evaluate all users as the library does; no epoch can follow."""
         self._ask("evaluate")
         return self._cost()
+
+    def rank(self, part: str) -> dict[str, dict[str, float]]:
+        """HR@10 and NDCG@10 of all users' `validation` or `test` items, read items `kept` and `masked`; empty if it died."""
+        self._ask(part)
+        answer = self._answer()
+        return {kind: answer[kind] for kind in ("kept", "masked")} if answer else {}
+
+    def finish(self) -> None:
+        """End the training, and wait until it has done what comes after."""
+        self._ask("stop")
+        if not self.failed and self.process.wait():
+            self.failed = self._last_words()
 
     def close(self) -> None:
         self.process.kill()
@@ -145,7 +161,7 @@ class Subject:
         cost = self._cost()
         evaluation = self.notes.pop("evaluation", None)
         if evaluation:
-            self.notes["hit_rate"] = evaluation.pop("hit_rate")
+            self.validation = evaluation.pop("figures")
             self.evaluations.append(Cost(**evaluation))
         self.share = self.notes.pop("share", self.share)
         return cost.per(self.share)
@@ -163,7 +179,7 @@ class Subject:
             return {}
         answer: dict[str, Any] = json.loads(line)
         self.memory = answer.pop("memory")
-        self.notes.update({key: value for key, value in answer.items() if key not in ("cpu", "wall", "first_step")})
+        self.notes.update({key: value for key, value in answer.items() if key not in ANSWERS})
         return answer
 
     def _last_words(self) -> str:

@@ -1,4 +1,4 @@
-"""From a name and arguments in a recipe to an object: backbones and callbacks, by convention and without a registry.
+"""From a name and arguments in a recipe to an object: backbones, fusions and callbacks, by convention and without a registry.
 
 `fit: llm_decoder` is the class LLMDecoder in `lit_llmers/backbones/llm_decoder.py`; `feature_distillation` is
 FeatureDistillation in `lit_llmers/callbacks/feature_distillation.py`. Nothing outside lit_llmers is ever resolved.
@@ -6,20 +6,28 @@ FeatureDistillation in `lit_llmers/callbacks/feature_distillation.py`. Nothing o
 
 import importlib
 import inspect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
-from lit_llmers.callbacks.distillation import Distillation, SignalSource
+from lit_llmers.callbacks.distillation import Distillation
 from lit_llmers.conf.schema import FitStage, RecordStage, check_type
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 
 PAIRWISE = ("bpr", "bce")  # losses of a collaborative student
-INJECTED = {"n_items", "n_users", "max_length", "item_table", "training_pairs"}
+INJECTED = {"n_items", "n_users", "max_length", "item_table", "training_pairs", "popularity", "histories"}
+RECORDS = {"signals": "block_states", "ranking": "ranking"}  # kinds of sources that record stages leave, and as what
+KINDS = {  # of artefacts that a callback or a fusion can read -> the verbs of the stages that leave them
+    "signals": ("record",),
+    "ranking": ("record",),
+    "items": ("fit", "encode"),  # item vectors [n+1, D]
+    "users": ("encode",),  # user vectors [U, D]
+    "model": ("fit",),  # the trained backbone
+}
 
 
 def find(room: str, name: str) -> Any:
@@ -45,9 +53,41 @@ def _class(room: str, name: str) -> Any:
     return next((cls for cls in classes if issubclass(cls, kinds) and cls is not Distillation), None)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """One stage that another names in its settings.
+
+    Attributes:
+        where: the key, for messages.
+        stage: the name that stands there.
+        kind: of artefact, a key of `KINDS`.
+        room, owner, parameter: the class that reads it and its constructor argument; empty for keys of the stage itself.
+    """
+
+    where: str
+    stage: str
+    kind: str
+    room: str = ""
+    owner: str = ""
+    parameter: str = ""
+
+
+def references(stage: FitStage) -> list[Reference]:
+    """All stages that a fit stage names, in order."""
+    found = [Reference("items", item, "items") for item in stage.items]
+    if stage.initial is not None:
+        found.append(Reference("initial.items", stage.initial.items, "items"))
+    for room, entries in (("fusion", stage.fusions), ("callbacks", stage.terms)):
+        for name, arguments in entries:
+            for parameter, (key, kind) in find(room, name).sources.items():
+                if key in arguments:
+                    found.append(Reference(f"{room}.{name}.{key}", arguments[key], kind, room, name, parameter))
+    return found
+
+
 def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: set[str]) -> None:
     parameters = inspect.signature(cls).parameters
-    own = [name for name in parameters if name not in given]
+    own = [name for name in parameters if name not in given | INJECTED]
     for key in arguments:
         if key not in own:
             raise UserError(f"Unknown configuration key '{where}.{key}'.{nearest(key, own)} It has: {', '.join(own)}.")
@@ -64,7 +104,7 @@ def check(stage: FitStage, where: str) -> None:
         UserError: an unknown backbone, callback or argument, or a missing one.
     """
     backbone = find("backbones", stage.fit)
-    _check_arguments(backbone, stage.model, f"{where}.model", INJECTED)
+    _check_arguments(backbone, stage.model, f"{where}.model", set())
     if "base" in stage.model:
         base = BaseConfig.of(stage.model["base"])
         if base.path and base.prompt and stage.sequences.examples == "sequence":
@@ -75,12 +115,19 @@ def check(stage: FitStage, where: str) -> None:
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     _check_fit(stage, backbone, where)
-    for key in ("objective", "callbacks"):
+    if issubclass(backbone, CountingBackbone) and (stage.initial or stage.fusion or stage.terms):
+        raise UserError(
+            f"'{where}': {stage.fit} is counted and not trained, so nothing can be added to it. Choose another student."
+        )
+    for key in ("fusion", "objective", "callbacks"):
         for position, entry in enumerate(getattr(stage, key)):
             if not isinstance(entry, dict) or len(entry) != 1:
                 raise UserError(f"'{where}.{key}[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
             for name, arguments in entry.items():
-                _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
+                if key == "fusion":
+                    _check_fusion(name, arguments or {}, backbone, stage, f"{where}.{key}.{name}")
+                else:
+                    _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
 
 
 def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
@@ -98,19 +145,43 @@ def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
 def _check_callback(name: str, arguments: dict[str, Any], backbone: Any, where: str) -> None:
     cls = find("callbacks", name)
     if not issubclass(backbone, cls.fits):
+        wanted = " or ".join(kind.__name__ for kind in (cls.fits if isinstance(cls.fits, tuple) else (cls.fits,)))
+        raise UserError(f"'{where}' does not fit {backbone.__name__}: it needs a {wanted}, of another kind of student.")
+    _check_sources(cls, arguments, where)
+    if set(RECORDS) & set(cls.sources) and issubclass(backbone, Backbone) and not backbone.causal:
         raise UserError(
-            f"'{where}' does not fit {backbone.__name__}: it needs a {cls.fits.__name__}, of another kind of student."
+            f"'{where}': the teacher spoke about each next item, and {backbone.__name__} does not train on next items. "
+            "Choose a causal sequential student, such as student=sasrec."
         )
-    if "signals" in inspect.signature(cls).parameters:
-        if "from" not in arguments:
-            raise UserError(f"'{where}.from' is missing: name the stage that recorded the teacher.")
-        if not backbone.causal:
-            raise UserError(
-                f"'{where}': the teacher spoke about each next item, and {backbone.__name__} does not train on next items. "
-                "Choose a causal sequential student, such as student=sasrec."
-            )
-    own = {key: value for key, value in arguments.items() if key != "from"}
-    _check_arguments(cls, own, where, {"signals"})
+
+
+def _check_fusion(name: str, arguments: dict[str, Any], backbone: Any, stage: FitStage, where: str) -> None:
+    cls = find("fusion", name)
+    if not issubclass(backbone, Backbone):
+        raise UserError(f"'{where}' stands between the items of a history and its reading; {stage.fit} reads no history.")
+    if cls.reads_ahead and stage.sequences.examples == "sequence":
+        raise UserError(
+            f"'{where}' mixes all positions of a row, so that one sees what comes after it. Use "
+            f"stages.{where.split('.')[1]}.sequences.examples=prefixes, or last."
+        )
+    _check_sources(cls, arguments, where)
+
+
+def _check_sources(cls: Any, arguments: dict[str, Any], where: str) -> None:
+    """What a callback or fusion is made with: stages that it names, and arguments of its own."""
+    parameters = inspect.signature(cls).parameters
+    for parameter, (key, kind) in cls.sources.items():
+        if key not in arguments and parameters[parameter].default is inspect.Parameter.empty:
+            verbs = " or ".join(KINDS[kind])
+            what = f"a {verbs} stage (record: {RECORDS[kind]})" if kind in RECORDS else f"a {verbs} stage"
+            raise UserError(f"'{where}.{key}' is missing: name {what} of the recipe.")
+    _check_arguments(cls, _own(cls, arguments), where, {"backbone", *cls.sources})
+
+
+def _own(cls: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that name no stage."""
+    keys = {key for key, _ in cls.sources.values()}
+    return {key: value for key, value in arguments.items() if key not in keys}
 
 
 def check_blocks(stages: dict[str, Any]) -> None:
@@ -124,11 +195,11 @@ def check_blocks(stages: dict[str, Any]) -> None:
     """
     for name, stage in stages.items():
         asked: list[tuple[str, int]] = []
-        if isinstance(stage, RecordStage):
+        if isinstance(stage, RecordStage) and stage.record == "block_states":
             asked = [(stage.of, stage.blocks)]
         elif isinstance(stage, FitStage):
             for callback, given in stage.terms:
-                if "from" in given:
+                if "signals" in find("callbacks", callback).sources:
                     asked.append((name, stages[given["from"]].blocks))
                 if "blocks" in (parameters := inspect.signature(find("callbacks", callback)).parameters):
                     asked.append((name, given.get("blocks", parameters["blocks"].default)))
@@ -160,16 +231,34 @@ def build_backbone(stage: FitStage, seed: int, offered: dict[str, Any]) -> nn.Mo
     if "base" in arguments:
         base = BaseConfig.of(arguments["base"])
         arguments["base"] = replace(base, seed=base.seed + seed)
-    taken = {key: value() if callable(value) else value for key, value in offered.items() if key in wanted}
-    return cls(**taken, **arguments)
+    return cls(**_taken(wanted, offered), **arguments)
 
 
-def build_callbacks(stage: FitStage, signals: dict[str, SignalSource]) -> list[Distillation]:
-    """Make the stage's callbacks; `signals` holds the source behind each stage that a `from` names."""
-    made = []
-    for name, arguments in stage.terms:
-        own = {key: value for key, value in arguments.items() if key != "from"}
-        if "from" in arguments:
-            own["signals"] = signals[arguments["from"]]
-        made.append(find("callbacks", name)(**own))
-    return made
+def build_fusions(stage: FitStage, backbone: Backbone, sources: dict[str, Any], offered: dict[str, Any]) -> Backbone:
+    """Wrap the backbone in the stage's fusions.
+
+    Args:
+        sources: what each reference of the fusions reads, by its `where`.
+        offered: as in `build_backbone`.
+    """
+    for name, arguments in stage.fusions:
+        backbone = _build("fusion", name, arguments, sources, offered, backbone=backbone)
+    return backbone
+
+
+def build_callbacks(stage: FitStage, sources: dict[str, Any], offered: dict[str, Any]) -> list[Distillation]:
+    """Make the stage's callbacks; `sources` and `offered` as in `build_fusions`."""
+    return [_build("callbacks", name, arguments, sources, offered) for name, arguments in stage.terms]
+
+
+def _build(
+    room: str, name: str, arguments: dict[str, Any], sources: dict[str, Any], offered: dict[str, Any], **also: Any
+) -> Any:
+    cls = find(room, name)
+    read = {parameter: sources[f"{room}.{name}.{key}"] for parameter, (key, _) in cls.sources.items() if key in arguments}
+    return cls(**also, **read, **_taken(inspect.signature(cls).parameters, offered), **_own(cls, arguments))
+
+
+def _taken(wanted: Any, offered: dict[str, Any]) -> dict[str, Any]:
+    """Of what is offered that which is wanted; a function makes what is costly."""
+    return {key: value() if callable(value) else value for key, value in offered.items() if key in wanted}

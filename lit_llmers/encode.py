@@ -1,26 +1,104 @@
-"""The `encode` stage: item text to item vectors."""
+"""The `encode` stage: item text to item vectors, and on request users to vectors of the same space."""
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lit_llmers.conf.schema import EncodeStage
-from lit_llmers.errors import unknown
-from lit_llmers.files import atomic_write
-from lit_llmers.models import TABLE, load_dataset
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.files import atomic_write, digest
+from lit_llmers.models import TABLE, USER_TABLE, load_dataset
 from lit_llmers.stages import Stage
+from lit_llmers.text.prompts import history_texts, item_texts
+from lit_llmers.text.reduction import mean_of_histories
 from lit_llmers.text.tfidf import tfidf_svd
+from lit_llmers.text.transformer import TextEncoder
+from lit_llmers.text.vectors import Projection, Recorder
+
+RECORDS = "encoded"  # folder of the run with what language models made of texts
+log = logging.getLogger(__name__)
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Write `item_table.npy`, `[n+1, dim]` float32."""
+    """Write `item_table.npy`, `[n+1, d]` float32, and with `users` also `user_table.npy`, `[U, d]` float32."""
     config: EncodeStage = stage.config
-    catalogue = load_dataset(stage).catalogue
+    dataset = load_dataset(stage)
+    leaking = check_leaks(config, dataset)
+    texts = item_texts(dataset.catalogue, config.fields, config.prompt)
+    users, summary = None, {}
+    if config.encode == "tfidf":
+        table = tfidf_svd(texts, config.dim, stage.seed)
+    else:
+        table, users, summary = _transformer(stage, dataset, texts)
+    if config.shuffle:
+        random = np.random.default_rng(stage.seed)
+        table[1:] = table[1:][random.permutation(len(texts))]
+        users = None if users is None else users[random.permutation(len(users))]
+    if config.users == "mean":
+        pairs = dataset.training_pairs
+        users = mean_of_histories(table, pairs[table.any(1)[pairs[:, 1]]], dataset.n_users)
+    _save(stage.folder / TABLE, table)
+    summary = {"items": len(texts), "dim": table.shape[1], "without_text": int((~table[1:].any(1)).sum())} | summary
+    if users is not None:
+        _save(stage.folder / USER_TABLE, users)
+        summary |= {"users": len(users), "users_without_vector": int((~users.any(1)).sum())}
+    return summary | ({"leaking": leaking} if leaking else {})
+
+
+def check_leaks(config: EncodeStage, dataset: Dataset) -> list[str]:
+    """The texts that the stage reads although they may have been written with held-out items in view.
+
+    Raises:
+        UserError: one of them is not in `allow_leaking`.
+    """
+    about = dataset.info.get("texts", {})
+    of_users = [name for name, entry in about.items() if entry["of"] == "users"]
+    if config.profile is not None and config.profile not in of_users:
+        raise unknown("text of users (profile), to be named in data.texts too", config.profile, of_users)
     for name in config.fields:
-        if name not in catalogue.columns:
-            raise unknown("catalogue column (fields)", name, list(catalogue.columns))
-    texts = catalogue[list(config.fields)].agg(". ".join, axis=1).tolist()
-    table = tfidf_svd(texts, config.dim, stage.seed)
-    with atomic_write(stage.folder / TABLE) as temporary, open(temporary, "wb") as file:
+        if name in of_users:
+            raise UserError(f"'{name}' (fields) is a text of users. Encode it with users: profile and profile: {name}.")
+    read = [*config.fields, *([config.profile] if config.profile else [])]
+    leaking = [name for name in read if name in about and about[name]["leaks"]]
+    for name in leaking:
+        if name not in config.allow_leaking:
+            raise UserError(
+                f"'{name}' was written from users' interactions, the held-out ones perhaps among them: test figures of what "
+                f"reads it may be too high. To read it all the same, with a warning in the report, set allow_leaking: [{name}] "
+                "in the encode stage."
+            )
+    return leaking
+
+
+def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    """The tables of items and users, and what they cost."""
+    config: EncodeStage = stage.config
+    encoder = TextEncoder(config)
+    settings = (config.pooling, config.max_tokens, config.normalise)
+    identity = digest([encoder.base.name, encoder.revision, stage.content, *settings])
+    record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label)
+    vectors = record(texts)
+    filled = vectors.any(1)
+    if not filled.any():
+        raise UserError(
+            f"The {len(texts)} item texts hold no word. Name text columns in the stage's fields, or encode other data."
+        )
+    if not filled.all():
+        log.warning("%d of %d items have no text; their text vectors are zero", int((~filled).sum()), len(texts))
+    project = Projection.fit(vectors[filled], config.reduce, stage.seed)
+    users = None
+    if config.users == "history":
+        users = project(record(history_texts(dataset, encoder.lengths, config.max_tokens, config.user_prompt)))
+    elif config.users == "profile":
+        assert dataset.user_texts is not None
+        users = project(record(dataset.user_texts[config.profile].tolist()))
+    table = np.concatenate([np.zeros((1, vectors.shape[1]), np.float32), vectors])
+    return project(table), users, {"model": encoder.base.name, "identity": identity, **record.work.summary}
+
+
+def _save(path: Path, table: np.ndarray) -> None:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.save(file, table, allow_pickle=False)
-    return {"items": len(texts), "dim": config.dim, "without_text": int((~table[1:].any(1)).sum())}

@@ -102,7 +102,7 @@ def coverage(model: Recommender, rows: EvaluationRows, config: EvaluateStage) ->
     tables = model.tables()
     found = Coverage(rows.dataset.n_items)
     for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history):
-        found.update(model.top_items(_on(device, batch), max(KS), tables))
+        found.update(model.top_items(_on(device, batch), max(KS), tables)[0])
     return found.compute()
 
 

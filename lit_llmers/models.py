@@ -1,15 +1,17 @@
 """The artefacts of `prepare` and `fit` stages, read back: data, item tables and trained models."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
-from lit_llmers.building import build_backbone, find
-from lit_llmers.conf.schema import FitStage
+from lit_llmers.building import RECORDS, build_backbone, build_fusions, find, references
+from lit_llmers.conf.schema import FitStage, InitialConfig
 from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.data.pairs import PairDataModule
 from lit_llmers.data.sequences import TrainingRows
@@ -19,8 +21,10 @@ from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.text.reduction import mean_of_histories, reduce_table
 
 TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
+USER_TABLE = "user_table.npy"  # the user vectors that an encode stage may leave, [U, d] float32
 
 
 def load_dataset(stage: Stage) -> Dataset:
@@ -44,14 +48,13 @@ def load_item_table(stage: Stage) -> torch.Tensor | None:
 def build_model(stage: Stage, dataset: Dataset) -> Recommender:
     """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
     config: FitStage = stage.config
-    offered = {
-        "n_items": dataset.n_items,
-        "n_users": dataset.n_users,
-        "max_length": config.sequences.max_length,
-        "item_table": load_item_table(stage),
-        "training_pairs": lambda: dataset.training_pairs,
-    }
+    offered = offers(stage, dataset)
     backbone = build_backbone(config, stage.seed, offered)
+    if config.initial is not None:
+        backbone.initialise(**_initial_tables(stage, config.initial, dataset, backbone))
+    if config.fusion:
+        sources = load_sources(stage, dataset, "fusion")
+        backbone = build_fusions(config, backbone, sources, offered)  # type: ignore[arg-type]
     if isinstance(backbone, CountingBackbone):
         return CountingRecommender(backbone)
     if isinstance(backbone, CollaborativeBackbone):
@@ -60,6 +63,55 @@ def build_model(stage: Stage, dataset: Dataset) -> Recommender:
     popularity = torch.from_numpy(dataset.popularity()) if config.loss.kind == "sampled_softmax" else None
     assert isinstance(backbone, Backbone)
     return SequentialRecommender(backbone, config.optimizer, config.loss, rows.targets / len(rows), popularity)
+
+
+def offers(stage: Stage, dataset: Dataset) -> dict[str, Any]:
+    """What backbones, fusions and callbacks get when their constructors name it; `lit_llmers.building.INJECTED`."""
+    length = stage.config.sequences.max_length
+    return {
+        "n_items": dataset.n_items,
+        "n_users": dataset.n_users,
+        "max_length": length,
+        "item_table": lambda: load_item_table(stage),
+        "training_pairs": lambda: dataset.training_pairs,
+        "popularity": lambda: torch.from_numpy(dataset.popularity()),
+        "histories": lambda: Histories(dataset, length),
+    }
+
+
+def load_sources(stage: Stage, dataset: Dataset, room: str) -> dict[str, Any]:
+    """The tables and models of other stages that the fusions or callbacks of a fit stage read, by reference.
+
+    What record stages left is not among them: `lit_llmers.record.open_signals`.
+    """
+    return {
+        reference.where: _load_source(stage.need(reference.stage), reference.kind, dataset)
+        for reference in references(stage.config)
+        if reference.room == room and reference.kind not in RECORDS
+    }
+
+
+def _load_source(source: Stage, kind: str, dataset: Dataset) -> Any:
+    if kind == "model":
+        return load_model(source, dataset).backbone
+    path = source.folder / (TABLE if kind == "items" else USER_TABLE)
+    if not path.is_file():
+        cure = "Set users: mean, history or profile in that stage." if kind == "users" else "Name another stage."
+        raise UserError(f"Stage '{source.name}' leaves no vectors of {kind}. {cure}")
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _initial_tables(stage: Stage, config: InitialConfig, dataset: Dataset, backbone: Any) -> dict[str, torch.Tensor]:
+    """What a backbone's tables start from."""
+    table = np.load(stage.need(config.items).folder / TABLE, allow_pickle=False).astype(np.float32)
+    if config.reduce is not None and table.shape[1] != backbone.dim:
+        table = reduce_table(table, backbone.dim, config.reduce, dataset.popularity(), stage.seed)
+    if config.std is not None:
+        table = table * (config.std / max(float(table[1:].std()), 1e-12))
+    tables = {"items": table}
+    if isinstance(backbone, CollaborativeBackbone) and config.users:
+        tables["users"] = mean_of_histories(table, dataset.training_pairs, dataset.n_users)
+    return {name: torch.from_numpy(values) for name, values in tables.items()}
 
 
 def data_module(stage: Stage, dataset: Dataset) -> SequenceDataModule | PairDataModule:

@@ -69,6 +69,12 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     offsets = s.offsets_of(users)
     if config.split == "leave-one-out":
         split = s.leave_one_out(offsets)
+    user_texts = None if tables.users is None else tables.users.set_index("user_id").loc[user_ids].reset_index(drop=True)
+    about = tables.info.get("texts", {})
+    for name, entry in about.items():
+        column = (catalogue if user_texts is None or name in catalogue else user_texts)[name]
+        leaks = " They may have been written with held-out items in view." if entry["leaks"] else ""
+        rows.note(f"{name}: texts of {int((column != '').sum())} of {len(column)} {entry['of']}.{leaks}")
     parts = np.bincount(split, minlength=3).tolist()
     _check(parts, len(item_ids), config)
     met = np.sort(users.astype(np.int64) * len(item_ids) + items)
@@ -87,8 +93,9 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         "counts": counts | dict(zip(("train", "valid", "test"), parts, strict=True)),
         "dropped": dropped,
         "notes": [*tables.info["notes"], *rows.notes],
+        **({"texts": about} if about else {}),
     }
-    return Dataset((items + 1).astype(np.int32), offsets, split, user_ids, catalogue, info)
+    return Dataset((items + 1).astype(np.int32), offsets, split, user_ids, catalogue, info, user_texts)
 
 
 def _check(parts: list[int], n_items: int, config: DataConfig) -> None:

@@ -154,13 +154,13 @@ def top_items(
     k: int,
     seen_row: Tensor | None = None,
     seen_item: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The k best items of each row that are not in its history, best first; other arguments as in `target_ranks`.
 
     Which of two items with equal scores comes first is not defined. Memory does not grow with users x items.
 
     Returns:
-        `[B, k]` item indices; 0 where a row has fewer than k candidates.
+        `[B, k]` item indices, 0 where a row has fewer than k candidates, and `[B, k]` their scores, there -inf.
     """
     items = items if isinstance(items, Catalogue) else Catalogue(items)
     user = items.readable(user)
@@ -172,7 +172,7 @@ def top_items(
         value, column = scores.topk(min(k, scores.shape[1]), 1)
         best[rows], order = torch.cat([best[rows], value], 1).topk(k, 1)
         found[rows] = torch.cat([found[rows], column + first], 1).gather(1, order)
-    return found.masked_fill_(best == -torch.inf, 0)
+    return found.masked_fill_(best == -torch.inf, 0), best
 
 
 def _scored(

@@ -1,40 +1,41 @@
-"""The `record` stage: ask a trained teacher about every training target, once, and keep the answers on disk.
+"""The `record` stage: ask a trained teacher about every training target, or every user, and keep the answers on disk.
 
-Students then learn from the record and no LLM stands in their process. With `signals.online` the stage records nothing
-and the frozen teacher runs beside the student instead, behind the same interface.
+Students then learn from the record and no LLM stands in their process. With `signals.online` the hidden states are not
+recorded and the frozen teacher runs beside the student instead, behind the same interface.
 """
 
 import logging
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_llmers.callbacks.distillation import SignalSource
 from lit_llmers.conf.schema import RecordStage
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.loader import Batch, OrderedBatches
+from lit_llmers.data.histories import Histories
+from lit_llmers.data.loader import Batch, OrderedBatches, seen_before
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.losses.feature import block_boundaries
 from lit_llmers.models import load_dataset, load_model
+from lit_llmers.ranking import Catalogue, top_items
 from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
 from lit_llmers.stages import Stage
+from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 
 log = logging.getLogger(__name__)
 
 
-def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[int]) -> Tensor:
-    """Hidden states at the block ends for every target of the batch: `[T, blocks, D]`, without gradient."""
-    with torch.inference_mode():
-        hidden = model(batch, with_hidden=True).hidden
-    assert hidden is not None
-    return torch.stack([hidden[layer] for layer in boundaries], 1)
+# ---- what a student reads ------------------------------------------------------------------------------------------------
 
 
-class RecordedTeacher:
+class RecordedStates:
     """The teacher's block states, gathered from its record by the number of the target."""
 
     def __init__(self, reader: SignalReader) -> None:
@@ -56,7 +57,28 @@ class OnlineTeacher:
         return block_states(self.model, batch, self.boundaries).clone()
 
 
-def open_signals(stage: Stage, rows: TrainingRows) -> SignalSource:
+class RecordedRanking:
+    """The teacher's lists, gathered by the number of the target, or of its user.
+
+    Attributes:
+        k: length of a list; one that is shorter ends in item 0.
+    """
+
+    def __init__(self, items: SignalReader, scores: SignalReader, per: str) -> None:
+        self.items, self.scores, self.per = items, scores, per
+        self.k = items.shape[0]
+
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Items `[T, k]` int64, best first, and their scores `[T, k]` float32, for every target of the batch."""
+        key = batch["target_row"].cpu()
+        if self.per == "user":
+            key = batch["user"].cpu()
+            if batch["target"].dim() == 2:
+                key = key.repeat_interleave((batch["target"] > 0).sum(1).cpu())
+        return self.items[key].long(), self.scores[key].float()
+
+
+def open_signals(stage: Stage, rows: Any) -> SignalSource | RecordedRanking:
     """What a record stage left, for a student that trains on these rows.
 
     Raises:
@@ -64,10 +86,114 @@ def open_signals(stage: Stage, rows: TrainingRows) -> SignalSource:
     """
     config: RecordStage = stage.config
     teacher = stage.need(config.of)
+    if config.record == "ranking":
+        split = rows.fingerprint if config.per == "target" else rows.dataset.fingerprint
+        items, scores = (SignalReader(stage.folder / name, teacher=teacher.fingerprint, split=split) for name in Rankings.names)
+        return RecordedRanking(items, scores, config.per)
     if config.signals.online:
-        model = _load_teacher(teacher, rows.dataset)
+        model = _sequential(load_model(teacher, rows.dataset), config)
         return OnlineTeacher(model, _boundaries(model, config))
-    return RecordedTeacher(SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint))
+    return RecordedStates(SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint))
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------------
+
+
+class Question(Protocol):
+    """What a teacher is asked, row by row of the record.
+
+    Attributes:
+        signals: name, shape and dtype of each answer.
+        rows: number of them.
+        split: fingerprint of what the rows are.
+    """
+
+    signals: dict[str, tuple[tuple[int, ...], str]]
+    rows: int
+    split: str
+
+    def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        """Numbers `[T]`, not all of them in `rows`, and the answers to them."""
+        ...
+
+
+class BlockStates:
+    """Hidden states at the block ends for every training target."""
+
+    def __init__(self, model: Recommender, config: RecordStage, teacher: Stage, dataset: Dataset) -> None:
+        self.model, self.batch_size = _sequential(model, config), config.batch_size
+        self.boundaries = _boundaries(self.model, config)
+        self.targets = TrainingRows(dataset, teacher.config.sequences)
+        self.rows, self.split = self.targets.targets, self.targets.fingerprint
+        self.signals = {config.record: ((len(self.boundaries), self.model.backbone.width), config.signals.dtype)}
+
+    def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        for batch in OrderedBatches(self.targets, self.batch_size, rows):
+            states = block_states(self.model, _on(device, batch), self.boundaries)
+            yield batch["target_row"].numpy(), dict.fromkeys(self.signals, states)
+
+
+class Rankings:
+    """The best items and their scores, without those met before: for every training target, or for every user.
+
+    At a training target the teacher has read what came before it and nothing else, and what was met before is left out; the
+    target itself may be in its list. For a user it has read, and leaves out, all of his training history.
+    """
+
+    names = ("ranking-items", "ranking-scores")
+
+    def __init__(self, model: Recommender, config: RecordStage, teacher: Stage, dataset: Dataset) -> None:
+        self.model, self.batch_size, self.k, self.dataset = model, config.batch_size, config.k, dataset
+        self.tables = model.tables()
+        self.histories = Histories(dataset, teacher.config.sequences.max_length)
+        self.targets: TrainingRows | None = None
+        if config.per == "user":
+            self.rows, self.split = dataset.n_users, dataset.fingerprint
+        else:
+            self._check_targets(config)
+            self.targets = TrainingRows(dataset, teacher.config.sequences)
+            self.rows, self.split = self.targets.targets, self.targets.fingerprint
+        shape = (config.k,)
+        self.signals = dict(zip(self.names, ((shape, "int32"), (shape, "float32")), strict=True))
+
+    def _check_targets(self, config: RecordStage) -> None:
+        if not isinstance(self.model, SequentialRecommender) or not self.model.backbone.causal:
+            raise UserError(
+                f"Stage '{config.of}' cannot rank after each training target: it does not read a history up to there. "
+                "Record it with per: user."
+            )
+
+    def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        for number, (items, scores) in self._per_user(rows, device) if self.targets is None else self._per_target(rows, device):
+            scores = torch.where(items > 0, scores, torch.finfo(torch.float32).min)  # a record holds finite numbers
+            yield number, dict(zip(self.names, (items.int(), scores), strict=True))
+
+    def _per_target(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor]]]:
+        assert self.targets is not None
+        catalogue = Catalogue(self.model.item_table())  # type: ignore[arg-type]
+        for batch in OrderedBatches(self.targets, self.batch_size, rows):
+            row, number = batch["row"].numpy(), batch["target_row"].numpy()
+            place = number - np.repeat(self.targets.target_offset[row], _targets_per_row(batch))
+            first = self.targets.start[row] + 1 if self.targets.every_position else self.targets.stop[row] - 1
+            at = np.repeat(first, _targets_per_row(batch)) + place
+            user = np.repeat(self.targets.user[row], _targets_per_row(batch))
+            target = self.dataset.items[at].astype(np.int64)
+            seen = _on(device, seen_before(self.dataset, user, at, target))
+            with torch.inference_mode():
+                vectors = self.model(_on(device, batch)).user  # [T, d]
+            yield number, top_items(vectors, catalogue, self.k, seen["seen_row"], seen["seen_item"])
+
+    def _per_user(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor]]]:
+        for start in range(rows.start, rows.stop, self.batch_size):
+            user = torch.arange(start, min(start + self.batch_size, rows.stop))
+            items, mask = self.histories.latest(user)
+            batch = {"user": user, "items": items, "mask": mask, "target": torch.zeros_like(user)}
+            batch |= seen_before(self.dataset, user.numpy(), self.histories.stop[user.numpy()])
+            with torch.inference_mode():
+                yield user.numpy(), self.model.top_items(_on(device, batch), self.k, self.tables)
+
+
+QUESTIONS: dict[str, Any] = {"block_states": BlockStates, "ranking": Rankings}
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -75,44 +201,56 @@ def run(stage: Stage) -> dict[str, Any]:
     config: RecordStage = stage.config
     teacher = stage.need(config.of)
     dataset = load_dataset(stage)
-    rows = TrainingRows(dataset, teacher.config.sequences)
-    model = _load_teacher(teacher, dataset)
-    boundaries = _boundaries(model, config)
-    if config.signals.online:
-        return {"rows": rows.targets, "bytes": 0, "online": True}
-    device = torch.device("cuda" if torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu" else "cpu")
-    model.to(device)
-    shape = (len(boundaries), model.backbone.width)
-    spec = SignalSpec(
-        name=config.record,
-        rows=rows.targets,
-        shape=shape,
-        dtype=config.signals.dtype,
-        teacher=teacher.fingerprint,
-        split=rows.fingerprint,
-        rows_per_shard=config.signals.shard_rows,
-    )
-    writer = SignalWriter(stage.folder / config.record, spec)
+    accelerated = torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu"
+    device = torch.device("cuda" if accelerated else "cpu")
+    model = load_model(teacher, dataset).to(device)
+    question: Question = QUESTIONS[config.record](model, config, teacher, dataset)
+    if config.signals.online and config.record == "block_states":
+        return {"rows": question.rows, "bytes": 0, "online": True}
+    writers: dict[str, SignalWriter] = {}
+    shard_rows = config.signals.shard_rows
+    for name, (shape, dtype) in question.signals.items():
+        spec = SignalSpec(name, question.rows, shape, dtype, teacher.fingerprint, question.split, shard_rows)
+        shard_rows = spec.rows_per_shard  # the same for all
+        writers[name] = SignalWriter(stage.folder / name, spec)
     started, recorded = time.perf_counter(), 0
-    for targets in writer.missing():
-        with writer.shard(targets) as shard:
-            for batch in OrderedBatches(rows, config.batch_size, targets):
-                states = block_states(model, {key: value.to(device) for key, value in batch.items()}, boundaries)
-                number = batch["target_row"]
-                inside = (number >= targets.start) & (number < targets.stop)
-                shard.write(number[inside].numpy(), states.cpu()[inside])
-        recorded += len(targets)
-        log.info("%-24s %d of %d targets", stage.label, targets.stop, rows.targets)
-    writer.finish()
+    missing = {rows.start: rows for writer in writers.values() for rows in writer.missing()}
+    for _, rows in sorted(missing.items()):
+        with ExitStack() as stack:
+            shards = {name: stack.enter_context(writer.shard(rows)) for name, writer in writers.items()}
+            for number, answers in question.answers(rows, device):
+                inside = (number >= rows.start) & (number < rows.stop)
+                for name, values in answers.items():
+                    shards[name].write(number[inside], values.cpu()[inside])
+        recorded += len(rows)
+        log.info("%-24s %d of %d rows", stage.label, rows.stop, question.rows)
+    for writer in writers.values():
+        writer.finish()
     seconds = time.perf_counter() - started
-    size = sum(path.stat().st_size for path in (stage.folder / config.record).glob("*.npy"))
-    return {"rows": rows.targets, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
+    size = sum(path.stat().st_size for writer in writers.values() for path in writer.folder.glob("*.npy"))
+    return {"rows": question.rows, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
 
 
-def _load_teacher(stage: Stage, dataset: Dataset) -> SequentialRecommender:
-    model = load_model(stage, dataset)
+def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[int]) -> Tensor:
+    """Hidden states at the block ends for every target of the batch: `[T, blocks, D]`, without gradient."""
+    with torch.inference_mode():
+        hidden = model(batch, with_hidden=True).hidden
+    assert hidden is not None
+    return torch.stack([hidden[layer] for layer in boundaries], 1)
+
+
+def _targets_per_row(batch: Batch) -> np.ndarray:
+    target = batch["target"].numpy()
+    return np.ones(len(target), np.int64) if target.ndim == 1 else (target > 0).sum(1)
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _sequential(model: Recommender, config: RecordStage) -> SequentialRecommender:
     if not isinstance(model, SequentialRecommender):
-        raise UserError(f"Stage '{stage.name}' is no sequential model: it has no hidden states to record. Record another one.")
+        raise UserError(f"Stage '{config.of}' is no sequential model: it has no hidden states to record. Record another one.")
     return model
 
 

@@ -14,7 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS, EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, build
+from lit_llmers.conf.schema import (
+    SECTIONS,
+    EncodeStage,
+    EvaluateStage,
+    ExportStage,
+    FitStage,
+    RecordStage,
+    build,
+    fingerprinted,
+)
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import digest, read_json, sha256, write_json
 
@@ -31,6 +40,7 @@ SHARED = {"fit": ("sequences", "optimizer", "trainer"), "record": ("signals",), 
 GATHERING = ("evaluate", "export")  # run once, over all seeds
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
+    "encode": {"model", "adapter"},  # their checksums are too
     "fit": {"accelerator", "checkpoint_every", "log_every"},
 }
 
@@ -83,7 +93,7 @@ class Stage:
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits over format, settings, seed, outside content and the stages it needs."""
-        settings = _without(NOT_IN_FINGERPRINT.get(self.verb, set()), asdict(self.config))
+        settings = _without(NOT_IN_FINGERPRINT.get(self.verb, set()), fingerprinted(self.config))
         needs = [need.fingerprint for need in self.needs]
         return digest([FORMAT, self.verb, settings, self.seed, self.content, needs])
 
@@ -239,6 +249,13 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         from lit_llmers.building import check
 
         check(typed, where)
+    if verb == "encode":
+        from lit_llmers.text.prompts import check_prompt
+        from lit_llmers.text.transformer import identity
+
+        check_prompt(typed.prompt, typed.fields, f"{where}.prompt")
+        check_prompt(typed.user_prompt, ["history"], f"{where}.user_prompt")
+        return typed, identity(typed)
     if verb == "evaluate" and (file := typed.evaluation.candidates):
         if not Path(file).is_file():
             raise UserError(f"There is no file {file}. Set evaluation.candidates to an npy or a parquet file, or to null.")
@@ -252,8 +269,9 @@ def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
         return []
     preparing = [name for name, entry in entries.items() if "prepare" in entry]
     if verb == "fit":
-        sources = [own["from"] for _, own in typed.terms if "from" in own]
-        return list(dict.fromkeys([*preparing, *typed.items, *sources]))
+        from lit_llmers.building import references
+
+        return list(dict.fromkeys([*preparing, *(reference.stage for reference in references(typed))]))
     of = getattr(typed, "of", [])
     return [*preparing, *([of] if isinstance(of, str) else of)]
 
@@ -266,10 +284,16 @@ def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None
     """
     wanted: list[tuple[str, str, tuple[str, ...]]] = []
     if isinstance(typed, FitStage):
-        wanted = [(f"stages.{name}.items", item, ("fit", "encode")) for item in typed.items]
-        for key, arguments in typed.terms:
-            if "from" in arguments:
-                wanted.append((f"stages.{name}.callbacks.{key}.from", arguments["from"], ("record",)))
+        from lit_llmers.building import KINDS, RECORDS, references
+
+        for reference in references(typed):
+            wanted.append((f"stages.{name}.{reference.where}", reference.stage, KINDS[reference.kind]))
+            record = planned[reference.stage][0].config
+            if isinstance(record, RecordStage) and record.record != RECORDS.get(reference.kind, record.record):
+                raise UserError(
+                    f"'stages.{name}.{reference.where}' needs a record of {RECORDS[reference.kind]}, but stage "
+                    f"'{reference.stage}' records {record.record}. Name another stage, or change its 'record'."
+                )
     elif hasattr(typed, "of"):
         of = [typed.of] if isinstance(typed.of, str) else typed.of
         wanted = [(f"stages.{name}.of", model, ("fit",)) for model in of]

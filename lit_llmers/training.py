@@ -5,15 +5,24 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from lit_llmers.building import build_callbacks
+from lit_llmers.building import RECORDS, build_callbacks, references
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.conf.schema import FitStage
-from lit_llmers.data.sequences import TrainingRows
+from lit_llmers.data.dataset import Dataset
 from lit_llmers.files import atomic_write
 from lit_llmers.loggers import finish_loggers
-from lit_llmers.models import TABLE, build_model, count_parameters, data_module, load_dataset, load_model
+from lit_llmers.models import (
+    TABLE,
+    build_model,
+    count_parameters,
+    data_module,
+    load_dataset,
+    load_model,
+    load_sources,
+    offers,
+)
 from lit_llmers.record import open_signals
 from lit_llmers.stages import Stage
 
@@ -26,10 +35,7 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset = load_dataset(stage)
     L.seed_everything(stage.seed, verbose=False)
     data, model = data_module(stage, dataset), build_model(stage, dataset)
-    records = [need for need in stage.needs if need.verb == "record"]
-    terms = build_callbacks(
-        config, {need.name: open_signals(need, TrainingRows(dataset, config.sequences)) for need in records}
-    )
+    terms = build_callbacks(config, _sources(stage, dataset, data), offers(stage, dataset))
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
     throughput = Throughput()
@@ -55,6 +61,16 @@ def run(stage: Stage) -> dict[str, Any]:
     }
     finish_loggers(trainer.loggers, summary)
     return summary
+
+
+def _sources(stage: Stage, dataset: Dataset, data: Any) -> dict[str, Any]:
+    """What other stages left for the stage's callbacks, by reference."""
+    recorded = {
+        reference.where: open_signals(stage.need(reference.stage), data.rows)
+        for reference in references(stage.config)
+        if reference.kind in RECORDS
+    }
+    return recorded | load_sources(stage, dataset, "callbacks")
 
 
 def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:

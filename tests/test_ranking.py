@@ -163,10 +163,10 @@ def test_nor_does_autocast_coarsen_it(blocks, items):
     blocks(128, items)
     torch.manual_seed(7)
     user, table, target = torch.randn(50, 16), torch.randn(901, 16), torch.randint(1, 901, (50,))
-    plain, top = target_ranks(user, table, target), top_items(user, table, 10)
+    plain, top = target_ranks(user, table, target), top_items(user, table, 10)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(target_ranks(user, table, target), plain)
-        assert torch.equal(top_items(user, table, 10), top)
+        assert torch.equal(top_items(user, table, 10)[0], top)
         torch.testing.assert_close(candidate_ranks(user, table, target, torch.arange(901).expand(50, -1)), plain)
 
 
@@ -242,17 +242,18 @@ def test_top_items_equal_a_full_sort_without_the_history(blocks, users, items):
     torch.manual_seed(5)
     user, table = torch.randn(70, 8), torch.randn(801, 8)
     row, item = torch.arange(70).repeat_interleave(30), torch.randint(0, 801, (2100,))
-    top = top_items(user, table, 20, row, item)
+    top, best = top_items(user, table, 20, row, item)
     scores = (user @ table.T).index_put_((row, item), torch.tensor(-torch.inf))
     scores[:, 0] = -torch.inf
     assert torch.equal(top, scores.argsort(1, descending=True)[:, :20])
-    assert torch.equal(torch.cat([top_items(u, table, 20) for u in user.split(7)]), top_items(user, table, 20))
+    torch.testing.assert_close(best, scores.gather(1, top))
+    assert torch.equal(torch.cat([top_items(u, table, 20)[0] for u in user.split(7)]), top_items(user, table, 20)[0])
 
 
 def test_a_list_longer_than_the_catalogue_ends_in_zeros():
     user, table = torch.ones(2, 1), torch.tensor([[9.0], [1.0], [3.0], [2.0]])
-    assert top_items(user, table, 5).tolist() == [[2, 3, 1, 0, 0]] * 2
-    assert top_items(user, table, 2, torch.tensor([0, 0]), torch.tensor([2, 3])).tolist() == [[1, 0], [2, 3]]
+    assert top_items(user, table, 5)[0].tolist() == [[2, 3, 1, 0, 0]] * 2
+    assert top_items(user, table, 2, torch.tensor([0, 0]), torch.tensor([2, 3]))[0].tolist() == [[1, 0], [2, 3]]
 
 
 def test_ranks_agree_with_the_place_in_the_top_list():
@@ -260,5 +261,5 @@ def test_ranks_agree_with_the_place_in_the_top_list():
     user, table = torch.randn(50, 8), torch.randn(301, 8)
     row, item = torch.arange(50).repeat_interleave(9), torch.randint(1, 301, (450,))
     for place in (0, 3, 19):
-        top = top_items(user, table, 20, row, item)[:, place]
+        top = top_items(user, table, 20, row, item)[0][:, place]
         assert (target_ranks(user, table, top, row, item) == place).all()

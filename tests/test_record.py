@@ -14,7 +14,7 @@ from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.models import build_model, load_dataset, load_model
-from lit_llmers.record import OnlineTeacher, RecordedTeacher, open_signals
+from lit_llmers.record import OnlineTeacher, RecordedStates, open_signals
 from lit_llmers.signals import SignalReader
 from lit_llmers.stages import run
 
@@ -54,10 +54,10 @@ def test_the_record_and_the_teacher_itself_give_the_same_loss(teachers, examples
         student, dataset = planned["student"], load_dataset(planned["student"])
         rows = TrainingRows(dataset, student.config.sequences)
         source = open_signals(planned["signals"], rows)
-        assert isinstance(source, OnlineTeacher if name == "online" else RecordedTeacher)
+        assert isinstance(source, OnlineTeacher if name == "online" else RecordedStates)
         torch.manual_seed(0)
         model = build_model(student, dataset).eval()
-        terms = build_callbacks(student.config, {"signals": source})
+        terms = build_callbacks(student.config, {"callbacks.feature_distillation.from": source}, {})
         for term in terms:
             term.setup(None, model, "fit")
         model.log_dict = lambda values: None
@@ -225,3 +225,102 @@ def test_a_teacher_that_overflows_half_precision_is_refused_and_named(teachers, 
 def test_an_unknown_signal(teachers):
     with pytest.raises(UserError, match=r"Unknown signal \(record\) 'block_state'. Did you mean 'block_states'\?"):
         stages(teachers("last"), "last", "stages.signals.record=block_state")
+
+
+# ---- rankings --------------------------------------------------------------------------------------------------------
+
+
+RANKING = """\
+# A teacher's lists for each target and each user, and a student that reads nothing of them.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  teacher: {fit: sasrec, model: {dim: 8, layers: 1, init_std: 0.5}}
+  graph: {fit: lightgcn, model: {dim: 8, layers: 1}, loss: {kind: bpr, negatives: 1}}
+  targets: {record: ranking, of: teacher, k: 7}
+  users: {record: ranking, of: teacher, k: 7, per: user}
+  graph_users: {record: ranking, of: graph, k: 7, per: user}
+"""
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranked")
+    (folder / "lists.yaml").write_text(RANKING)
+    planned = small(folder, "trainer.max_epochs=1", recipe=str(folder / "lists.yaml"))
+    run(planned, None)
+    return by_name(planned)
+
+
+def history(data, user: int, at: int) -> set[int]:
+    return set(data.items[data.offsets[user] : at].tolist())
+
+
+def test_lists_at_each_target_are_a_full_sort_without_what_came_before(ranked):
+    data, teacher = load_dataset(ranked["targets"]), ranked["teacher"]
+    rows = TrainingRows(data, teacher.config.sequences)
+    source, model = open_signals(ranked["targets"], rows), load_model(teacher, data)
+    table, seen_targets = model.item_table(), 0
+    for batch in list(TrainingBatches(rows, 8, seed=0))[:3]:
+        items, scores = source.read(batch)
+        users = model(batch).user
+        assert items.shape == scores.shape == (len(users), 7)
+        owner = batch["user"].repeat_interleave((batch["target"] > 0).sum(1))
+        for nth, (user, number) in enumerate(zip(owner.tolist(), batch["target_row"].tolist(), strict=True)):
+            row = int(np.searchsorted(rows.target_offset, number, side="right")) - 1
+            at = int(rows.start[row] + 1 + number - rows.target_offset[row])
+            target = int(data.items[at])
+            excluded = history(data, user, at) - {target}
+            expected = (table @ users[nth]).detach().numpy().copy()
+            expected[[0, *excluded]] = -np.inf
+            order = np.argsort(-expected, kind="stable")[:7]
+            np.testing.assert_allclose(scores[nth], expected[order], rtol=1e-5, atol=1e-6)
+            assert not excluded & set(items[nth].tolist())
+            seen_targets += target in items[nth].tolist()
+    assert seen_targets, "the target may be in its own list"
+
+
+@pytest.mark.parametrize(("stage", "of"), [("users", "teacher"), ("graph_users", "graph")])
+def test_lists_of_users_leave_out_their_training_history_and_know_nothing_after_it(ranked, stage, of):
+    data = load_dataset(ranked[stage])
+    source = open_signals(ranked[stage], TrainingRows(data, ranked["teacher"].config.sequences))
+    model = load_model(ranked[of], data)
+    user = torch.arange(data.n_users)
+    items, scores = source.read({"target_row": user, "user": user, "target": user})
+    stop = [int(data.offsets[u] + (data.split[data.offsets[u] : data.offsets[u + 1]] == 0).sum()) for u in user.tolist()]
+    for u in range(0, data.n_users, 7):
+        met = data.items[data.offsets[u] : stop[u]][-8:].astype(np.int64)
+        batch = {
+            "user": user[u : u + 1],
+            "items": torch.from_numpy(met)[None],
+            "mask": torch.ones(1, len(met), dtype=torch.bool),
+        }
+        vectors, catalogue = model.vectors(batch, model.tables())
+        expected = (catalogue.table @ vectors[0]).detach().numpy().copy()
+        expected[[0, *history(data, u, stop[u])]] = -np.inf
+        np.testing.assert_allclose(scores[u], np.sort(expected)[::-1][:7], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(expected[items[u]], scores[u], rtol=1e-5, atol=1e-6)
+
+
+def test_a_users_list_is_read_at_each_of_his_targets(ranked):
+    data = load_dataset(ranked["users"])
+    rows = TrainingRows(data, ranked["teacher"].config.sequences)
+    batch = next(iter(TrainingBatches(rows, 8, seed=0)))
+    items, _ = open_signals(ranked["users"], rows).read(batch)
+    alone, _ = open_signals(ranked["users"], rows).read({**batch, "target": batch["target"][:, 0]})
+    owner = torch.arange(8).repeat_interleave((batch["target"] > 0).sum(1))
+    assert torch.equal(items, alone[owner])
+
+
+def test_a_graph_has_no_list_for_a_target(tmp_path):
+    (tmp_path / "lists.yaml").write_text(RANKING.replace("of: graph, k: 7, per: user", "of: graph, k: 7"))
+    planned = small(tmp_path, "trainer.max_epochs=1", recipe=str(tmp_path / "lists.yaml"))
+    with pytest.raises(UserError, match="'graph' cannot rank after each training target.*per: user"):
+        run(planned, None)
+
+
+def test_a_callback_refuses_a_record_of_another_kind(tmp_path):
+    text = RANKING + "  student: {fit: sasrec, model: {dim: 8}, callbacks: [{feature_distillation: {from: users}}]}\n"
+    (tmp_path / "lists.yaml").write_text(text)
+    with pytest.raises(UserError, match="needs a record of block_states, but stage 'users' records ranking"):
+        small(tmp_path, recipe=str(tmp_path / "lists.yaml"))

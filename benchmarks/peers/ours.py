@@ -47,9 +47,11 @@ class Closing(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         validation = self.opening.validation
-        evaluation = {"cpu": validation.cpu, "wall": validation.wall, "hit_rate": float(trainer.callback_metrics["val/HR@10"])}
-        subject.say(evaluation=evaluation, share=1.0, after=after, **self.opening.epoch.stop())
-        subject.another_epoch()
+        figures = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("HR@10", "NDCG@10")}
+        evaluation = {"cpu": validation.cpu, "wall": validation.wall, "figures": figures}
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        subject.say(evaluation=evaluation, last=last, share=1.0, after=after, **self.opening.epoch.stop())
+        trainer.should_stop = not subject.another_epoch() or trainer.should_stop
 
 
 def timed_trainer(stage: Any, callbacks: list[L.Callback]) -> L.Trainer:

@@ -1,6 +1,6 @@
 """A subject: each model as a plain PyTorch loop, as a good programmer writes it: no framework and no tricks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -91,20 +91,17 @@ def normalised_graph(pairs: Tensor, nodes: int) -> Tensor:
 # ---- training and ranking ----------------------------------------------------------------------------------------------
 
 
-def sequential(task: dict) -> tuple[Callable[[], None], Callable[[], float]]:
-    """What trains an epoch and what evaluates all users, for the sequential models."""
+def sequential(task: dict) -> tuple[Callable[[], None], subject.Scores]:
+    """What trains an epoch and what scores all items for all users, for the sequential models."""
     histories, length, n_items = subject.histories(task["data"]), task["length"], task["items"]
     cloze = task["model"] == "bert4rec"
     training = [history[:-2] for history in histories]
     if cloze:
         rows = torch.from_numpy(subject.padded(training, length))
-        last = [np.append(history[:-1], n_items + 1) for history in histories]  # hidden, to be filled in
     else:
         rows = torch.from_numpy(subject.padded([row for row in training if len(row) > 1], length + 1))
-        last = [history[:-1] for history in histories]
-    held_out, target = torch.from_numpy(subject.padded(last, length)), torch.tensor([history[-1] for history in histories])
     model = GRU4Rec(n_items) if task["model"] == "gru4rec" else Transformer(n_items, length, not cloze)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), task.get("lr", 1e-3), fused=True)
 
     def train() -> None:
         model.train()
@@ -122,24 +119,26 @@ def sequential(task: dict) -> tuple[Callable[[], None], Callable[[], float]]:
             optimizer.zero_grad()
 
     @torch.inference_mode()
-    def evaluate() -> float:
+    def scores(read: list[np.ndarray]) -> Iterator[np.ndarray]:
         model.eval()
-        users = torch.cat([model(batch)[:, -1] for batch in held_out.split(1024)])
-        return hit_rate(users, model.items.weight[: n_items + 1], target)
+        if cloze:
+            read = [np.append(items, n_items + 1) for items in read]  # hidden, to be filled in
+        for batch in torch.from_numpy(subject.padded(read, length)).split(subject.CHUNK):
+            yield (model(batch)[:, -1] @ model.items.weight[: n_items + 1].T).numpy()
 
-    return train, evaluate
+    return train, scores
 
 
-def collaborative(task: dict) -> tuple[Callable[[], None], Callable[[], float]]:
+def collaborative(task: dict) -> tuple[Callable[[], None], subject.Scores]:
     """The same for BPR-MF and LightGCN. One table holds the users and after them the items, of which the 0th is unused."""
     histories, n_items = subject.histories(task["data"]), task["items"]
     n_users = len(histories)
     user = torch.repeat_interleave(torch.tensor([len(history) - 2 for history in histories]))
     item = torch.from_numpy(np.concatenate([history[:-2] for history in histories]))
-    target = torch.tensor([history[-1] for history in histories])
     seen = torch.unique(user * (n_items + 1) + item)  # sorted
     table = nn.Parameter(torch.randn(n_users + n_items + 1, DIM) * 0.1)
-    optimizer = torch.optim.Adam([table], 1e-3, fused=True)
+    optimizer = torch.optim.Adam([table], task.get("lr", 1e-3), fused=True)
+    reg = task.get("reg", PENALTY if task["model"] == "lightgcn" else 0.0)
     graph = None
     if task["model"] == "lightgcn":
         pairs = torch.stack([seen // (n_items + 1), n_users + seen % (n_items + 1)], 1)
@@ -163,34 +162,25 @@ def collaborative(task: dict) -> tuple[Callable[[], None], Callable[[], float]]:
             nodes = torch.cat([who, n_users + liked, n_users + negatives(who)])
             u, positive, negative = propagated().index_select(0, nodes).chunk(3)
             loss = F.softplus((u * (negative - positive)).sum(1)).mean()
-            if graph is not None:
-                loss = loss + PENALTY / 2 * table.index_select(0, nodes).square().sum() / len(index)
+            if reg:
+                loss = loss + reg / 2 * table.index_select(0, nodes).square().sum() / len(index)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
     @torch.inference_mode()
-    def evaluate() -> float:
+    def scores(_: list[np.ndarray]) -> Iterator[np.ndarray]:
         vectors = propagated()
-        return hit_rate(vectors[:n_users], vectors[n_users:], target)
+        for users in vectors[:n_users].split(subject.CHUNK):
+            yield (users @ vectors[n_users:].T).numpy()
 
-    return train, evaluate
-
-
-def hit_rate(users: Tensor, table: Tensor, target: Tensor) -> float:
-    """HR@10 over the whole catalogue: `[U, d]` vectors, `[n+1, d]` items, `[U]` targets."""
-    hits = 0
-    for user, wanted in zip(users.split(1024), target.split(1024), strict=True):
-        scores = user @ table.T
-        scores[:, 0] = -torch.inf
-        hits += int(((scores > scores.gather(1, wanted[:, None])).sum(1) < 10).sum())
-    return hits / len(users)
+    return train, scores
 
 
 if __name__ == "__main__":
     subject.announce_first_step()
-    torch.manual_seed(0)
     task = subject.settings()
-    train, evaluate = (collaborative if task["model"] in ("lightgcn", "bpr-mf") else sequential)(task)
-    subject.epochs(train)
-    subject.evaluations(evaluate)
+    torch.manual_seed(task["seed"])
+    train, scores = (collaborative if task["model"] in ("lightgcn", "bpr-mf") else sequential)(task)
+    subject.epochs(train, scores)
+    subject.evaluations(lambda: subject.ranks(scores, "test", ("kept",)))

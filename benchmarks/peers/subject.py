@@ -1,9 +1,11 @@
-"""What all subjects of `benchmarks/students.py` share: the data, and the turns that they take.
+"""What all subjects of `benchmarks/students.py` and `benchmarks/quality.py` share: data, ranks, and the turns that they take.
 
 A subject is a process that trains one model with one library, on settings that it gets as JSON in its only argument. It
-says when its first training step is done, trains one epoch, and goes on with an epoch or an evaluation of all users for
-each such word on its standard input. It says what each cost in one line of JSON on its standard output; whatever else it
-prints goes to its standard error. Each library has an environment of its own, so nothing but numpy is needed here.
+says when its first training step is done, trains one epoch, and goes on with what each word on its standard input asks for:
+`epoch`; `validation` or `test`, to rank that item of every user in the whole catalogue; `evaluate`, which ends the training,
+to do what the library itself does to evaluate all users. It says what each cost, and how good the ranks were, in one line of
+JSON on its standard output; whatever else it prints goes to its standard error. Each library has an environment of its own,
+so nothing but numpy is needed here.
 """
 
 import json
@@ -11,11 +13,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+CUT = {"validation": 2, "test": 1}  # the items at a history's end that are not read when one of them is ranked
+CHUNK = 1024  # users whose scores are made at a time
+Scores = Callable[[list[np.ndarray]], Iterable[np.ndarray]]  # all users' histories -> scores [B, n+1] of B users, and the next
 
 _channel = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # libraries print
@@ -26,11 +33,13 @@ def settings() -> dict[str, Any]:
 
     Keys: `model`; `data`, the folder of a prepared data set; `items`, the size of its catalogue; `folder`, an empty one to
     write to; `length` of a history; `batch`, rows of one; `batches` that stand for an epoch, null for a whole one;
-    `started`, the time of the start; and what only some subjects need.
+    `seed`; `started`, the time of the start; `lr` and `reg` where another than the subject's own is wanted; and what only
+    some subjects need.
     """
     return json.loads(sys.argv[1])
 
 
+@cache
 def histories(folder: str) -> list[np.ndarray]:
     """Each user's items 1..n in order: the last is for the test, the one before for validation, the rest for training."""
     items, offsets = (np.load(Path(folder) / f"{name}.npy") for name in ("items", "offsets"))
@@ -44,6 +53,50 @@ def padded(rows: list[np.ndarray], length: int) -> np.ndarray:
         if len(row):
             line[-len(row) :] = row[-length:]
     return table
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------------
+
+
+def ranks(scores: Scores, part: str, kinds: tuple[str, ...] = ("kept", "masked")) -> dict[str, np.ndarray]:
+    """Where the validation or the test item of each user stands among all items 1..n: 0 is best, ties count half.
+
+    Args:
+        scores: gets what may be read of every user, and yields matrices that are overwritten. -inf stands for an item that
+            the library does not know; column 0 is not read.
+        part: `validation` or `test`.
+        kinds: `kept`: all items compete; `masked`: those that were read do not, but the target does even if it was.
+
+    Raises:
+        ValueError: a score of a target is NaN.
+    """
+    cut = CUT[part]
+    users = histories(settings()["data"])
+    read = [history[:-cut] for history in users]
+    target = np.array([history[-cut] for history in users])
+    places: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    start = 0
+    for table in scores(read):
+        some = slice(start, start + len(table))
+        start += len(table)
+        rows, wanted = np.arange(len(table)), target[some]
+        own = table[rows, wanted][:, None]
+        if np.isnan(own).any():
+            raise ValueError("the model gives NaN: its training diverged")
+        table[:, 0] = np.nan  # neither above the target nor level with it
+        for kind in kinds:
+            if kind == "masked":
+                table[np.repeat(rows, [len(items) for items in read[some]]), np.concatenate(read[some])] = np.nan
+                table[rows, wanted] = own[:, 0]
+            level = np.count_nonzero(table == own, axis=1) - 1
+            places[kind].append(np.count_nonzero(table > own, axis=1) + level / 2)
+    return {kind: np.concatenate(found) for kind, found in places.items()}
+
+
+def metrics(places: np.ndarray) -> dict[str, float]:
+    """HR@10 and NDCG@10 of 0-based ranks; half a place beyond the tenth is a miss."""
+    hit = places <= 9
+    return {"HR@10": float(hit.mean()), "NDCG@10": float((hit / np.log2(places + 2)).mean())}
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------------
@@ -88,42 +141,47 @@ def announce_first_step() -> None:
     register_optimizer_step_post_hook(first)
 
 
-def another_epoch() -> bool:
-    """Wait for the next word; whether it asks for an epoch. The process ends with the words."""
-    word = sys.stdin.readline().strip()
+def another_epoch(scores: Scores | None = None) -> bool:
+    """Rank as long as the next word asks for it; whether it then asks for an epoch. The process ends with the words."""
+    while (word := sys.stdin.readline().strip()) in CUT:
+        assert scores is not None
+        clock = Clock()
+        found = {kind: metrics(places) for kind, places in ranks(scores, word).items()}
+        say(**found, **clock.stop())
     if not word:
         os._exit(0)  # in the middle of a library's own loop
     return word == "epoch"
 
 
-def epochs(train: Callable[[], object], share: float = 1.0, **also: Any) -> None:
+def epochs(train: Callable[[], object], scores: Scores, share: float = 1.0, **also: Any) -> None:
     """Train as long as epochs are asked for, the first one unasked; `share` is the part of an epoch that one call is."""
     asked = True
     while asked:
         clock = Clock()
         train()
         say(share=share, **also, **clock.stop())
-        asked = another_epoch()
+        asked = another_epoch(scores)
 
 
-def epoch_callback(base: type, share: float = 1.0) -> Any:
+def epoch_callback(base: type, scores: Scores, share: float = 1.0) -> Any:
     """The same for a loop of Lightning's; `base` is its class Callback."""
 
     class Turns(base):  # type: ignore[misc]
         def on_train_epoch_start(self, *_: Any) -> None:
             self.clock = Clock()
 
-        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             say(share=share, **self.clock.stop())
-            trainer.should_stop = not another_epoch()
+            trainer.should_stop = not another_epoch(scores)
+            module.train()  # ranking left it in evaluation mode
 
     return Turns()
 
 
-def evaluations(evaluate: Callable[[], float]) -> None:
-    """Evaluate all users as often as it is asked for, once unasked; `evaluate` returns the hit rate at 10."""
+def evaluations(evaluate: Callable[[], object]) -> None:
+    """Evaluate all users as often as it is asked for, once unasked."""
     while True:
         clock = Clock()
-        hit_rate = evaluate()
-        say(hit_rate=float(hit_rate), **clock.stop())
+        evaluate()
+        say(**clock.stop())
         another_epoch()

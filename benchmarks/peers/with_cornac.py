@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import subject
 from cornac.data import Dataset
 from cornac.models.bpr import recom_bpr
@@ -12,6 +13,9 @@ from cornac.models.bpr import recom_bpr
 class Epochs:
     """Stands for the progress bar that Cornac's loop runs over."""
 
+    def __init__(self, scores: subject.Scores) -> None:
+        self.scores = scores
+
     def __iter__(self) -> Iterator[int]:
         subject.say(first_step=True)  # its steps cannot be seen
         asked = True
@@ -19,37 +23,41 @@ class Epochs:
             clock = subject.Clock()
             yield 0
             subject.say(share=1.0, **clock.stop())
-            asked = subject.another_epoch()
+            asked = subject.another_epoch(self.scores)
 
     def set_postfix(self, _: dict[str, str]) -> None:
         pass
 
 
-@contextmanager
-def bar(*_: Any, **__: Any) -> Iterator[Epochs]:
-    yield Epochs()
-
-
 def main() -> None:
     task = subject.settings()
     histories = subject.histories(task["data"])
-    recom_bpr.trange = bar
     pairs = [(user, item, 1.0) for user, history in enumerate(histories) for item in history[:-2].tolist()]
     training = Dataset.from_uir(pairs, seed=0)
-    model = recom_bpr.BPR(k=64, max_iter=1, learning_rate=0.05, lambda_reg=0.001, num_threads=1, seed=0)
+    items = np.array(list(training.iid_map))  # ours in the order of Cornac's
+    model = recom_bpr.BPR(
+        k=64,
+        max_iter=1,
+        learning_rate=task.get("lr", 0.05),
+        lambda_reg=task.get("reg", 0.001),
+        num_threads=1,
+        seed=task["seed"],
+    )
+
+    def scores(_: list[np.ndarray]) -> Iterator[np.ndarray]:
+        for users in np.array_split(np.arange(len(histories)), len(histories) // subject.CHUNK + 1):
+            table = np.full((len(users), task["items"] + 1), -np.inf, np.float32)
+            for row, user in zip(table, users, strict=True):
+                row[items] = model.score(training.uid_map[user])
+            yield table
+
+    @contextmanager
+    def bar(*_: Any, **__: Any) -> Iterator[Epochs]:
+        yield Epochs(scores)
+
+    recom_bpr.trange = bar
     model.fit(training)
-
-    def evaluate() -> float:
-        """Scores of all items for each user."""
-        hits = 0
-        for user, history in enumerate(histories):
-            wanted = training.iid_map.get(int(history[-1]))
-            if wanted is not None:
-                scores = model.score(training.uid_map[user])
-                hits += int((scores > scores[wanted]).sum()) < 10
-        return hits / len(histories)
-
-    subject.evaluations(evaluate)
+    subject.evaluations(lambda: subject.ranks(scores, "test", ("kept",)))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ predict the same items in an epoch as the others.
 import itertools
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import subject
+import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
 from recbole.utils import get_model, get_trainer, init_seed
 
 MODELS = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "lightgcn": "LightGCN", "bpr-mf": "BPR"}
@@ -54,9 +58,10 @@ def main() -> None:
     sequential = task["model"] in ("sasrec", "gru4rec")
     atomic = Path("data/ours/ours.inter")
     atomic.parent.mkdir(parents=True)
+    histories = subject.histories(task["data"])
     with open(atomic, "w") as file:
         file.write("user_id:token\titem_id:token\ttimestamp:float\n")
-        for user, history in enumerate(subject.histories(task["data"])):
+        for user, history in enumerate(histories):
             kept = history[-task["length"] - 3 :] if sequential else history  # one to begin with and two held out
             file.writelines(f"{user}\t{item}\t{time}\n" for time, item in enumerate(kept))
     options = {
@@ -69,26 +74,45 @@ def main() -> None:
         "use_gpu": False,
         "state": "ERROR",
         "show_progress": False,
-        "learning_rate": 1e-3,
+        "learning_rate": task.get("lr", 1e-3),
         "train_batch_size": task["batch"],
         "eval_batch_size": 4096,
         "embedding_size": 64,
         "n_layers": 2,
         "MAX_ITEM_LIST_LENGTH": task["length"],
-        "seed": 0,
+        "seed": task["seed"],
         "reproducibility": False,
         **(SEQUENTIAL if sequential else {}),
     }
     config = Config(model=MODELS[task["model"]], dataset="ours", config_dict=options)
-    init_seed(0, False)
+    init_seed(task["seed"], False)
     training, _, test = data_preparation(config, create_dataset(config))
     model = get_model(config["model"])(config, training.dataset)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    known = training.dataset.field2token_id
+    users = torch.tensor([known["user_id"][str(user)] for user in range(len(histories))])
+    number = np.array([known["item_id"].get(str(item), 0) for item in range(task["items"] + 1)])  # 0: RecBole has not got it
+
+    @torch.inference_mode()
+    def scores(read: list[np.ndarray]) -> Iterator[np.ndarray]:
+        model.eval()
+        read = [number[items[-task["length"] :]] for items in read] if sequential else read
+        for chosen in users.split(subject.CHUNK):
+            asked = {"user_id": chosen}
+            if sequential:
+                some, read = read[: len(chosen)], read[len(chosen) :]
+                rows = [torch.from_numpy(items) for items in [*some, np.zeros(task["length"], np.int64)]]
+                asked["item_id_list"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:-1]
+                asked["item_length"] = torch.tensor([len(items) for items in some])
+            table = model.full_sort_predict(Interaction(asked)).view(len(chosen), -1)[:, number].numpy()
+            table[:, number == 0] = -np.inf
+            yield table
+
     part = Part(training, task["batches"] or len(training))
     epoch = itertools.count()
-    subject.epochs(lambda: trainer._train_epoch(part, next(epoch)), len(part) / len(training))
+    subject.epochs(lambda: trainer._train_epoch(part, next(epoch)), scores, len(part) / len(training))
     trainer.eval_collector.data_collect(training)
-    subject.evaluations(lambda: trainer.evaluate(test, load_best_model=False)["hit@10"])
+    subject.evaluations(lambda: trainer.evaluate(test, load_best_model=False))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def initialise(self, items: Tensor) -> None:
-        """Take `[n+1, d]` as the initial item table, its row 0 zero.
+        """Take `[n+1, d]` as the initial item table but for its padding row.
 
         Raises:
             UserError: it has another shape.
@@ -89,7 +89,7 @@ class CollaborativeBackbone(nn.Module):
         raise NotImplementedError
 
     def initialise(self, items: Tensor, users: Tensor | None = None) -> None:
-        """Take `[n+1, d]` as the initial items, row 0 zero, and `[U, d]` as the initial users if given.
+        """Take `[n+1, d]` as the initial items but for the padding row, and `[U, d]` as the initial users if given.
 
         Raises:
             UserError: they have another shape.

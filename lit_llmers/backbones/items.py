@@ -17,7 +17,7 @@ def item_embedding(n_items: int, dim: int, init_std: float) -> nn.Embedding:
 
 
 def copy_table(table: Tensor, values: Tensor, what: str = "items") -> None:
-    """Copy initial vectors into a table.
+    """Copy initial vectors into a table; the padding row of items stays zero.
 
     Raises:
         UserError: they have another shape.
@@ -28,3 +28,5 @@ def copy_table(table: Tensor, values: Tensor, what: str = "items") -> None:
             "the same dataset, and cut it to the model's width with initial.reduce."
         )
     table.data.copy_(values)
+    if what == "items":
+        table.data[0] = 0

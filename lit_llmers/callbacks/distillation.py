@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_llmers.backbones import Backbone
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
+from lit_llmers.fusion import Sources
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.recommender import Recommender
 
@@ -57,7 +58,8 @@ class Distillation(L.Callback):
     """
 
     name: str
-    fits: ClassVar[type[nn.Module]] = Backbone  # the kind of backbone that the term reads
+    fits: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]] = Backbone  # the kind of backbone that the term reads
+    sources: ClassVar[Sources] = {}  # constructor arguments that other stages make, see `lit_llmers.fusion.Fusion`
 
     def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:
         if decay_epochs < 0:

@@ -66,6 +66,7 @@ class FeatureDistillation(Distillation):
     """
 
     name = "feature"
+    sources = {"signals": ("from", "signals")}  # noqa: RUF012
 
     def __init__(
         self, signals: SignalSource, cosine: float = 1.0, l2: float = 0.1, weight: float = 1.0, decay_epochs: int = 0

@@ -5,7 +5,7 @@ A room's own settings (a data source's, an LLM base's, a backbone's arguments) l
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -14,14 +14,34 @@ from lit_llmers.errors import UserError, nearest, unknown
 EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "cosine")
 SIGNAL_DTYPES = ("float16", "float32")
-ENCODERS = ("tfidf",)
-RECORDABLE = ("block_states",)
+ENCODERS = ("tfidf", "transformer")
+POOLINGS = ("mean", "last", "eos", "cls")
+USER_VECTORS = ("mean", "history", "profile")
+RECORDABLE = ("block_states", "ranking")
+REDUCTIONS = ("pca", "random", "uniform", "variance")
 LOGGERS = ("wandb", "tensorboard", "csv")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 EXPORTS = ("safetensors", "onnx")
 LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 
 Config = TypeVar("Config")
+
+
+def added(default: Any = None, default_factory: Any = None) -> Any:
+    """A setting that came after runs had been made without it: at its default it stays out of the fingerprint, so theirs hold."""
+    value = {"default": default} if default_factory is None else {"default_factory": default_factory}
+    return field(**value, metadata={"added": True})
+
+
+def fingerprinted(config: Any) -> dict[str, Any]:
+    """The settings that name an artefact: all, less those that were `added` and are at their default."""
+    out = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if not (entry.metadata.get("added") and value == default):
+            out[entry.name] = fingerprinted(value) if is_dataclass(value) else value
+    return out
 
 
 def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -40,10 +60,11 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
             raise UserError(
                 f"Unknown configuration key '{where}.{key}'.{nearest(key, known)} '{where}' has: {', '.join(known)}."
             )
+    inner = {key: next((kind for kind in (types[key], *get_args(types[key])) if is_dataclass(kind)), None) for key in values}
     nested = {
-        key: build(types[key], value, f"{where}.{key}")
+        key: build(inner[key], value, f"{where}.{key}")  # type: ignore[type-var, arg-type]
         for key, value in values.items()
-        if is_dataclass(types[key]) and isinstance(value, Mapping)
+        if inner[key] is not None and isinstance(value, Mapping)
     }
     for key, value in values.items():
         check_type(value, types[key], f"{where}.{key}")
@@ -267,6 +288,30 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class InitialConfig:
+    """What the item table (and the users') of a backbone starts from, in place of random numbers.
+
+    Attributes:
+        items: the stage whose item table is copied.
+        reduce: how it is cut to the model's width: `pca`, or columns that are drawn at `random`, `uniform`ly spaced, or of
+            the largest `variance` among the items that interact most; null where it has that width.
+        std: the copied table is scaled to this standard deviation; null keeps its scale.
+        users: whether a collaborative model's users start as the means of their training items.
+    """
+
+    items: str
+    reduce: str | None = "pca"
+    std: float | None = 0.1
+    users: bool = True
+
+    def __post_init__(self) -> None:
+        if self.reduce is not None and self.reduce not in REDUCTIONS:
+            raise unknown("way to cut a table (initial.reduce)", self.reduce, REDUCTIONS)
+        if self.std is not None and not self.std > 0:
+            raise UserError(f"initial.std is {self.std}. It must be positive, or null to keep the table's scale.")
+
+
+@dataclass(frozen=True)
 class FitStage:
     """Train a backbone as a recommender.
 
@@ -276,6 +321,9 @@ class FitStage:
         loss: the task's own loss.
         objective: loss terms that belong to the model itself, such as the contrast of CL4SRec; written as `callbacks` are.
         items: stages whose item tables the backbone reads, side by side (backbones with an `item_table` argument).
+        initial: what the backbone's tables start from.
+        fusion: what stands between the backbone's embedding and its reading; a file in `lit_llmers/fusion`, written as
+            `callbacks` are, applied in order.
         callbacks: list of one-key mappings, a file in `lit_llmers/callbacks` to its arguments; `from` names the stage that
             recorded the teacher. What a method adds to a model stands here, so `callbacks: []` makes its control.
         sequences, optimizer, trainer: override the run's own for this stage.
@@ -287,6 +335,8 @@ class FitStage:
     loss: LossConfig = field(default_factory=LossConfig)
     objective: list[dict[str, Any]] = field(default_factory=list)
     items: list[str] = field(default_factory=list)
+    initial: InitialConfig | None = None
+    fusion: list[dict[str, Any]] = field(default_factory=list)
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     sequences: SequenceConfig = field(default_factory=SequenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -299,24 +349,81 @@ class FitStage:
         """Names and arguments of all loss terms, the model's own first."""
         return [(name, own or {}) for entry in (*self.objective, *self.callbacks) for name, own in entry.items()]
 
+    @property
+    def fusions(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names and arguments of what wraps the backbone, the innermost first."""
+        return [(name, own or {}) for entry in self.fusion for name, own in entry.items()]
+
 
 @dataclass(frozen=True)
 class EncodeStage:
-    """Turn item text into vectors, a table that a fit stage can read.
+    """Turn item text into vectors, a table that a fit stage can read, and on request users into vectors of the same space.
 
     Attributes:
-        encode: the encoder; `tfidf`: TF-IDF and truncated SVD, no model needed.
-        fields: columns of the catalogue that are joined to an item's text.
-        dim: width of the vectors.
+        encode: `tfidf`: TF-IDF and truncated SVD, no model needed. `transformer`: a language model that is not trained here.
+        fields: columns of the catalogue, `data.texts` among them, that are joined to an item's text.
+        dim: width of `tfidf`'s vectors.
+        prompt: the item's text with `{field}` in place of each field's text; null joins the fields by full stops.
+        model: of `transformer`: `minilm` (the package of the extra `minilm`), a local folder, a hub name, or a base as
+            `teacher=NAME` has it, of which name, path, revision, dtype and attention count.
+        adapter: folder of a PEFT adapter that is put onto the model.
+        pooling: `mean` of all tokens, `last` token, `cls` (first token), or `eos`: an end-of-text token is appended and read.
+        max_tokens: a text is cut there.
+        batch_size: texts at a time.
+        normalise: vectors of length one, before `reduce`.
+        dtype: of the model's weights; null is the base's own, or float32.
+        reduce: keep so many principal components of the items' vectors; null keeps all.
+        shuffle: give every vector to another item, drawn at random: what remains is the spectrum without the meaning.
+        users: vectors of users too: `mean` of their training items' vectors; `history`: the encoded titles of their training
+            items, the latest that fit; `profile`: an encoded text about the user.
+        user_prompt: of `history`, with `{history}` where the titles go; null takes the default.
+        profile: of `profile`, the user text among `data.texts`.
+        allow_leaking: names of texts that are read although they may have been written with held-out items in view.
     """
 
     encode: str
     fields: list[str] = field(default_factory=lambda: ["title", "categories", "text"])
     dim: int = 64
+    prompt: str | None = added()
+    model: str | dict[str, Any] | None = added()
+    adapter: str | None = added()
+    pooling: str = added("mean")
+    max_tokens: int = added(128)
+    batch_size: int = added(64)
+    normalise: bool = added(True)
+    dtype: str | None = added()
+    reduce: int | None = added()
+    shuffle: bool = added(False)
+    users: str | None = added()
+    user_prompt: str | None = added()
+    profile: str | None = added()
+    allow_leaking: list[str] = added(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.encode not in ENCODERS:
-            raise unknown("text encoder (encode)", self.encode, ENCODERS)
+        for name, value, known in (
+            ("encode", self.encode, ENCODERS),
+            ("pooling", self.pooling, POOLINGS),
+            ("users", self.users, (None, *USER_VECTORS)),
+        ):
+            if value not in known:
+                raise unknown(f"choice of the encode stage ({name})", str(value), [each for each in known if each])
+        for name in ("dim", "max_tokens", "batch_size", "reduce"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UserError(f"{name} of the encode stage is {number}. It must be at least 1.")
+        if (self.encode == "transformer") != (self.model is not None):
+            raise UserError(
+                "encode: transformer needs a model. Name one, as model: minilm, or use encode: tfidf."
+                if self.model is None
+                else f"encode: {self.encode} has no model. Use encode: transformer, or leave model out."
+            )
+        if self.encode == "tfidf" and (self.users in ("history", "profile") or self.reduce or self.adapter):
+            what = "reduce (use dim)" if self.reduce else "adapter" if self.adapter else f"users: {self.users} (use mean)"
+            raise UserError(f"encode: tfidf does not take {what}. Use encode: transformer for it.")
+        if (self.users == "profile") != (self.profile is not None):
+            raise UserError(
+                "users: profile of the encode stage goes with profile: NAME, a text of users among data.texts such as "
+                "llm_user_profile. Give both or none."
+            )
 
 
 @dataclass(frozen=True)
@@ -324,15 +431,21 @@ class RecordStage:
     """Ask a trained model about every training target and keep the answers.
 
     Attributes:
-        record: what to record; `block_states`: hidden states at the end of each block.
+        record: what to record; `block_states`: hidden states at the end of each block. `ranking`: the best items and their
+            scores, without those met before.
         of: the stage of the teacher.
-        blocks: equal blocks that its layers are cut into.
+        blocks: of `block_states`: equal blocks that its layers are cut into.
+        k: of `ranking`: items in a list.
+        per: of `ranking`: one list for each training `target`, after the history before it, or for each `user`, after all of
+            his training history. A collaborative teacher knows users alone.
         batch_size: rows at a time.
     """
 
     record: str
     of: str
     blocks: int = 4
+    k: int = 100
+    per: str = "target"
     batch_size: int = 512
     signals: SignalsConfig = field(default_factory=SignalsConfig)
 
@@ -341,6 +454,10 @@ class RecordStage:
             raise unknown("signal (record)", self.record, RECORDABLE)
         if self.batch_size < 1:
             raise UserError(f"batch_size of the record stage is {self.batch_size}. It must be at least 1.")
+        if self.k < 1:
+            raise UserError(f"k of the record stage is {self.k}. It must be at least 1.")
+        if self.per not in ("target", "user"):
+            raise unknown("row of the record (per)", self.per, ["target", "user"])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lit_llmers.conf.schema import added
 from lit_llmers.errors import UserError, unknown
 
 SPLITS = ("leave-one-out", "temporal", "given")
@@ -92,6 +93,8 @@ class DataConfig:
         k_core: keep users and items with at least so many interactions, until all have them. 0: no filter.
         min_interactions: users with fewer are dropped.
         min_rating: interactions rated lower are dropped. null: ratings are not read.
+        texts: texts that an LLM wrote, to be read besides: names of files beside the interactions, `llm_item_NAME` (texts of
+            items, columns of the catalogue) or `llm_user_NAME` (texts of users).
     """
 
     name: str = "demo"
@@ -106,6 +109,7 @@ class DataConfig:
     min_interactions: int = 3
     min_rating: float | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    texts: list[str] = added(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -122,3 +126,8 @@ class DataConfig:
                 f"data.min_interactions is {self.min_interactions}. With data.split={self.split} it must be at least "
                 f"{least}{': one item each to train, validate and test' if least == 3 else ''}."
             )
+        for name in self.texts:
+            if not name.startswith(("llm_item_", "llm_user_")):
+                raise UserError(f"data.texts has '{name}'. A file of texts is called llm_item_NAME or llm_user_NAME.")
+        if len(set(self.texts)) < len(self.texts):
+            raise UserError(f"data.texts is {self.texts}. It names a text twice.")

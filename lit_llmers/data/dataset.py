@@ -27,8 +27,11 @@ class Dataset:
         offsets: `[U+1]` int64; user u owns `items[offsets[u]:offsets[u+1]]`.
         split: `[N]` uint8, TRAIN, VALID or TEST; never decreases within a user.
         users: `[U]` original user ids (str).
-        catalogue: n rows, row i-1 is item i: `item_id`, `title`, `categories` (comma separated), `text`; all str.
-        info: JSON-able: `name`, `generated`, `split`, `k_core`, `min_interactions`, `counts`, `dropped`, `notes`.
+        catalogue: n rows, row i-1 is item i: `item_id`, `title`, `categories` (comma separated), `text`, and the item texts
+            of `data.texts`; all str.
+        info: JSON-able: `name`, `generated`, `split`, `k_core`, `min_interactions`, `counts`, `dropped`, `notes`, and where
+            asked for `texts`: for each, whether it is of items or users and whether it leaks.
+        user_texts: U rows, the user texts of `data.texts` (str); None without any.
     """
 
     items: np.ndarray
@@ -37,6 +40,7 @@ class Dataset:
     users: np.ndarray
     catalogue: pd.DataFrame
     info: dict[str, Any]
+    user_texts: pd.DataFrame | None = None
 
     @property
     def n_users(self) -> int:
@@ -83,6 +87,9 @@ class Dataset:
             self.catalogue.to_parquet(temporary, index=False)
         with atomic_write(folder / "users.parquet") as temporary:
             pd.DataFrame({"user_id": self.users}).to_parquet(temporary, index=False)
+        if self.user_texts is not None:
+            with atomic_write(folder / "user_texts.parquet") as temporary:
+                self.user_texts.to_parquet(temporary, index=False)
         write_json(folder / "dataset.json", {"fingerprint": self.fingerprint, "info": self.info})
 
     @classmethod
@@ -101,7 +108,9 @@ class Dataset:
             )
             catalogue = pd.read_parquet(folder / "catalogue.parquet")
             users = pd.read_parquet(folder / "users.parquet")["user_id"].to_numpy(dtype=object)
-        dataset = cls(items, offsets, split, users, catalogue, record["info"])
+            written = folder / "user_texts.parquet"
+            user_texts = pd.read_parquet(written) if written.exists() else None
+        dataset = cls(items, offsets, split, users, catalogue, record["info"], user_texts)
         if dataset.fingerprint != record["fingerprint"]:
             raise UserError(f"The files in {folder} are not the ones that its dataset.json names. {cure}")
         return dataset

@@ -32,15 +32,17 @@ class Tables:
     Attributes:
         interactions: `user_id`, `item_id` (str), `time` (number), and where asked for `rating`, `split` (str); in the
             order of the file.
-        items: `item_id`, `title`, `categories`, `text` (all str, never missing); one row per item.
+        items: `item_id`, `title`, `categories`, `text` and the item texts asked for (all str, never missing); one row per item.
         info: `generated` (bool) and `notes` (list of str), to be kept with the data.
         origin: the file or place that messages name.
+        users: `user_id` and the user texts asked for (all str), or None without any.
     """
 
     interactions: pd.DataFrame
     items: pd.DataFrame
     info: dict[str, Any] = field(default_factory=lambda: {"generated": False, "notes": []})
     origin: str = "the data"
+    users: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def check_tables(
     raw = interactions.read(list(wanted.values()))
     result = pd.DataFrame({name: raw[column] for name, column in wanted.items()}).reset_index(drop=True)
     for name in ("user_id", "item_id"):
-        result[name] = _ids(result[name], wanted[name], interactions.origin)
+        result[name] = as_ids(result[name], wanted[name], interactions.origin)
     result["time"] = _numbers(result["time"], wanted["time"], interactions.origin)
     if (negative := np.flatnonzero(result["time"] < 0)).size:
         row = negative[0]
@@ -192,20 +194,20 @@ def _catalogue(table: Table, columns: Columns) -> pd.DataFrame:
     categories = _chosen(table, columns.categories, "categories", CATEGORY_NAMES)
     text = _chosen(table, columns.text, "text", TEXT_NAMES)
     raw = table.read([item, title, *categories, *text]).reset_index(drop=True)
-    ids = _ids(raw[item], item, table.origin)
+    ids = as_ids(raw[item], item, table.origin)
     twice = ids[ids.duplicated()]
     if len(twice):
         raise UserError(
             f"{table.origin}: item id '{twice.iloc[0]}' occurs more than once in column '{item}' ({len(twice)} rows "
             "too many). Keep one row per item."
         )
-    commas = [_strings(raw[name], ", ", "|" if name not in table.words else " ") for name in categories]
+    commas = [as_strings(raw[name], ", ", "|" if name not in table.words else " ") for name in categories]
     return pd.DataFrame(
         {
             "item_id": ids,
-            "title": _strings(raw[title], " "),
+            "title": as_strings(raw[title], " "),
             "categories": _join(commas, ", ", len(ids)),
-            "text": _join([_strings(raw[name], ", ") for name in text], " ", len(ids)),
+            "text": _join([as_strings(raw[name], ", ") for name in text], " ", len(ids)),
         }
     )
 
@@ -216,7 +218,12 @@ def _chosen(table: Table, chosen: list[str] | None, key: str, usual: Sequence[st
     return [table.require(name, key) for name in chosen]
 
 
-def _ids(column: pd.Series, name: str, origin: str) -> pd.Series:
+def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
+    """Ids as strings, whole numbers without a decimal point.
+
+    Raises:
+        UserError: one is missing.
+    """
     missing = np.flatnonzero(column.isna())
     if missing.size:
         raise UserError(
@@ -239,7 +246,7 @@ def _numbers(column: pd.Series, name: str, origin: str) -> pd.Series:
     return numbers
 
 
-def _strings(column: pd.Series, separator: str, split: str | None = None) -> list[str]:
+def as_strings(column: pd.Series, separator: str, split: str | None = None) -> list[str]:
     """Make every cell a string: lists are joined, missing ones are empty, `split` in a string becomes the separator."""
 
     def one(cell: Any) -> str:

@@ -20,12 +20,28 @@ Batch = dict[str, Tensor]
 _POOL = 16  # batches whose rows are sorted by length together
 
 
-def _windows(items: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Left-padded slices `items[start:stop]`, as wide as the longest: `[B, L]` int64."""
-    width = int((stop - start).max())
+def windows(items: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Left-padded slices `items[start:stop]`, as wide as the longest, of one column at least: `[B, L]` int64."""
+    width = max(1, int((stop - start).max()))
     column = np.arange(-width, 0)
     index = stop[:, None] + column
     return np.where(index >= start[:, None], items[np.maximum(index, 0)], 0).astype(np.int64)
+
+
+def seen_before(dataset: Dataset, user: np.ndarray, at: np.ndarray, target: np.ndarray | None = None) -> Batch:
+    """What the users `[B]` had met before the interactions `at` `[B]`: `seen_row` and `seen_item`, pairs in order of the rows.
+
+    Args:
+        target: `[B]` items that compete although they were met: a repeated target does.
+    """
+    first = dataset.offsets[user]
+    count = at - first
+    row = np.repeat(np.arange(len(user)), count)
+    item = dataset.items[np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - first, count)].astype(np.int64)
+    if target is not None:
+        other = item != target[row]
+        row, item = row[other], item[other]
+    return {"seen_row": torch.from_numpy(row), "seen_item": torch.from_numpy(item)}
 
 
 def _length_batches(lengths: np.ndarray, batch_size: int, order: np.ndarray) -> list[np.ndarray]:
@@ -76,7 +92,7 @@ class TrainingBatches:
         """The batch of these training rows."""
         rows = self.rows
         start, stop = rows.start[index], rows.stop[index]
-        window = _windows(rows.dataset.items, start, stop)  # [B, L+1], inputs and the target after them
+        window = windows(rows.dataset.items, start, stop)  # [B, L+1], inputs and the target after them
         items = window[:, :-1]
         first, last = rows.target_offset[index], rows.target_offset[index + 1]
         if rows.every_position:
@@ -142,7 +158,7 @@ class EvaluationBatches:
     def collate(self, index: np.ndarray) -> Batch:
         """The batch of these evaluation rows."""
         rows = self.rows
-        items = _windows(rows.dataset.items, rows.start[index], rows.at[index])
+        items = windows(rows.dataset.items, rows.start[index], rows.at[index])
         batch = {
             "row": torch.from_numpy(index),
             "user": torch.from_numpy(rows.user[index]),
@@ -151,13 +167,7 @@ class EvaluationBatches:
             "target": torch.from_numpy(rows.target[index]),
         }
         if self.mask_history:
-            count = rows.history_length[index]
-            seen_row = np.repeat(np.arange(len(index)), count)
-            within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-            seen_item = rows.dataset.items[np.repeat(rows.dataset.offsets[rows.user[index]], count) + within]
-            other = seen_item != rows.target[index][seen_row]  # a repeated target still competes
-            batch["seen_row"] = torch.from_numpy(seen_row[other])
-            batch["seen_item"] = torch.from_numpy(seen_item[other].astype(np.int64))
+            batch |= seen_before(rows.dataset, rows.user[index], rows.at[index], rows.target[index])
         return batch
 
 

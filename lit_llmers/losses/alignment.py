@@ -1,8 +1,13 @@
-"""Contrast: an anchor is to find its positive among others. One value per anchor, in nats.
+"""Alignment of two sets of vectors that mean the same: contrast, soft targets, equal distributions, equal directions.
 
+Contrast lets an anchor find its positive among others; one value per anchor, in nats.
 Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018 (arXiv 1807.03748), eq. 4,
-with the density ratio `f(x, y) = e^(sim(x, y) / temperature)` of the methods that use it here.
+with the density ratio `f(x, y) = e^(sim(x, y) / temperature)` of the methods that use it here. Both sides get a gradient
+everywhere: who aligns with a constant gives one.
 """
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +17,7 @@ from lit_llmers.losses.task import cross_entropy
 
 
 def info_nce(
-    anchor: Tensor, positive: Tensor, negatives: Tensor | None = None, *, temperature: float, cosine: bool = True
+    anchor: Tensor, positive: Tensor, negatives: Tensor | None = None, *, temperature: float | Tensor, cosine: bool = True
 ) -> Tensor:
     """`-log(f(x, y+) / (f(x, y+) + sum over the negatives of f(x, y-)))`.
 
@@ -40,7 +45,7 @@ def info_nce_among(
     own: Tensor | None = None,
     excluded: Tensor | None = None,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     cosine: bool = True,
 ) -> Tensor:
     """InfoNCE where the positives stand among the candidates: all other candidates are an anchor's negatives.
@@ -68,3 +73,85 @@ def info_nce_among(
         return cross_entropy(anchor, candidates, own)
     logits = (anchor @ candidates.T).scatter(1, excluded[:, None], -torch.inf)
     return F.cross_entropy(logits, own, reduction="none")
+
+
+def soft_clip(x: Tensor, y: Tensor, *, temperature: float | Tensor) -> Tensor:
+    """CLIP's contrast in both directions, where items that are alike on both sides are not pushed apart.
+
+    Source: LLMEmb, "LLMEmb: Large Language Model Can Be a Good Embedding Generator for Sequential Recommendation", AAAI 2025
+    (arXiv 2409.19925), as its official code computes it; also LLM-ESR's (arXiv 2405.20646) option `cl`. With dot products,
+    `S = x y^T / tau` and the soft targets `P = softmax(tau / 2 (x x^T + y y^T))` the mean over rows is half of
+    `H(P, softmax(S)) + H(P^T, softmax(S^T))`. The targets pass a gradient on too.
+
+    Args:
+        x, y: `[B, d]`, row by row of the same item.
+        temperature: tau, divides the dot products and multiplies those of the targets.
+
+    Returns:
+        `[B]`, the share of row i of P: `1/2 sum_j P_ij (logsumexp_j S_ij + logsumexp_i S_ij - 2 S_ij)`.
+    """
+    logits = x @ y.T / temperature  # [B, B]
+    target = ((x @ x.T + y @ y.T) * (temperature / 2)).softmax(1)
+    return (logits.logsumexp(1) + target.mv(logits.logsumexp(0))) / 2 - (target * logits).sum(1)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """`1 - cos(x, y)` of `[..., d]` and `[..., d]`: `[...]`, in [0, 2]."""
+    return 1 - F.cosine_similarity(x, y, dim=-1)
+
+
+def multi_kernel_mmd(x: Tensor, y: Tensor, powers: Sequence[int] = (-3, -2, -1, 0, 1)) -> Tensor:
+    """How different two distributions are: the unbiased estimate of the squared maximum mean discrepancy.
+
+    Source: PAD, "PAD: Towards Effective and Efficient Pre-train-Align-Disentangle Paradigm", SIGIR 2025 (arXiv 2412.04107);
+    Long et al., "Learning Transferable Features with Deep Adaptation Networks", ICML 2015 (arXiv 1502.02791). With K the sum
+    of the kernels `e^(-|a - b|^2 / (2 2^p m))`, m the mean of all squared distances, a constant:
+    `(sum_{i != j} K(x_i, x_j) + K(y_i, y_j)) / (n (n - 1)) - 2 / n^2 sum_{i, j} K(x_i, y_j)`.
+    The official code adds the constant `2 / (n - 1)`.
+
+    Args:
+        x, y: `[n, d]`; they are no pairs.
+        powers: p of each kernel.
+
+    Returns:
+        a scalar, 0 in expectation for equal distributions and 0 for single vectors.
+    """
+    if len(x) < 2:
+        return (x - x.detach()).sum() + (y - y.detach()).sum()
+    return _MultiKernelMMD.apply(x, y, tuple(sorted(powers, reverse=True)))
+
+
+class _MultiKernelMMD(torch.autograd.Function):
+    """One exponential serves all kernels, the next narrower being its square; the gradient is made while they are in memory.
+
+    With z both sets and G the weighted slopes of K at the squared distances, `d z = 4 (rowsum(G) z - G z)`.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, powers: tuple[int, ...]) -> Tensor:
+        n, of_pairs, across = len(x), 1 / (len(x) * (len(x) - 1)), -1 / len(x) ** 2
+        with torch.autocast(x.device.type, enabled=False):
+            z = torch.cat([x, y]).to(torch.promote_types(x.dtype, torch.float32))
+            square = z.square().sum(1)
+            distance = torch.addmm(square, z, z.T, alpha=-2).add_(square[:, None]).clamp_(min=0).fill_diagonal_(0)
+            mean = distance.mean().clamp(min=torch.finfo(z.dtype).tiny)
+            kernel = distance.mul_(-(0.5 ** (powers[0] + 1)) / mean).exp_()  # of the widest, in place of the distance
+            total, slope = kernel.clone(), kernel * 0.5 ** powers[0]
+            for wider, power in pairwise(powers):
+                for _ in range(wider - power):
+                    kernel.square_()
+                total.add_(kernel)
+                slope.add_(kernel, alpha=0.5**power)
+            within = total[:n, :n].sum() + total[n:, n:].sum() - 2 * n * len(powers)  # without i = j
+            loss = within * of_pairs + 2 * across * total[:n, n:].sum()
+            for rows in (slice(n), slice(n, None)):
+                for columns in (slice(n), slice(n, None)):
+                    slope[rows, columns].mul_(of_pairs if rows == columns else across)
+            gradient = (slope.sum(1, keepdim=True) * z).sub_(slope @ z).mul_(-2 / mean)
+        ctx.save_for_backward(*gradient.to(x.dtype).split(n))
+        return loss
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):
+        of_x, of_y = ctx.saved_tensors
+        return of_x * cotangent, of_y * cotangent, None

@@ -40,10 +40,11 @@ class CountingRecommender(Recommender):
         own = [None] * len(parts) if candidates is None else candidates.split(_CHUNK)
         return torch.cat([rank(part, None, competing) for part, competing in zip(parts, own, strict=True)])
 
-    def top_items(self, batch: Batch, k: int, tables: None = None) -> Tensor:
+    def top_items(self, batch: Batch, k: int, tables: None = None) -> tuple[Tensor, Tensor]:
         """As in every recommender, some rows at a time."""
         top = super().top_items
-        return torch.cat([top(part, k) for part in _parts(batch)])
+        items, scores = zip(*(top(part, k) for part in _parts(batch)), strict=True)
+        return torch.cat(items), torch.cat(scores)
 
 
 def _parts(batch: Batch) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from lit_llmers.teachers.lora import LoraConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -51,8 +51,8 @@ class BaseConfig:
     examples: str = "sequence"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise unknown("teacher.dtype", self.dtype, _DTYPES)
+        if self.dtype not in DTYPES:
+            raise unknown("teacher.dtype", self.dtype, DTYPES)
         if self.examples not in EXAMPLES:
             raise unknown("teacher.examples", self.examples, EXAMPLES)
 
@@ -98,7 +98,7 @@ def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
     _check_depth(config, architecture, layers)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(config.seed)
-        model = AutoModel.from_config(architecture, dtype=_DTYPES[config.dtype], **_attention(config))
+        model = AutoModel.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
     model.layers = model.layers[:layers]
     _truncate(model.config, layers)
     return model
@@ -112,12 +112,12 @@ def _pretrained(config: BaseConfig, path: str, layers: int) -> "PreTrainedModel"
         architecture = AutoConfig.from_pretrained(path, revision=config.revision)
     _check_depth(config, architecture, layers)
     _truncate(architecture, layers)
-    with _reachable(config), _without_load_report():
+    with _reachable(config), without_load_report():
         model, found = AutoModel.from_pretrained(
             path,
             revision=config.revision,
             config=architecture,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             output_loading_info=True,
             **_attention(config),
         )
@@ -185,13 +185,16 @@ def _reachable(config: BaseConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence the report of layers and heads left out on purpose; what is missing is checked by the caller."""
+def without_load_report() -> Iterator[None]:
+    """Silence progress bars and the report of layers and heads left out on purpose; what is missing is checked by the caller."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

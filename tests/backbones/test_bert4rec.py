@@ -154,7 +154,6 @@ def test_both_sides_are_read():
         ({"layers": 0}, "layers is 0"),
         ({"mask_prob": 1.5}, "mask_prob is 1.5"),
         ({"last_prob": -0.1}, "last_prob is -0.1"),
-        ({"dim": 8, "item_init": torch.zeros(10, 8)}, r"item_init is \[10, 8\].*\[11, 8\]"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -53,7 +53,6 @@ def test_items_before_the_window_are_not_read():
         ({"window": 0}, "window is 0"),
         ({"conv_activation": "gelu"}, "conv_activation.*'gelu'"),
         ({"fc_activation": "Relu"}, "fc_activation.*Did you mean 'relu'"),
-        ({"dim": 8, "item_init": torch.zeros(10, 8)}, r"item_init is \[10, 8\].*\[11, 8\]"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -287,6 +287,17 @@ def test_the_option_file_of_a_student_fits_it(student):
 # ---- learning --------------------------------------------------------------------------------------------------------
 
 
+def test_the_initial_table_is_the_given_one_without_its_padding_row(backbone, items):
+    table = torch.randn(N_ITEMS + 1, DIM)
+    backbone.initialise(table)
+    assert torch.equal(backbone.item_table()[1:], table[1:])
+    assert torch.equal(backbone.embed(items[:1]), table[items[:1]])
+    assert not backbone.item_table()[0].any()
+    assert not backbone.embed(items[3:4]).any()
+    with pytest.raises(UserError, match=rf"items is \[{N_ITEMS}, {DIM}\].*\[{N_ITEMS + 1}, {DIM}\]"):
+        backbone.initialise(table[1:])
+
+
 def test_the_padding_row_stays_zero_in_training(backbone, items):
     adam = torch.optim.AdamW(trainable(backbone).values(), lr=0.1, weight_decay=0.1)
     before = backbone.item_table().detach().clone()

@@ -34,14 +34,6 @@ def test_official_numbers_where_no_row_is_padded(golden):
     torch.testing.assert_close(features, z["out.features"][full], rtol=1e-9, atol=1e-10)
 
 
-def test_item_init_is_the_table_without_its_padding_row():
-    table = torch.randn(11, 8)
-    model = SASRec(10, 5, dim=8, item_init=table)
-    assert torch.equal(model.item_table()[1:], table[1:])
-    assert not model.item_table()[0].any()
-    assert table[0].any()
-
-
 def test_initial_scale():
     torch.manual_seed(0)
     table = SASRec(1000, 5, dim=32, init_std=0.1).item_table()[1:]
@@ -52,7 +44,6 @@ def test_initial_scale():
     ("arguments", "message"),
     [
         ({"dim": 8, "heads": 3}, "heads=3"),
-        ({"dim": 8, "item_init": torch.zeros(10, 8)}, r"item_init is \[10, 8\].*\[11, 8\]"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

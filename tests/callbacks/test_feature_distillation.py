@@ -153,5 +153,5 @@ def test_a_depth_that_the_blocks_do_not_divide_is_refused_before_anything_runs(t
 
 def test_a_source_must_be_named(tmp_path):
     (tmp_path / "mine.yaml").write_text(RECIPE.replace("{from: signals, cosine: 1.0, l2: 0.5, weight: 2.0}", "{l2: 1.0}"))
-    with pytest.raises(UserError, match=r"feature_distillation.from' is missing: name the stage that recorded"):
+    with pytest.raises(UserError, match=r"feature_distillation.from' is missing: name a record stage"):
         small(tmp_path, recipe=str(tmp_path / "mine.yaml"))

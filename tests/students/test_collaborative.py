@@ -90,6 +90,19 @@ def test_shapes(make, data):
     torch.testing.assert_close(positive, (users[batch["user"]] * items[batch["target"]]).sum(1))
 
 
+def test_initial_tables_are_the_given_ones(make, data):
+    backbone = build(make, data)
+    users, items = (table.detach().clone() for table in backbone())
+    backbone.initialise(torch.ones_like(items), torch.full_like(users, 2.0))
+    start = dict(backbone.named_parameters())
+    learned = start["nodes"] if "nodes" in start else torch.cat([start["users.weight"], start["items.weight"]])
+    wanted = torch.cat([torch.full_like(users, 2.0), torch.ones_like(items)])
+    wanted[len(users)] = 0
+    assert torch.equal(learned, wanted)
+    with pytest.raises(UserError, match="initial table of the users"):
+        backbone.initialise(items, users[1:])
+
+
 def test_every_parameter_gets_a_gradient_and_the_padding_row_none(make, data):
     backbone, batch = build(make, data), some_batch(data)
     adam = torch.optim.AdamW(backbone.parameters(), lr=0.1, weight_decay=0.1)

@@ -30,8 +30,13 @@ def source_of(config: DataConfig) -> Source:
     """Choose the source: the generator, the folder that was named, or else the publisher.
 
     Raises:
-        UserError: `data=local` without `data.path`.
+        UserError: `data=local` without `data.path`, or texts are asked of a source that has none.
     """
+    if config.texts and config.source != "folder" and config.root is None:
+        raise UserError(
+            f"data.texts={config.texts} are files beside the interactions. Name the folder that has {config.name} with "
+            "data.root=FOLDER, or leave them out."
+        )
     if config.source == "demo":
         return Demo(config.generator)
     if config.source == "folder":

@@ -6,6 +6,7 @@ from typing import Any
 
 from lit_llmers.data import DataConfig
 from lit_llmers.data.interactions import Tables, folder_fingerprint, read_folder
+from lit_llmers.data.texts import add_texts, texts_fingerprint
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,15 @@ class Folder:
     config: DataConfig
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"files": folder_fingerprint(self.path), "columns": asdict(self.config.columns)}
+        texts = texts_fingerprint(self.path, self.config.texts)
+        files = folder_fingerprint(self.path) | ({"texts": texts} if texts else {})
+        return {"files": files, "columns": asdict(self.config.columns)}
 
     def load(self) -> Tables:
-        return read_folder(
+        tables = read_folder(
             self.path,
             self.config.columns,
             split=self.config.split == "given",
             rating=self.config.min_rating is not None,
         )
+        return add_texts(tables, self.path, self.config.texts, self.config.columns)

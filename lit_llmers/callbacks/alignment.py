@@ -1,0 +1,270 @@
+"""Alignment: what a student learned from interactions and what a text says about the same item or user are to agree.
+
+RLMRec-Con: Ren et al., "Representation Learning with Large Language Models for Recommendation", WWW 2024 (arXiv 2310.15950).
+LLMEmb: Liu et al., AAAI 2025 (arXiv 2409.19925), soft targets. PAD: Wang et al., SIGIR 2025 (arXiv 2412.04107), equal
+distributions.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_llmers.backbones import Backbone, CollaborativeBackbone
+from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.callbacks.embedding_distillation import distinct, item_sets, two_layers
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
+from lit_llmers.students.output import StudentOutput
+
+KINDS = ("info_nce", "soft_clip", "mmd", "cosine")
+NEGATIVES = ("batch", "all", "bank")
+PROJECTORS = ("none", "linear", "mlp")
+COLDEST = 0.01  # a learned temperature stays above, as CLIP's
+
+
+class Bank(nn.Module):
+    """The vectors of the entities that were last met, each once and as it was then.
+
+    Attributes:
+        ids: `[size]`, the latest first; 0 where there is none yet.
+        vectors: `[size, d]`.
+    """
+
+    ids: Tensor
+    vectors: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64))
+        self.register_buffer("vectors", torch.zeros(size, dim))
+
+    @torch.no_grad()
+    def exchange(self, ids: Tensor, vectors: Tensor) -> Tensor:
+        """Take in vectors `[M, d]` of different entities `[M]`, 1 and up; return those `[K, d]` of the others that are in."""
+        others = ((self.ids > 0) & ~torch.isin(self.ids, ids)).nonzero().squeeze(1)
+        known, rest = self.ids[others], self.vectors[others]
+        size, filled = len(self.ids), min(len(self.ids), len(ids) + len(known))
+        self.ids[:filled] = torch.cat([ids, known])[:size]
+        self.vectors[:filled] = torch.cat([vectors.to(rest), rest])[:size]
+        self.ids[filled:] = 0
+        return rest.to(vectors)
+
+
+class AlignmentTerm(Term):
+    """The mean over a batch's targets of how far the student's vectors are from the signals, each entity being there once.
+
+    `item`, `negative` and `user` in the log are the parts, which add up: a batch of pairs has negatives and users beside
+    its targets.
+
+    Args:
+        items: `[n+1, D]` signals, row 0 zero.
+        users: `[U, D]` or None.
+        kind, negatives, symmetric: see `Alignment`.
+        temperature: to start with, or to keep.
+        learn_temperature: whether it is trained.
+        of_signal, of_student: projectors.
+        banks: of signals and, if `symmetric`, of the student's vectors.
+        share: of a batch's targets.
+        reduce: the student's.
+    """
+
+    items: Tensor
+    users: Tensor | None
+
+    def __init__(
+        self,
+        items: Tensor,
+        users: Tensor | None,
+        kind: str,
+        negatives: str,
+        symmetric: bool,
+        temperature: float,
+        learn_temperature: bool,
+        of_signal: nn.Module,
+        of_student: nn.Module,
+        banks: list[Bank],
+        share: float,
+        reduce: Reduce,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("items", items, persistent=False)
+        self.register_buffer("users", users, persistent=False)
+        self.kind, self.negatives, self.symmetric = kind, negatives, symmetric
+        self.of_signal, self.of_student, self.banks = of_signal, of_student, nn.ModuleList(banks)
+        self.share, self.reduce = share, reduce
+        self.fixed = temperature
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """Of this step."""
+        return self.fixed if self.log_temperature is None else self.log_temperature.exp()
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        if self.log_temperature is not None:
+            with torch.no_grad():
+                self.log_temperature.clamp_(min=math.log(COLDEST))
+        parts = {}
+        for name, index in zip(("item", "negative"), item_sets(batch, self.share), strict=False):
+            parts[name] = self._aligned(output.items, self.items, index, self.negatives, padding=1)
+        if self.users is not None:
+            parts["user"] = self._aligned(output.users, self.users, batch["user"], "all")  # type: ignore[attr-defined]
+        total = torch.stack(list(parts.values())).sum()
+        self.parts = {name: value.detach() for name, value in parts.items()}
+        if self.log_temperature is not None:
+            self.parts["temperature"] = self.log_temperature.detach().exp()
+        return self.reduce(total.expand(int((batch["target"] > 0).sum())), batch)
+
+    def _aligned(self, table: Tensor, signals: Tensor, index: Tensor, negatives: str, padding: int = 0) -> Tensor:
+        """The mean over the rows `index` `[K]` of a table `[N, d]`, of which the first `padding` rows are none; a scalar."""
+        ids, weight = distinct(index, len(signals))
+        if self.kind == "info_nce" and negatives == "all":
+            values = self._against_all(table[padding:], signals[padding:], ids - padding)
+        else:
+            student, signal = self._promoted(table.index_select(0, ids), signals.index_select(0, ids))
+            if self.kind == "mmd":
+                return multi_kernel_mmd(student, signal)
+            values = self._among_themselves(student, signal, ids, negatives)
+        return values.dot(weight.to(values))
+
+    def _promoted(self, student: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        """Both after their projectors."""
+        student, signal = self.of_student(student), self.of_signal(signal)
+        kind = torch.promote_types(torch.promote_types(student.dtype, signal.dtype), torch.float32)
+        return student.to(kind), signal.to(kind)
+
+    def _against_all(self, table: Tensor, signals: Tensor, own: Tensor) -> Tensor:
+        """`[M]` losses of the rows `own` `[M]` against all rows of the other side."""
+        student, signal = self._promoted(table if self.symmetric else table.index_select(0, own), signals)
+        forth = student.index_select(0, own) if self.symmetric else student
+        values = info_nce_among(forth, signal, own, temperature=self.temperature)
+        if not self.symmetric:
+            return values
+        return (values + info_nce_among(signal.index_select(0, own), student, own, temperature=self.temperature)) / 2
+
+    def _among_themselves(self, student: Tensor, signal: Tensor, ids: Tensor, negatives: str) -> Tensor:
+        """`[M]` losses of M different entities."""
+        if self.kind == "cosine":
+            return cosine(student, signal)
+        if self.kind == "soft_clip":
+            return soft_clip(student, signal, temperature=self.temperature)
+        pairs = [(student, signal), (signal, student)] if self.symmetric else [(student, signal)]
+        values = []
+        for side, (anchor, candidates) in enumerate(pairs):
+            if negatives == "bank":
+                bank: Any = self.banks[side]
+                candidates = torch.cat([candidates, bank.exchange(ids, candidates)])
+            values.append(info_nce_among(anchor, candidates, temperature=self.temperature))
+        return torch.stack(values).mean(0)
+
+
+class Alignment(Distillation):
+    """A student's vector of an item, and of a user where `users` are given, is to be near to the text's vector of the same one.
+
+    An item that is in a batch twice competes with itself nowhere: we differ from the official codes, in which it is its own
+    false negative, in that it is one candidate. RLMRec-Con is `kind: info_nce, projector: mlp` with a collaborative student:
+    users compete with all users, targets with the targets of the batch, negatives with its negatives. From LLMEmb we differ in
+    the learned temperature: we learn its logarithm, so that it stays positive.
+
+    Args:
+        items: `[n+1, D]` the items' signals, row 0 zero.
+        users: `[U, D]` the users' signals; of use to a collaborative student alone.
+        kind: `info_nce` (cosines), `soft_clip` (dot products), `mmd` (equal distributions) or `cosine` (equal directions).
+        negatives: of `info_nce`: which items compete: those of the `batch`, `all`, or those of the batch and of a `bank` of the
+            vectors that were last met.
+        bank: how many vectors it holds.
+        symmetric: of `info_nce`: also ask for the student's vector given the signal, and take the mean of both.
+        temperature: divides the similarities (tau); `soft_clip` also multiplies those of its targets by it.
+        learn_temperature: whether it is trained, from there on and not below 0.01.
+        projector: `none`, `linear`, or `mlp` with one inner layer of the mean width and a leaky ReLU; users and items share it.
+        project: what it maps: the `signal` to the student's width, or the `student` to the signal's.
+        share: of a batch's targets and negatives, drawn at random at each step; the others neither align nor compete.
+        weight: factor of the term in the student's loss.
+        decay_epochs: see `Distillation`.
+
+    Raises:
+        UserError: an unknown kind, projector or competition; a size, a temperature or a share that is not positive.
+    """
+
+    name = "alignment"
+    fits = (Backbone, CollaborativeBackbone)
+    sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items"), "users": ("from", "users")}
+
+    def __init__(
+        self,
+        items: Tensor,
+        users: Tensor | None = None,
+        kind: str = "info_nce",
+        negatives: str = "batch",
+        bank: int = 4096,
+        symmetric: bool = False,
+        temperature: float = 0.2,
+        learn_temperature: bool = False,
+        projector: str = "linear",
+        project: str = "signal",
+        share: float = 1.0,
+        weight: float = 0.1,
+        decay_epochs: int = 0,
+    ) -> None:
+        super().__init__(weight, decay_epochs)
+        for key, given, known in (
+            ("kind", kind, KINDS),
+            ("negatives", negatives, NEGATIVES),
+            ("projector", projector, PROJECTORS),
+            ("project", project, ("signal", "student")),
+        ):
+            if given not in known:
+                raise unknown(f"value of alignment.{key}", given, known)
+        if kind != "info_nce" and (negatives != "batch" or symmetric):
+            raise UserError(f"alignment: kind={kind} knows no negatives={negatives} and no symmetric. Leave them out.")
+        if learn_temperature and kind not in ("info_nce", "soft_clip"):
+            raise UserError(f"alignment: kind={kind} has no temperature to learn. Leave learn_temperature out.")
+        if bank < 1:
+            raise UserError(f"alignment: bank is {bank}. It must hold at least 1 vector.")
+        if not temperature > 0:
+            raise UserError(f"alignment: temperature is {temperature}. It must be positive.")
+        if learn_temperature and temperature < COLDEST:
+            raise UserError(f"alignment: temperature is {temperature}. To be learned it must start at {COLDEST} or above.")
+        if not 0 < share <= 1:
+            raise UserError(f"alignment: share is {share}. It must be above 0 and at most 1.")
+        self.items, self.users, self.kind, self.negatives, self.bank = items, users, kind, negatives, bank
+        self.symmetric, self.temperature, self.learn_temperature = symmetric, temperature, learn_temperature
+        self.projector, self.project, self.share = projector, project, share
+
+    def build(self, student: Any) -> AlignmentTerm:
+        dim, width = student.backbone.dim, self.items.shape[1]
+        if self.projector == "none" and dim != width:
+            raise UserError(
+                f"alignment: projector=none compares vectors as they are, but the student's have {dim} numbers and the "
+                f"signals {width}. Use projector=linear or mlp, or give both the same dim."
+            )
+        users = self.users if isinstance(student.backbone, CollaborativeBackbone) else None
+        if users is not None and users.shape[1] != width:
+            raise UserError(
+                f"alignment: the items' signals have {width} numbers and the users' {users.shape[1]}. Encode both with the "
+                "same encoder."
+            )
+        inputs, outputs = (width, dim) if self.project == "signal" else (dim, width)
+        projector: nn.Module = nn.Identity()
+        if self.projector != "none":
+            linear = self.projector == "linear"
+            projector = nn.Linear(inputs, outputs) if linear else two_layers(inputs, outputs, nn.LeakyReLU)
+        mapped = {self.project: projector}
+        number = (1 + self.symmetric) * (self.negatives == "bank")
+        return AlignmentTerm(
+            self.items,
+            users,
+            self.kind,
+            self.negatives,
+            self.symmetric,
+            self.temperature,
+            self.learn_temperature,
+            mapped.get("signal", nn.Identity()),
+            mapped.get("student", nn.Identity()),
+            [Bank(self.bank, outputs) for _ in range(number)],
+            self.share,
+            student.reduce,
+        )

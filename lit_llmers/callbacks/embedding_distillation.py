@@ -1,0 +1,253 @@
+"""Embedding distillation: Hint (FitNets), DE (distillation experts) and HTD (hierarchical topology).
+
+Hint: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015 (arXiv 1412.6550), on item vectors. DE: Kang et al.,
+"DE-RRD: A Knowledge Distillation Framework for Recommender System", CIKM 2020 (arXiv 2012.04357). HTD: Kang et al., "Topology
+Distillation for Recommender System", KDD 2021 (arXiv 2106.08700).
+"""
+
+import math
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lit_llmers.backbones import Backbone, CollaborativeBackbone
+from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.losses.embedding import entity_topology, expert_weights, group_topology, gumbel_like, squared_distance
+from lit_llmers.students.output import StudentOutput
+
+KINDS = ("hint", "experts", "topology")
+MAPS = ("none", "linear", "mlp")
+
+
+def two_layers(inputs: int, outputs: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """The map that DE, HTD and RLMRec share: its inner width is the mean of both ends."""
+    inner = (inputs + outputs) // 2
+    return nn.Sequential(nn.Linear(inputs, inner), activation(), nn.Linear(inner, outputs))
+
+
+def item_sets(batch: Batch, share: float = 1.0) -> list[Tensor]:
+    """The items that a batch is about: its targets `[T]` and, where it brings them, its negatives `[B N]`.
+
+    Args:
+        share: of each that is drawn at random.
+    """
+    target = batch["target"]
+    sets = [target if target.dim() == 1 else target[target > 0]]
+    if "negatives" in batch:
+        sets.append(batch["negatives"].flatten())
+    if share < 1:
+        drawn = [torch.randperm(len(each), device=each.device)[: math.ceil(share * len(each))] for each in sets]
+        sets = [each[index] for each, index in zip(sets, drawn, strict=True)]
+    return sets
+
+
+def distinct(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The different numbers in `[K]`, each once and in order: `[M]`, and the share of the K that each has.
+
+    Args:
+        rows: one past the largest number there may be.
+    """
+    count = torch.bincount(index, minlength=rows)
+    ids = count.nonzero().squeeze(1)
+    return ids, count[ids] / len(index)
+
+
+class Hint(nn.Module):
+    """`||map(s) - t||^2` of each entity.
+
+    Args:
+        map: to the teacher's width; None where it is the student's own.
+    """
+
+    def __init__(self, map: nn.Module | None) -> None:
+        super().__init__()
+        self.map = map
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """`[M]` for `[M, d]` and `[M, D]`."""
+        return squared_distance(student if self.map is None else self.map(student), teacher)
+
+
+class Experts(nn.Module):
+    """DE: `||sum_k z_k f_k(s) - t||^2`, with a hard choice z of experts that a gate makes from t.
+
+    The experts f_k are `two_layers` with a ReLU. They are computed side by side as one layer, whose inner part is scaled by z.
+
+    Args:
+        dim: d, width of the student.
+        width: D, width of the teacher.
+        number: E, how many experts.
+
+    Attributes:
+        temperature: of the choice.
+    """
+
+    def __init__(self, dim: int, width: int, number: int) -> None:
+        super().__init__()
+        inner = (dim + width) // 2
+        self.gate = nn.Linear(width, number)
+        self.inner = nn.Linear(dim, number * inner)
+        self.outer = nn.Parameter(torch.empty(number * inner, width).uniform_(-(inner**-0.5), inner**-0.5))
+        self.bias = nn.Parameter(torch.empty(number, width).uniform_(-(inner**-0.5), inner**-0.5))
+        self.temperature = 1.0
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """`[M]` for `[M, d]` and `[M, D]`."""
+        logits = self.gate(teacher)
+        return self.distance(student, teacher, expert_weights(logits, gumbel_like(logits), self.temperature))
+
+    def distance(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
+        """`[M]`, for a choice `[M, E]`."""
+        inner = self.inner(student).relu().unflatten(1, (len(self.bias), -1)) * chosen[:, :, None]  # [M, E, inner]
+        return squared_distance(torch.addmm(chosen @ self.bias, inner.flatten(1), self.outer), teacher)
+
+
+class Topology(nn.Module):
+    """HTD: `a (entity + group topology) + (1 - a) assignment` of each entity; the groups are where the experts' gate points.
+
+    Args:
+        experts: one for each group; their distance is the assignment.
+        balance: a.
+        share: of the entities that are there, at which the pairs of a group are as many as without drawing.
+    """
+
+    def __init__(self, experts: Experts, balance: float, share: float = 1.0) -> None:
+        super().__init__()
+        self.experts, self.balance, self.share = experts, balance, share
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """`[M]` for `[M, d]` and `[M, D]`."""
+        with torch.no_grad():
+            group = self.experts.gate(teacher).argmax(1)
+        topology = entity_topology(student, teacher, group) / self.share + group_topology(student, teacher, group)
+        return self.balance * topology + (1 - self.balance) * self.experts(student, teacher)
+
+
+class EmbeddingTerm(Term):
+    """The mean of a distance over the items of a batch.
+
+    Args:
+        items: `[n+1, D]` the teacher's vectors, row 0 zero.
+        distance: `[M]` of the student's vectors `[M, d]` and the teacher's `[M, D]` of M different items.
+        once: an item counts once in a batch, however often it is in it; otherwise once for each target, and half where the
+            batch brings negatives, whose mean is the other half.
+        share: of the targets that it is estimated from.
+        reduce: the student's.
+    """
+
+    items: Tensor
+
+    def __init__(self, items: Tensor, distance: nn.Module, once: bool, share: float, reduce: Reduce) -> None:
+        super().__init__()
+        self.register_buffer("items", items, persistent=False)
+        self.distance, self.once, self.share, self.reduce = distance, once, share, reduce
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        sets = item_sets(batch, self.share)
+        if self.once:
+            ids, _ = distinct(torch.cat(sets), len(self.items))
+            value = self._distance(output, ids).mean()
+        else:
+            counted = [distinct(each, len(self.items)) for each in sets]
+            value = torch.stack([self._distance(output, ids).dot(weight) for ids, weight in counted]).mean()
+        return self.reduce(value.expand(int((batch["target"] > 0).sum())), batch)
+
+    def _distance(self, output: StudentOutput, ids: Tensor) -> Tensor:
+        values = self.distance(output.items.index_select(0, ids), self.items.index_select(0, ids))
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class EmbeddingDistillation(Distillation):
+    """The student's item vectors learn to be, or to lie to each other as, the teacher's of the same items.
+
+    `hint` maps a student's vector to its teacher's; `experts` (DE) lets the teacher's vector choose which of several maps does;
+    `topology` (HTD) asks that items which the teacher puts into one group are as alike to each other, and to the means of the
+    groups, as at the teacher. What the maps learn is dropped with the callback.
+
+    We differ from the official codes of DE and HTD in that values are means over the batch's items and not sums, and in that
+    users have no part, since a teacher that knows text alone has none. From HTD in that items with the same group are found
+    among those of the batch, as there, yet with `share` among fewer.
+
+    Cost: TODO
+
+    Args:
+        items: `[n+1, D]` the teacher's item vectors, row 0 zero.
+        kind: `hint`, `experts` or `topology`.
+        map: of `hint`: `none`, `linear`, or `mlp` with one inner layer of the mean width.
+        experts: of `experts` and `topology`: how many maps, or groups.
+        temperature: of the choice of experts in the first epoch; it falls exponentially.
+        final_temperature: where it would be after the last epoch; 1e-10 in the official codes.
+        balance: of `topology`: its weight against that of the assignment to groups (the official code's alpha).
+        share: of a batch's targets, drawn at random at each step, that the loss is estimated from.
+        weight: factor of the term in the student's loss.
+        decay_epochs: see `Distillation`.
+
+    Raises:
+        UserError: an unknown kind or map, no expert, a temperature that is not positive, or a share outside 0..1.
+    """
+
+    name = "embedding"
+    fits = (Backbone, CollaborativeBackbone)
+    sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items")}
+
+    def __init__(
+        self,
+        items: Tensor,
+        kind: str = "hint",
+        map: str = "linear",
+        experts: int = 30,
+        temperature: float = 1.0,
+        final_temperature: float = 1e-10,
+        balance: float = 0.5,
+        share: float = 1.0,
+        weight: float = 1.0,
+        decay_epochs: int = 0,
+    ) -> None:
+        super().__init__(weight, decay_epochs)
+        if kind not in KINDS:
+            raise unknown("kind (embedding_distillation.kind)", kind, KINDS)
+        if map not in MAPS:
+            raise unknown("map (embedding_distillation.map)", map, MAPS)
+        if experts < 1:
+            raise UserError(f"embedding_distillation: experts is {experts}. It must be at least 1.")
+        for key, value in {"temperature": temperature, "final_temperature": final_temperature}.items():
+            if not value > 0:
+                raise UserError(f"embedding_distillation: {key} is {value}. It must be positive.")
+        if not 0 <= balance <= 1:
+            raise UserError(f"embedding_distillation: balance is {balance}. It is a share, from 0 to 1.")
+        if not 0 < share <= 1:
+            raise UserError(f"embedding_distillation: share is {share}. It must be above 0 and at most 1.")
+        self.items, self.kind, self.map, self.experts = items, kind, map, experts
+        self.temperature, self.final_temperature = temperature, final_temperature
+        self.balance, self.share = balance, share
+
+    def build(self, student: Any) -> EmbeddingTerm:
+        dim, width = student.backbone.dim, self.items.shape[1]
+        distance: nn.Module
+        if self.kind == "hint":
+            if self.map == "none" and dim != width:
+                raise UserError(
+                    f"embedding_distillation: map=none compares vectors as they are, but the student's have {dim} numbers and "
+                    f"the teacher's {width}. Use map=linear, or give both the same dim."
+                )
+            map = None
+            if self.map != "none":
+                map = nn.Linear(dim, width) if self.map == "linear" else two_layers(dim, width)
+            distance = Hint(map)
+        else:
+            distance = Experts(dim, width, self.experts)
+            if self.kind == "topology":
+                distance = Topology(distance, self.balance, self.share)
+        return EmbeddingTerm(self.items, distance, self.kind == "topology", self.share, student.reduce)
+
+    def _set_weight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super()._set_weight(trainer, pl_module)
+        student: Any = pl_module
+        past = trainer.current_epoch / (trainer.max_epochs or 1)
+        for module in student.terms[self.name].modules():
+            if isinstance(module, Experts):
+                module.temperature = self.temperature * (self.final_temperature / self.temperature) ** past

@@ -1,0 +1,131 @@
+"""RLMRec-Gen: Ren et al., "Representation Learning with Large Language Models for Recommendation", WWW 2024, 2310.15950."""
+
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lit_llmers.backbones.lightgcn import LightGCN
+from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.callbacks.embedding_distillation import two_layers
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError
+from lit_llmers.losses.alignment import info_nce
+from lit_llmers.students.collaborative import TableOutput
+
+KEY = "masked_nodes"
+
+
+class MaskedReconstructionTerm(Term):
+    """InfoNCE: which of the hidden nodes' texts is that of this node, judged by what its neighbours say about it?
+
+    Args:
+        items: `[n+1, D]` signals, row 0 zero.
+        users: `[U, D]` signals.
+        dim: d, width of the student.
+        temperature: divides the cosines.
+
+    Attributes:
+        token: `[d]`, stands for the initial embedding of every hidden node.
+        decoder: d to D.
+    """
+
+    requires = frozenset({KEY})
+    per_target = False
+    signals: Tensor
+
+    def __init__(self, items: Tensor, users: Tensor, dim: int, temperature: float) -> None:
+        super().__init__()
+        self.register_buffer("signals", torch.cat([users, items]), persistent=False)
+        self.token = nn.Parameter(torch.zeros(dim))
+        self.decoder = two_layers(dim, items.shape[1], nn.LeakyReLU)
+        self.temperature = temperature
+
+    def forward(self, output: TableOutput, batch: Batch) -> Tensor:  # type: ignore[override]
+        nodes, n_users = batch[KEY], len(output.users)
+        user, item = nodes[nodes < n_users], nodes[nodes >= n_users]
+        read = torch.cat([output.users.index_select(0, user), output.items.index_select(0, item - n_users)])
+        text = self.signals.index_select(0, torch.cat([user, item]))
+        return info_nce(self.decoder(read), text, temperature=self.temperature).mean()
+
+
+class MaskedReconstruction(Distillation):
+    """Some nodes of the graph are hidden behind a learned token; what propagates to them is to tell their text.
+
+    As in the official code the student has one pass over the graph in a training step, the one with hidden nodes: its own loss
+    scores pairs with that pass too. What is penalised are the true embeddings. Validation and export see all nodes. We differ
+    in that LightGCN's layers are averaged and not summed, and that no edges are dropped.
+
+    Args:
+        items: `[n+1, D]` the items' signals, row 0 zero.
+        users: `[U, D]` the users' signals.
+        ratio: of all users and items, hidden, drawn anew at each step; one node at least.
+        temperature: divides the cosines (tau).
+        weight: factor of the term in the student's loss.
+        decay_epochs: see `Distillation`; nodes are hidden also where the weight is zero.
+
+    Raises:
+        UserError: a ratio outside 0..1, a temperature that is not positive, or no signals of users.
+    """
+
+    name = "masked_reconstruction"
+    fits = LightGCN
+    sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items"), "users": ("from", "users")}
+
+    def __init__(
+        self,
+        items: Tensor,
+        users: Tensor,
+        ratio: float = 0.15,
+        temperature: float = 0.5,
+        weight: float = 0.1,
+        decay_epochs: int = 0,
+    ) -> None:
+        super().__init__(weight, decay_epochs)
+        if not 0 < ratio < 1:
+            raise UserError(f"masked_reconstruction: ratio is {ratio}. It is the share of hidden nodes, between 0 and 1.")
+        if not temperature > 0:
+            raise UserError(f"masked_reconstruction: temperature is {temperature}. It must be positive.")
+        if items.shape[1] != users.shape[1]:
+            raise UserError(
+                f"masked_reconstruction: the items' signals have {items.shape[1]} numbers and the users' {users.shape[1]}. "
+                "Encode both with the same encoder."
+            )
+        self.items, self.users, self.ratio, self.temperature = items, users, ratio, temperature
+
+    def build(self, student: Any) -> MaskedReconstructionTerm:
+        backbone = student.backbone
+        given, own = (len(self.users), len(self.items) - 1), (backbone.n_users, backbone.n_items)
+        if given != own:
+            raise UserError(
+                f"masked_reconstruction: there are signals of {given[0]} users and {given[1]} items, but the student has "
+                f"{own[0]} and {own[1]}. Make both from the same dataset."
+            )
+        return MaskedReconstructionTerm(self.items, self.users, backbone.dim, self.temperature)
+
+    def draw(self, backbone: LightGCN) -> Tensor:
+        """`[M]` nodes to hide, never the padding."""
+        number = backbone.n_users + backbone.n_items
+        drawn = torch.randperm(number, device=backbone.nodes.device)[: max(1, int(self.ratio * number))]
+        return drawn + (drawn >= backbone.n_users)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        student: Any = pl_module
+        batch[KEY] = self.draw(student.backbone)
+        hide(student.backbone, batch[KEY], student.terms[self.name].token)
+
+
+def hide(backbone: LightGCN, nodes: Tensor, token: Tensor) -> None:
+    """Let the backbone's next forward pass read the token `[d]` in place of the initial embeddings of the nodes `[M]`."""
+
+    def before(module: nn.Module, arguments: Any) -> None:
+        table = backbone.nodes.index_copy(0, nodes, token.to(backbone.nodes).expand(len(nodes), -1))
+        vars(backbone)["nodes"] = table  # found before the parameter, which stays what it is
+
+    def after(module: nn.Module, arguments: Any, output: Any) -> None:
+        vars(backbone).pop("nodes", None)
+        for hook in hooks:
+            hook.remove()
+
+    hooks = [backbone.register_forward_pre_hook(before), backbone.register_forward_hook(after, always_call=True)]

@@ -1,0 +1,347 @@
+"""Ranking distillation: the student learns from the teacher's list of best items for each target.
+
+One callback for DLLM2Rec (RecSys 2024), RD (KDD 2018), RRD (CIKM 2020), DCD (CIKM 2021), UnKD (WSDM 2023) and the plain soft
+top-K: they differ in the items drawn from the list, in their weights and in the loss.
+"""
+
+from typing import Any, ClassVar, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_llmers.backbones import Backbone, CollaborativeBackbone
+from lit_llmers.callbacks import ranking_samples as samples
+from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.losses import ranking as losses
+from lit_llmers.students.output import StudentOutput
+
+ITEMS, SCORES = "teacher_items", "teacher_scores"
+_OF_LIST = ("top", "rank", "discrepancy")
+LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
+    "bce": _OF_LIST,
+    "listwise": _OF_LIST,
+    "softmax": _OF_LIST,
+    "pairwise": ("popularity",),
+}
+WEIGHTS = ("position", "confidence", "consistency", "discrepancy")
+OF_STUDENT = {"consistency", "discrepancy"}  # weights that depend on how the student ranks
+
+
+class RankingSource(Protocol):
+    """A teacher's recorded lists."""
+
+    k: int
+
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Items `[T, K]` and scores of every target of the batch: best first, higher is better, 0 where a list ends."""
+        ...
+
+
+class RankingTerm(Term):
+    """The loss of the student's scores of listed items, see `RankingDistillation` for the settings.
+
+    Args:
+        settings: the callback.
+        reduce: mean over the targets of a batch.
+    """
+
+    requires = frozenset({ITEMS, SCORES})
+    propensity: Tensor
+    group_of: Tensor
+
+    def __init__(self, settings: "RankingDistillation", reduce: Reduce) -> None:
+        super().__init__()
+        self.settings, self.reduce, self.epoch = settings, reduce, 0
+        popularity = settings.popularity
+        if settings.dros:
+            assert popularity is not None
+            shares = losses.propensity(popularity[1:], settings.dros_power).float()
+            self.register_buffer("propensity", torch.cat([shares.new_zeros(1), shares]), persistent=False)
+        if settings.loss == "pairwise":
+            assert popularity is not None
+            group_of = samples.popularity_groups(popularity, settings.groups)
+            self.register_buffer("group_of", group_of, persistent=False)
+            self.quotas = samples.group_quotas(popularity, group_of, settings.pairs, settings.group_power)
+
+    def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
+        targets = len(output.user)
+        drawn = samples.draw_targets(targets, self.settings.share, output.user.device)
+        user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
+        lists = _Lists(user, output.items, items, scores.float())
+        loss = getattr(self, f"_{self.settings.loss}")(lists, batch, drawn)  # [T]
+        scale = targets / max(1, len(user))
+        self.parts = {name: self.reduce(part, batch).detach() * scale for name, part in lists.parts.items()}
+        return self.reduce(loss, batch) * scale
+
+    # ---- losses, one value per target ------------------------------------------------------------------------------------
+
+    def _bce(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
+        self._choose(lists, batch, drawn, self.settings.negatives)
+        weight = self._weights(lists)
+        negative = lists.others if self.settings.negatives else None
+        loss = losses.list_bce(lists.listed, weight, negative, lists.free, self.settings.official_negative_term)
+        if not self.settings.dros:
+            return loss
+        beta, table = self.settings.dros_beta, lists.table.to(lists.listed.dtype)
+        shares = self.propensity.to(lists.listed.dtype)
+        energy = losses.log_energy(lists.user.to(table.dtype), table[1:], shares[1:], beta)
+        robust = losses.dros(lists.listed, shares[lists.items], energy, beta)
+        robust = losses.weighted_dros(robust, weight, self.settings.official_dros_mean)
+        lists.parts = {"bce": loss, "dros": robust}
+        return loss + self.settings.dros * robust
+
+    def _listwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
+        self._choose(lists, batch, drawn, self.settings.uninteresting)
+        return losses.relaxed_listwise(lists.listed, lists.others, lists.valid, lists.free)
+
+    def _softmax(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
+        self._choose(lists, batch, drawn, 0)
+        temperature = self.settings.temperature
+        if self.settings.over == "list":
+            return losses.soft_top_k(lists.listed, lists.scores, lists.valid, temperature)
+        return losses.soft_top_k_of_all(
+            lists.user, lists.table, lists.items, lists.listed, lists.scores, lists.valid, temperature
+        )
+
+    def _pairwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
+        lists.score()
+        group = self.group_of[lists.items]
+        better, worse, real = samples.draw_pairs(group, self.quotas, self.settings.rank_temperature)
+        return losses.pairwise(lists.listed.gather(1, better), lists.listed.gather(1, worse), real)
+
+    # ---- items and weights -----------------------------------------------------------------------------------------------
+
+    def _choose(self, lists: "_Lists", batch: Batch, drawn: Tensor | None, others: int) -> None:
+        """Draw from the lists and score what was drawn, and so many other items."""
+        settings, device = self.settings, lists.items.device
+        number = settings.k or lists.items.shape[1]
+        other = None
+        if others:
+            taken = torch.cat([lists.items, samples.met_items(batch, drawn)], 1)
+            other, lists.free = samples.draw_others(taken, others, len(lists.table) - 1)
+        if settings.sampler == "rank":
+            log_weight = samples.rank_log_weight(lists.items.shape[1], settings.rank_temperature, device)
+            lists.keep(*samples.draw_places(log_weight, lists.valid, number))
+        lists.score(other)
+        if settings.sampler == "discrepancy":
+            lists.rank = self._ranks(lists)
+            if settings.overestimated:
+                high = samples.discrepancy_log_weight(-lists.rank, -lists.place, settings.epsilon)
+                place, real = samples.draw_places(high, lists.valid, settings.overestimated)
+                lists.others = torch.cat([lists.listed.gather(1, place), lists.others], 1)
+                lists.free = real if lists.free is None else torch.cat([real, lists.free], 1)
+            low = samples.discrepancy_log_weight(lists.rank, lists.place, settings.epsilon)
+            lists.keep(*samples.draw_places(low, lists.valid, number))
+
+    def _weights(self, lists: "_Lists") -> Tensor:
+        settings, valid = self.settings, lists.valid
+        weights: dict[str, Tensor] = {}
+        for name in settings.weights:
+            if name in OF_STUDENT and self.epoch < settings.start_epoch:
+                continue
+            if name == "position":
+                weights[name] = losses.position_weights(valid, settings.steepness, lists.place)
+            elif name == "confidence":
+                weights[name] = losses.confidence_weights(lists.scores, valid, settings.raw_confidence)
+            else:
+                rank = self._ranks(lists) if lists.rank is None else lists.rank
+                lists.rank = rank
+                if name == "consistency":
+                    weights[name] = losses.consistency_weights(rank, settings.k or valid.shape[1], valid)
+                else:
+                    weights[name] = losses.discrepancy_weights(rank, lists.place, settings.mu) * valid
+        if not weights:
+            return losses.combine({"": valid.to(lists.listed.dtype)}, {"": 1.0}, "sum", True)
+        return losses.combine(weights, settings.weights, settings.combine, settings.normalise)
+
+    def _ranks(self, lists: "_Lists") -> Tensor:
+        return samples.student_ranks(lists.user, lists.table, lists.items, lists.listed, self.settings.rank_samples)
+
+
+class _Lists:
+    """The lists of some targets, on the way from all of the record to what was drawn: tensors are `[T, K]`, if not said."""
+
+    listed: Tensor  # the student's scores
+    others: Tensor  # [T, N] of items that stand under the list
+    free: Tensor | None = None  # [T, N] which of them count
+
+    def __init__(self, user: Tensor, table: Tensor, items: Tensor, scores: Tensor) -> None:
+        self.user, self.table, self.items, self.scores = user, table, items, scores
+        self.valid = items > 0
+        self.place = torch.arange(items.shape[1], device=items.device).expand_as(items)
+        self.rank: Tensor | None = None
+        self.parts: dict[str, Tensor] = {}
+
+    def score(self, other: Tensor | None = None) -> None:
+        """Ask the student, about other items `[T, N]` too."""
+        items = self.items if other is None else torch.cat([self.items, other], 1)
+        self.listed, self.others = losses.list_scores(self.user, self.table, items).tensor_split([self.items.shape[1]], 1)
+
+    def keep(self, place: Tensor, drawn: Tensor) -> None:
+        """Only these places `[T, k]`, as far as they were drawn."""
+        for name in ("items", "scores", "place", "listed", "rank"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, getattr(self, name).gather(1, place))
+        self.valid = drawn
+
+
+class RankingDistillation(Distillation):
+    """The student ranks as the teacher does, for each target: `weight * mean over targets of the loss of its list`.
+
+    The methods, by what they set: DLLM2Rec `loss: bce, negatives: 1, weights: {position, confidence, consistency}`; RD
+    `loss: bce, weights: {position, discrepancy}, combine: product`; RRD `loss: listwise` (its authors later found the plain
+    first k better than `sampler: rank`); DCD `loss: listwise, sampler: discrepancy`; UnKD `loss: pairwise`; and
+    `loss: softmax` is the plain soft top-K.
+
+    What is different here, because a teacher's record is a list of K items and not a ranking of the catalogue. DCD draws
+    from the list alone, as public ports of it do; its item side is left out, as is every item-side ranking, for a
+    sequential student has no ranking of users. Items that the student overrates stand under the list with `overestimated`,
+    random ones with `uninteresting`. UnKD's groups are those of the items in the list, of which a list may hold few unpopular
+    ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at all. RD's
+    random items are the same for all targets of a step.
+
+    Args:
+        ranking: the teacher's lists.
+        popularity: `[n+1]` training interactions of each item, read by `dros` and `loss: pairwise`.
+        loss: `bce`, `listwise` (relaxed, RRD's), `pairwise` (UnKD's) or `softmax`.
+        k: items that a step takes of each list; null is all of it, as always for `pairwise`.
+        sampler: which k: the `top`; by `rank`, p ~ e^(-r / rank_temperature); by `discrepancy`, p ~ tanh(epsilon (r_S - r_T))
+            where that is positive (DCD). `pairwise` has `popularity`, the only one it can.
+        weights: of `bce`: factors of `position`, `confidence`, `consistency`, `discrepancy`; none is 1 / k for each item.
+        combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
+        normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
+        negatives: of `bce`: items off the list, and not in the row, to be scored low.
+        uninteresting: of `listwise`: such items under the list.
+        overestimated: of `listwise` by discrepancy: items of the list that the student ranks higher than the teacher.
+        pairs, groups, group_power: of `pairwise`: pairs for each target, popularity groups, and how much more of the pairs
+            unpopular groups get (UnKD's `lamda`).
+        temperature: of `softmax`.
+        over: of `softmax`: the student's is over the `list` or the `catalogue`; the latter costs as much as the student's
+            own cross-entropy, unless `share` lowers it.
+        steepness: of `position` (lambda).
+        mu: of `discrepancy` weights.
+        epsilon: of the discrepancy sampler.
+        rank_temperature: of the rank sampler and of pairs (UnKD: 20).
+        rank_samples: random items that the student's ranks are estimated from. They are n / rank_samples apart, which is too
+            coarse for `consistency`; null gives the exact ranks, from the scores of the whole catalogue.
+        start_epoch: first epoch of the weights that depend on the student, `consistency` and `discrepancy`.
+        raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking.confidence_weights`.
+        dros: factor of a distributionally robust loss beside `bce` (DLLM2Rec's alpha), which reads all scores.
+        dros_beta, dros_power: its radius, and the power of its propensities.
+        official_negative_term, official_dros_mean: slips of DLLM2Rec's official code, to reproduce its figures with; see
+            `losses.ranking.list_bce` and `weighted_dros`.
+        share: of a batch's targets that each step computes the loss on, drawn at random; the loss stays unbiased.
+        weight, decay_epochs: see `Distillation`.
+
+    Raises:
+        UserError: a name or a value that is none of these, or a setting that the loss does not read.
+    """
+
+    name = "ranking"
+    fits = (Backbone, CollaborativeBackbone)
+    sources: ClassVar[dict[str, tuple[str, str]]] = {"ranking": ("from", "ranking")}
+
+    def __init__(
+        self,
+        ranking: RankingSource,
+        popularity: Tensor | None = None,
+        loss: str = "bce",
+        k: int | None = None,
+        sampler: str | None = None,
+        weights: dict | None = None,
+        combine: str = "sum",
+        normalise: bool | None = None,
+        negatives: int = 0,
+        uninteresting: int = 40,
+        overestimated: int = 0,
+        pairs: int = 30,
+        groups: int = 2,
+        group_power: float = 0.0,
+        temperature: float = 1.0,
+        over: str = "list",
+        steepness: float = 1.0,
+        mu: float = 0.1,
+        epsilon: float = 0.1,
+        rank_temperature: float = 10.0,
+        rank_samples: int | None = 100,
+        start_epoch: int = 0,
+        raw_confidence: bool = False,
+        dros: float = 0.0,
+        dros_beta: float = 1.0,
+        dros_power: float = 0.05,
+        official_negative_term: bool = False,
+        official_dros_mean: bool = False,
+        share: float = 1.0,
+        weight: float = 1.0,
+        decay_epochs: int = 0,
+    ) -> None:
+        super().__init__(weight, decay_epochs)
+        self.ranking, self.popularity = ranking, None if popularity is None else torch.as_tensor(popularity)
+        self.loss, self.k, self.weights, self.combine = loss, k, dict(weights or {}), combine
+        self.normalise = combine == "sum" if normalise is None else normalise
+        self.negatives, self.uninteresting, self.overestimated = negatives, uninteresting, overestimated
+        self.pairs, self.groups, self.group_power = pairs, groups, group_power
+        self.temperature, self.over, self.steepness, self.mu, self.epsilon = temperature, over, steepness, mu, epsilon
+        self.rank_temperature, self.rank_samples, self.start_epoch = rank_temperature, rank_samples, start_epoch
+        self.raw_confidence, self.dros, self.dros_beta, self.dros_power = raw_confidence, dros, dros_beta, dros_power
+        self.official_negative_term, self.official_dros_mean = official_negative_term, official_dros_mean
+        self.share = share
+        _choice("loss", loss, LOSSES)
+        self.sampler = LOSSES[loss][0] if sampler is None else sampler
+        self._check()
+
+    def _check(self) -> None:
+        _choice("sampler", self.sampler, (*_OF_LIST, "popularity"))
+        _choice("combine", self.combine, ("sum", "product"))
+        _choice("over", self.over, ("list", "catalogue"))
+        if self.sampler not in LOSSES[self.loss]:
+            raise UserError(
+                f"ranking_distillation: sampler {self.sampler} does not fit loss {self.loss}. Choose "
+                f"{' or '.join(LOSSES[self.loss])}" + ("." if self.loss == "pairwise" else ", or loss: pairwise.")
+            )
+        for name, factor in self.weights.items():
+            _choice("weight", name, WEIGHTS)
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+                raise UserError(f"ranking_distillation: weights.{name} is {factor}. It must be a number above 0, or left out.")
+        if self.loss != "bce":
+            for key in ("weights", "negatives", "dros", "official_negative_term", "official_dros_mean"):
+                if getattr(self, key):
+                    raise UserError(f"ranking_distillation: {key} belongs to loss: bce, not to {self.loss}. Leave it out.")
+        if self.overestimated and (self.loss, self.sampler) != ("listwise", "discrepancy"):
+            raise UserError("ranking_distillation: overestimated belongs to loss: listwise with sampler: discrepancy.")
+        if self.loss == "listwise" and not self.uninteresting + self.overestimated:
+            raise UserError("ranking_distillation: uninteresting is 0, so nothing stands under the list. Set it to 1 or more.")
+        least = {"k": 1, "negatives": 0, "uninteresting": 0, "overestimated": 0, "pairs": 1, "groups": 1, "start_epoch": 0}
+        for key, low in (least | {"rank_samples": 1, "dros": 0, "group_power": 0}).items():
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise UserError(f"ranking_distillation: {key} is {value}. It must be at least {low}.")
+        for key in ("temperature", "steepness", "mu", "epsilon", "rank_temperature", "dros_beta", "dros_power"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"ranking_distillation: {key} is {getattr(self, key)}. It must be positive.")
+        samples.check_share("ranking_distillation", self.share)
+
+    def build(self, student: Any) -> RankingTerm:
+        if self.k is not None and self.k > self.ranking.k:
+            raise UserError(
+                f"ranking_distillation: k is {self.k}, but the teacher's lists have {self.ranking.k} items. Lower k, or "
+                "record longer lists (k of the record stage)."
+            )
+        return RankingTerm(self, student.reduce)
+
+    def _set_weight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super()._set_weight(trainer, pl_module)
+        pl_module.distillation[self.name].epoch = trainer.current_epoch  # type: ignore[index, union-attr]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        whole = self.k is None or self.sampler != "top"
+        for key, values in zip((ITEMS, SCORES), self.ranking.read(batch), strict=True):
+            batch[key] = (values if whole else values[:, : self.k]).to(pl_module.device, non_blocking=True)
+
+
+def _choice(what: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise unknown(f"{what} (ranking_distillation.{what})", name, known)

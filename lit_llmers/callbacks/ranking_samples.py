@@ -1,0 +1,217 @@
+"""Which items of a teacher's lists, and which besides, a step learns from. All draws are torch's, anew at each step.
+
+A place is a 0-based rank in the teacher's list, `[T, K]` lists have their best item at place 0.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_llmers.data.loader import Batch
+from lit_llmers.errors import UserError
+from lit_llmers.losses.ranking import estimated_rank
+from lit_llmers.students.output import StudentOutput
+
+_CELLS = {"cpu": 2**22, "other": 2**28}  # of a table of flags, targets x items, in memory at once
+_ROWS = 64  # targets whose scores of the whole catalogue are in memory at once
+
+
+def draw_targets(targets: int, share: float, device: torch.device) -> Tensor | None:
+    """Numbers of a random share of the targets, ascending; None for all."""
+    if share >= 1:
+        return None
+    return torch.randperm(targets, device=device)[: math.ceil(share * targets)].sort().values
+
+
+def check_share(name: str, share: float) -> None:
+    if not 0 < share <= 1:
+        raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1.")
+
+
+# ---- items of the list -------------------------------------------------------------------------------------------------
+
+
+def draw_places(log_weight: Tensor, valid: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Draw places of each list without replacement, each next one in proportion to the weights of those left.
+
+    Args:
+        log_weight: `[T, K]` or `[K]`; -inf is never drawn.
+        valid: `[T, K]`; what is false is never drawn.
+        number: how many, at most K.
+
+    Returns:
+        places `[T, number]`, ascending, and `[T, number]` which of them were drawn: the first ones, and all of them unless a
+        list has fewer places with a weight.
+    """
+    number = min(number, valid.shape[1])
+    waiting = torch.empty(valid.shape, dtype=torch.float32, device=valid.device).exponential_().log_()
+    key = torch.where(valid, log_weight - waiting, -torch.inf)  # the largest keys are the draw (Efraimidis and Spirakis)
+    best, place = key.topk(number, 1, sorted=False)
+    place = place.masked_fill_(best == -torch.inf, valid.shape[1]).sort(1).values
+    drawn = place < valid.shape[1]
+    return place.masked_fill_(~drawn, 0), drawn
+
+
+def rank_log_weight(length: int, temperature: float, device: torch.device | None = None) -> Tensor:
+    """`-r / temperature` for r = 1 .. length: items high in the list are likelier (RRD, CIKM 2020; CD, ICDM 2019)."""
+    return -torch.arange(1, length + 1, device=device) / temperature
+
+
+def discrepancy_log_weight(rank: Tensor, place: Tensor, epsilon: float) -> Tensor:
+    """`log tanh(max(0, epsilon (r_S - r_T)))`: what the student ranks too low, the more so the likelier (DCD, CIKM 2021).
+
+    Args:
+        rank: `[T, K]` the student's rank of each listed item.
+        place: `[T, K]` or `[K]` the teacher's. Negated, both give what the student ranks too high.
+    """
+    return torch.tanh(epsilon * (rank - place)).clamp(min=0).log()
+
+
+def student_ranks(user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, samples: int | None) -> Tensor:
+    """The student's own 0-based rank of listed items among all items, its history too: `[T, K]`, without gradient.
+
+    Args:
+        user: `[T, d]`.
+        item_table: `[n+1, d]`.
+        items: `[T, K]`.
+        listed: `[T, K]` their scores.
+        samples: random items, the same for all targets, that the rank is estimated from; None: the exact rank, from the
+            scores of the whole catalogue.
+    """
+    user, item_table = user.detach().to(listed.dtype), item_table.detach().to(listed.dtype)
+    n_items = len(item_table) - 1
+    if samples is not None:
+        drawn = torch.randint(1, n_items + 1, (samples,), device=user.device)
+        return estimated_rank(listed, user @ item_table[drawn].T, n_items)
+    rank = torch.empty_like(listed)
+    for start in range(0, len(user), _ROWS):
+        rows = slice(start, start + _ROWS)
+        scores = user[rows] @ item_table.T  # [c, n+1]
+        own = scores.gather(1, items[rows])  # rounded as the others are
+        scores[:, 0] = -torch.inf
+        for k in range(items.shape[1]):
+            rank[rows, k] = (scores - own[:, k : k + 1]).sign_().relu_().sum(1)
+    return rank
+
+
+# ---- pairs within groups of like popularity ----------------------------------------------------------------------------
+
+
+def popularity_groups(popularity: Tensor, groups: int) -> Tensor:
+    """Cut the items, most popular first, into groups of about equally many training interactions.
+
+    Source: UnKD, WSDM 2023, and its code: a group is full when the next item would bring it above the total / groups, and a
+    last group with at most half of that joins the one before. So there may be fewer groups, or more. Items without any
+    interaction are in the last.
+
+    Args:
+        popularity: `[n+1]` training interactions; index 0 is padding.
+        groups: how many are wanted.
+
+    Returns:
+        `[n+1]` int64 group of each item, 0 the most popular, -1 for the padding.
+    """
+    count, order = popularity[1:].long().cpu().sort(descending=True, stable=True)
+    total = count.cumsum(0)
+    full = int(total[-1]) / groups
+    group_of, start, group, before = torch.empty_like(count), 0, -1, 0
+    while start < len(count):
+        stop = max(start + 1, int(torch.searchsorted(total, before + full, right=True)))
+        if group < 0 or stop < len(count) or int(total[-1]) - before > full / 2:
+            group += 1
+        group_of[order[start:stop]] = group
+        start, before = stop, int(total[stop - 1])
+    return torch.cat([group_of.new_full((1,), -1), group_of]).to(popularity.device)
+
+
+def group_quotas(popularity: Tensor, group_of: Tensor, pairs: int, power: float) -> list[int]:
+    """How many of the pairs each group gets, as UnKD's code has it: the less popular, the more.
+
+    Args:
+        popularity: `[n+1]`.
+        group_of: `[n+1]`, see `popularity_groups`.
+        pairs: in all. The quotas are rounded, and may add up to a few more.
+        power: 0 gives all groups alike (its default `lamda`), 1 the full difference.
+    """
+    count = int(group_of.max()) + 1
+    average = torch.stack([popularity[group_of == group].double().mean() for group in range(count)])
+    share = average.max() + average.min() - average
+    share = (share / share.sum().clamp(min=1e-9)).mul(100).round().div(100).clamp(min=0.1) ** power
+    quotas = [round(x * pairs) for x in (share / share.sum()).tolist()]
+    lacking = pairs - sum(quotas)
+    return [quota + (group < lacking) for group, quota in enumerate(quotas)]
+
+
+def draw_pairs(group: Tensor, quotas: list[int], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw pairs of places within each group, both in proportion to `e^(-r / temperature)`, r = 1, 2, ... within the group.
+
+    UnKD redraws until no pair has the same place twice; here such a pair, and those of a group without two items in the list,
+    do not count.
+
+    Args:
+        group: `[T, K]` group of each listed item, -1 for none.
+        quotas: pairs of each group.
+
+    Returns:
+        `[T, P]` places of the better and of the worse item, and which of the pairs count.
+    """
+    first, second, real = [], [], []
+    for number, quota in enumerate(quotas):
+        member = group == number
+        rank = member.cumsum(1)  # 1 for its first
+        weight = torch.exp(-rank / temperature) * member
+        total = weight.cumsum(1)
+        uniform = torch.rand(len(group), 2 * quota, device=group.device) * total[:, -1:]
+        place = torch.searchsorted(total, uniform, right=True).clamp_(max=group.shape[1] - 1)
+        one, other = place.split(quota, 1)
+        first.append(torch.minimum(one, other))
+        second.append(torch.maximum(one, other))
+        real.append((one != other) & member.gather(1, place).view(len(group), 2, quota).all(1))
+    return torch.cat(first, 1), torch.cat(second, 1), torch.cat(real, 1)
+
+
+# ---- items off the list ------------------------------------------------------------------------------------------------
+
+
+def met_items(batch: Batch, drawn: Tensor | None = None) -> Tensor:
+    """Items `[T, E]` that each target's row names: the target, and the whole history where the batch has it. 0 fills up."""
+    target = batch["target"]
+    rows = None
+    if target.dim() == 2:
+        rows = target.nonzero()[:, 0]
+        met = torch.cat([batch["items"], target[:, -1:]], 1)  # every target but the last is an item of the row
+    else:
+        met = torch.cat([batch["items"], target[:, None]], 1) if "items" in batch else target[:, None]
+    if drawn is not None:
+        rows = drawn if rows is None else rows[drawn]
+    return met if rows is None else met.index_select(0, rows)
+
+
+def draw_others(taken: Tensor, number: int, n_items: int) -> tuple[Tensor, Tensor]:
+    """Draw items uniformly, with replacement, for each target; what is taken does not count.
+
+    Args:
+        taken: `[T, E]` items that are no candidates.
+        number: N.
+        n_items: n.
+
+    Returns:
+        `[T, N]` items 1..n, and which of them count.
+    """
+    drawn = torch.randint(1, n_items + 1, (len(taken), number), device=taken.device)
+    step = max(1, _CELLS["cpu" if taken.device.type == "cpu" else "other"] // (n_items + 1))
+    flags = torch.zeros(min(step, len(taken)), n_items + 1, dtype=torch.bool, device=taken.device)
+    hit = torch.empty(drawn.shape, dtype=torch.bool, device=taken.device)
+    for start in range(0, len(taken), step):
+        own = taken[start : start + step]
+        flag = flags[: len(own)].scatter_(1, own, True)
+        hit[start : start + step] = flag.gather(1, drawn[start : start + step])
+        flag.scatter_(1, own, False)
+    return drawn, ~hit
+
+
+def targets_of(output: StudentOutput, drawn: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:
+    """User vectors `[T, d]` and what else has a row for each target, of the drawn ones."""
+    rows = (output.user, *others)
+    return rows if drawn is None else tuple(row.index_select(0, drawn) for row in rows)

@@ -1,0 +1,41 @@
+"""Users' training histories by the user's number: what may be read of a user without looking at what is held out."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_llmers.data.dataset import TRAIN, Dataset
+from lit_llmers.data.loader import windows
+
+
+class Histories:
+    """The training interactions of every user; validation and test items are not in reach.
+
+    Args:
+        dataset: where they come from.
+        length: items of a history that are read, the latest ones.
+
+    Attributes:
+        stop: `[U]`, one past each user's last training interaction in `dataset.items`.
+    """
+
+    def __init__(self, dataset: Dataset, length: int) -> None:
+        self.dataset, self.length = dataset, length
+        train = np.add.reduceat((dataset.split == TRAIN).astype(np.int64), dataset.offsets[:-1])
+        self.stop = dataset.offsets[:-1] + train
+
+    def __len__(self) -> int:
+        return len(self.stop)
+
+    def latest(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """The latest training items `[N, L]`, left-padded with 0, of the users `[N]`, and their mask.
+
+        Args:
+            users: numbers 0..U-1.
+            length: items at most; None takes the `length` of the object.
+        """
+        user = users.cpu().numpy()
+        stop = self.stop[user]
+        start = np.maximum(stop - (length or self.length), self.dataset.offsets[user])
+        items = torch.from_numpy(windows(self.dataset.items, start, stop)).to(users.device)
+        return items, items > 0

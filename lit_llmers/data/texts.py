@@ -1,0 +1,93 @@
+"""Texts that an LLM wrote about the items or the users of a data set, in files beside its interactions.
+
+A file `llm_item_NAME` or `llm_user_NAME` (parquet, CSV or JSON lines) has the id and the text, one row for each item or user.
+What an LLM wrote from interactions may betray those that are held out. So every text of users counts as leaking, and every
+text of items beside which a file `llm_item_NAME.json` says `{"made_from": "interactions"}`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lit_llmers.data import Columns
+from lit_llmers.data.interactions import Table, Tables, as_ids, as_strings, open_table
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.files import read_json, sha256
+
+USUAL_NAMES = ("llm_text", "text", "profile", "summary", "description")
+SUFFIXES = (".parquet", ".csv", ".jsonl")
+ORIGINS = ("attributes", "interactions")
+
+
+def texts_fingerprint(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """SHA-256 of the files of these texts, with what stands beside them."""
+    return {name: [sha256(path) for path in (_find(folder, name), _manifest(folder, name)) if path.is_file()] for name in names}
+
+
+def add_texts(tables: Tables, folder: Path, names: list[str], columns: Columns) -> Tables:
+    """The tables with these texts: those of items become columns of the catalogue, those of users the table `users`.
+
+    Raises:
+        UserError: a file is not there, or its columns, ids or manifest are wrong.
+    """
+    if not names:
+        return tables
+    items = tables.items.copy()
+    users = pd.DataFrame({"user_id": tables.interactions["user_id"].unique()})
+    about = {}
+    for name in names:
+        of_users = name.startswith("llm_user_")
+        frame, key = (users, "user_id") if of_users else (items, "item_id")
+        id_names = [columns.user] if of_users else [columns.catalogue_item or columns.item, columns.item]
+        frame[name] = frame[key].map(_read(open_table(_find(folder, name)), id_names)).fillna("").astype(str)
+        about[name] = {"of": "users" if of_users else "items", "leaks": of_users or _made_from_interactions(folder, name)}
+    has_users = len(users.columns) > 1
+    return replace(tables, items=items, users=users if has_users else None, info={**tables.info, "texts": about})
+
+
+def _find(folder: Path, name: str) -> Path:
+    for suffix in SUFFIXES:
+        if (path := folder / f"{name}{suffix}").is_file():
+            return path
+    files = [path for kind in ("item", "user") for path in folder.glob(f"llm_{kind}_*") if path.suffix in SUFFIXES]
+    raise unknown(f"text (data.texts) of {folder}", name, {path.stem for path in files})
+
+
+def _manifest(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def _made_from_interactions(folder: Path, name: str) -> bool:
+    path = _manifest(folder, name)
+    if not path.is_file():
+        return False
+    content: Any = read_json(path)
+    made_from = content.get("made_from") if isinstance(content, dict) else None
+    if made_from not in ORIGINS:
+        raise unknown(f"'made_from' in {path}", str(made_from), ORIGINS)
+    return bool(made_from == "interactions")
+
+
+def _read(table: Table, id_names: list[str]) -> pd.Series:
+    """The texts by id."""
+    id_name = next((name for name in id_names if name in table.names), None)
+    if id_name is None:
+        raise UserError(f"{table.origin} has no column '{id_names[0]}'. It has: {', '.join(table.names)}. Name the ids so.")
+    text_name = next((name for name in USUAL_NAMES if name in table.names), None)
+    if text_name is None:
+        others = table.read([name for name in table.names if name != id_name])
+        words = [name for name in others.columns if pd.api.types.is_string_dtype(others[name].dropna())]
+        if len(words) != 1:
+            raise UserError(
+                f"{table.origin} has no column of the names {', '.join(USUAL_NAMES)}, and {len(words)} others that hold text. "
+                "Call the column of the texts llm_text."
+            )
+        text_name = words[0]
+    raw = table.read([id_name, text_name]).reset_index(drop=True)
+    key = as_ids(raw[id_name], id_name, table.origin)
+    twice = key[key.duplicated()]
+    if len(twice):
+        raise UserError(f"{table.origin}: id '{twice.iloc[0]}' occurs more than once in column '{id_name}'. Keep one row each.")
+    return pd.Series([text.strip() for text in as_strings(raw[text_name], " ")], index=key)

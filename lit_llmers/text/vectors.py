@@ -1,0 +1,144 @@
+"""Texts to vectors through a resumable record, and the vectors to a table of the size and width that a stage asks for."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lit_llmers.errors import UserError
+from lit_llmers.files import digest
+from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
+
+    from lit_llmers.text.transformer import TextEncoder
+
+SHARD_BATCHES = 32  # batches in a shard of the record, the most that an interrupted pass loses
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Work:
+    """What encoding cost in this process; what the record already held is not in it."""
+
+    texts: int = 0
+    tokens: int = 0
+    cut: int = 0
+    seconds: float = 0.0
+
+    @property
+    def summary(self) -> dict[str, float]:
+        seconds = max(self.seconds, 1e-9)
+        measured = {"tokens": self.tokens, "cut_texts": self.cut, "encode_seconds": self.seconds}
+        return measured | {"tokens_per_second": self.tokens / seconds, "texts_per_second": self.texts / seconds}
+
+
+@dataclass
+class Recorder:
+    """Encodes lists of texts, each into a record of its own below `folder`.
+
+    A record is named by the encoder and by all its texts, so it is found again by an interrupted pass, and by other encode
+    stages of the run that ask the same encoder for the same texts and go on differently.
+
+    Args:
+        encoder: reads the texts.
+        identity: names the encoder with its weights and settings.
+        folder: of the records.
+        label: of the stage, for progress lines.
+    """
+
+    encoder: "TextEncoder"
+    identity: str
+    folder: Path
+    label: str
+    work: Work = field(default_factory=Work)
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """`n` texts to `[n, D]` float32; an empty text has a row of zeros."""
+        batch = self.encoder.config.batch_size
+        spec = SignalSpec(
+            name="text",
+            rows=len(texts),
+            shape=(self.encoder.width,),
+            dtype="float32",
+            teacher=self.identity,
+            split=digest(texts),
+            rows_per_shard=min(len(texts), SHARD_BATCHES * batch),
+        )
+        folder = self.folder / digest(spec.to_json())
+        writer = SignalWriter(folder, spec)
+        started = time.perf_counter()
+        for rows in writer.missing():
+            tokens = self.encoder.tokens([texts[row] for row in rows])
+            filled = [row for row in rows if texts[row] and tokens[row - rows.start]]
+            self.work.cut += self._cut([texts[row] for row in filled if self._full(tokens[row - rows.start])])
+            with writer.shard(rows) as shard:
+                empty = np.setdiff1d(rows, filled)
+                shard.write(empty, np.zeros((len(empty), self.encoder.width), np.float32))
+                for chosen in _by_length(filled, [len(tokens[row - rows.start]) for row in filled], batch):
+                    shard.write(chosen, self.encoder.vectors([tokens[row - rows.start] for row in chosen]))
+            self.work.texts += len(filled)
+            self.work.tokens += sum(len(tokens[row - rows.start]) for row in filled)
+            log.info("%-24s %d of %d texts", self.label, rows.stop, len(texts))
+        writer.finish()
+        self.work.seconds += time.perf_counter() - started
+        return SignalReader(folder, verify=False)[np.arange(len(texts))].numpy()
+
+    def _full(self, tokens: list[int]) -> bool:
+        return len(tokens) >= self.encoder.config.max_tokens
+
+    def _cut(self, texts: list[str]) -> int:
+        return int((self.encoder.lengths(texts) > self.encoder.config.max_tokens).sum())
+
+
+def _by_length(rows: list[int], lengths: list[int], size: int) -> Iterable[np.ndarray]:
+    """Batches of texts of about one length, the longest first, so that memory runs out at once or never."""
+    order = np.asarray(rows, dtype=np.int64)[np.argsort(-np.asarray(lengths), kind="stable")]
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Principal components, without whitening, and one common factor."""
+
+    components: "PCA | None"
+    factor: float
+
+    @classmethod
+    def fit(cls, vectors: np.ndarray, reduce: int | None, seed: int) -> "Projection":
+        """The projection of `vectors` `[n, D]` onto `reduce` components; None keeps them as they are.
+
+        The factor makes the mean square of the projected entries 1, so tables of all encoders have the same size.
+
+        Raises:
+            UserError: there are not so many components.
+        """
+        if reduce is None:
+            return cls(None, _factor(vectors))
+        from sklearn.decomposition import PCA
+
+        possible = min(vectors.shape)
+        if reduce > possible:
+            raise UserError(
+                f"reduce={reduce} is more than {len(vectors)} texts with vectors of width {vectors.shape[1]} can give. "
+                f"Choose reduce={possible} or less, or null."
+            )
+        components = PCA(reduce, random_state=seed).fit(vectors)
+        return cls(components, _factor(components.transform(vectors)))
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """`[N, D]` to `[N, d]` float32; a row of zeros is no vector and stays so."""
+        filled = vectors.any(1)
+        kept = vectors[filled] if self.components is None else self.components.transform(vectors[filled])
+        out = np.zeros((len(vectors), kept.shape[1]), np.float32)
+        out[filled] = kept * self.factor
+        return out
+
+
+def _factor(vectors: np.ndarray) -> float:
+    return 1 / (float(np.sqrt(np.mean(np.square(vectors, dtype=np.float64)))) or 1.0)
