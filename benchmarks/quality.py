@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def arguments() -> argparse.Namespace:
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
 
-def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, options: argparse.Namespace) -> Any:
+def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, options: argparse.Namespace) -> Iterator[Row]:
     """One model on one data set by everybody who has it: yields a JSON-able row of each."""
     prepared, n_items = students.prepare(our_command(model, data, 0, folder, options))
     own_patience = _stage(plan(our_command(model, data, 0, folder, options)), "student").config.trainer.patience

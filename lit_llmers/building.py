@@ -61,15 +61,14 @@ class Reference:
         where: the key, for messages.
         stage: the name that stands there.
         kind: of artefact, a key of `KINDS`.
-        room, owner, parameter: the class that reads it and its constructor argument; empty for keys of the stage itself.
+        argument: room, class and constructor argument that it is read for, as `callbacks.alignment.items`; empty for keys of
+            the stage itself.
     """
 
     where: str
     stage: str
     kind: str
-    room: str = ""
-    owner: str = ""
-    parameter: str = ""
+    argument: str = ""
 
 
 def references(stage: FitStage) -> list[Reference]:
@@ -81,7 +80,7 @@ def references(stage: FitStage) -> list[Reference]:
         for name, arguments in entries:
             for parameter, (key, kind) in find(room, name).sources.items():
                 if key in arguments:
-                    found.append(Reference(f"{room}.{name}.{key}", arguments[key], kind, room, name, parameter))
+                    found.append(Reference(f"{room}.{name}.{key}", arguments[key], kind, f"{room}.{name}.{parameter}"))
     return found
 
 
@@ -238,7 +237,7 @@ def build_fusions(stage: FitStage, backbone: Backbone, sources: dict[str, Any], 
     """Wrap the backbone in the stage's fusions.
 
     Args:
-        sources: what each reference of the fusions reads, by its `where`.
+        sources: what each reference of the fusions reads, by its `argument`.
         offered: as in `build_backbone`.
     """
     for name, arguments in stage.fusions:
@@ -255,7 +254,7 @@ def _build(
     room: str, name: str, arguments: dict[str, Any], sources: dict[str, Any], offered: dict[str, Any], **also: Any
 ) -> Any:
     cls = find(room, name)
-    read = {parameter: sources[f"{room}.{name}.{key}"] for parameter, (key, _) in cls.sources.items() if key in arguments}
+    read = {parameter: sources[f"{room}.{name}.{parameter}"] for parameter, (key, _) in cls.sources.items() if key in arguments}
     return cls(**also, **read, **_taken(inspect.signature(cls).parameters, offered), **_own(cls, arguments))
 
 

@@ -28,7 +28,8 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset = load_dataset(stage)
     leaking = check_leaks(config, dataset)
     texts = item_texts(dataset.catalogue, config.fields, config.prompt)
-    users, summary = None, {}
+    users: np.ndarray | None = None
+    summary: dict[str, Any] = {}
     if config.encode == "tfidf":
         table = tfidf_svd(texts, config.dim, stage.seed)
     else:
@@ -38,8 +39,8 @@ def run(stage: Stage) -> dict[str, Any]:
         table[1:] = table[1:][random.permutation(len(texts))]
         users = None if users is None else users[random.permutation(len(users))]
     if config.users == "mean":
-        pairs = dataset.training_pairs
-        users = mean_of_histories(table, pairs[table.any(1)[pairs[:, 1]]], dataset.n_users)
+        pairs, filled = dataset.training_pairs, np.flatnonzero(table.any(axis=1))
+        users = mean_of_histories(table, pairs[np.isin(pairs[:, 1], filled)], dataset.n_users)
     _save(stage.folder / TABLE, table)
     summary = {"items": len(texts), "dim": table.shape[1], "without_text": int((~table[1:].any(1)).sum())} | summary
     if users is not None:
@@ -81,7 +82,7 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
     identity = digest([encoder.base.name, encoder.revision, stage.content, *settings])
     record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label)
     vectors = record(texts)
-    filled = vectors.any(1)
+    filled = np.any(vectors, axis=1)
     if not filled.any():
         raise UserError(
             f"The {len(texts)} item texts hold no word. Name text columns in the stage's fields, or encode other data."

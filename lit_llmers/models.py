@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
+from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, build_backbone, build_fusions, find, references
 from lit_llmers.conf.schema import FitStage, InitialConfig
 from lit_llmers.data.dataset import Dataset
@@ -49,19 +49,18 @@ def build_model(stage: Stage, dataset: Dataset) -> Recommender:
     """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
     config: FitStage = stage.config
     offered = offers(stage, dataset)
-    backbone = build_backbone(config, stage.seed, offered)
+    backbone: Any = build_backbone(config, stage.seed, offered)
     if config.initial is not None:
         backbone.initialise(**_initial_tables(stage, config.initial, dataset, backbone))
     if config.fusion:
         sources = load_sources(stage, dataset, "fusion")
-        backbone = build_fusions(config, backbone, sources, offered)  # type: ignore[arg-type]
+        backbone = build_fusions(config, backbone, sources, offered)
     if isinstance(backbone, CountingBackbone):
         return CountingRecommender(backbone)
     if isinstance(backbone, CollaborativeBackbone):
         return CollaborativeRecommender(backbone, config.optimizer, config.loss)
     rows = TrainingRows(dataset, config.sequences)
     popularity = torch.from_numpy(dataset.popularity()) if config.loss.kind == "sampled_softmax" else None
-    assert isinstance(backbone, Backbone)
     return SequentialRecommender(backbone, config.optimizer, config.loss, rows.targets / len(rows), popularity)
 
 
@@ -85,9 +84,9 @@ def load_sources(stage: Stage, dataset: Dataset, room: str) -> dict[str, Any]:
     What record stages left is not among them: `lit_llmers.record.open_signals`.
     """
     return {
-        reference.where: _load_source(stage.need(reference.stage), reference.kind, dataset)
+        reference.argument: _load_source(stage.need(reference.stage), reference.kind, dataset)
         for reference in references(stage.config)
-        if reference.room == room and reference.kind not in RECORDS
+        if reference.argument.startswith(f"{room}.") and reference.kind not in RECORDS
     }
 
 

@@ -11,7 +11,7 @@ from lit_llmers.errors import UserError, nearest, unknown
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf"
 _STAGE_KEY = re.compile(r"^[+~]*stages\.\w+")
-GROUPS = ("data", "teacher", "student", "trainer", "logger")
+GROUPS = ("data", "teacher", "student", "text", "trainer", "logger")
 
 
 def folder() -> Path:

@@ -15,7 +15,7 @@ from lit_llmers.files import atomic_write, read_json
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.plots import write_plots
 from lit_llmers.reporting.results import METRIC, Results
-from lit_llmers.reporting.verdict import teacher_warnings, verdict
+from lit_llmers.reporting.verdict import leak_warnings, teacher_warnings, verdict
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -42,7 +42,7 @@ def write_report(run: Path) -> Path:
     """
     results = Results(run)
     plots = write_plots(results)
-    parts = [_title(results), sections.data_line(results), _state(results)]
+    parts = [_title(results), sections.data_line(results), *leak_warnings(results), _state(results)]
     if results.models:
         parts += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
     elif any(stage.done for stage in results.stages if stage.verb == "fit"):
@@ -61,6 +61,7 @@ def summary_table(run: Path) -> str:
     parts = [tables.terminal_table(results)]
     if results.generated:
         parts.append(f"The data set {results.data['name']} is generated: the figures say nothing about real users.")
+    parts += leak_warnings(results)
     if results.models:
         parts += [verdict(results), *teacher_warnings(results)]
     return "\n\n".join(part.replace("**", "").replace("> ", "") for part in parts if part)

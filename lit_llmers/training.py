@@ -66,7 +66,7 @@ def run(stage: Stage) -> dict[str, Any]:
 def _sources(stage: Stage, dataset: Dataset, data: Any) -> dict[str, Any]:
     """What other stages left for the stage's callbacks, by reference."""
     recorded = {
-        reference.where: open_signals(stage.need(reference.stage), data.rows)
+        reference.argument: open_signals(stage.need(reference.stage), data.rows)
         for reference in references(stage.config)
         if reference.kind in RECORDS
     }

@@ -57,7 +57,7 @@ def test_the_record_and_the_teacher_itself_give_the_same_loss(teachers, examples
         assert isinstance(source, OnlineTeacher if name == "online" else RecordedStates)
         torch.manual_seed(0)
         model = build_model(student, dataset).eval()
-        terms = build_callbacks(student.config, {"callbacks.feature_distillation.from": source}, {})
+        terms = build_callbacks(student.config, {"callbacks.feature_distillation.signals": source}, {})
         for term in terms:
             term.setup(None, model, "fit")
         model.log_dict = lambda values: None

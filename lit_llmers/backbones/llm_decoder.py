@@ -37,6 +37,7 @@ class LLMDecoder(Backbone):
         UserError: see `load_base`; or the base has too few positions for `max_length`.
     """
 
+    items: Tensor  # type: ignore[assignment]
     before: Tensor
     after: Tensor
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
-from lit_llmers.callbacks.embedding_distillation import distinct, item_sets, two_layers
+from lit_llmers.callbacks.embedding_distillation import check_share, distinct, item_sets, two_layers
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
@@ -22,6 +22,7 @@ from lit_llmers.students.output import StudentOutput
 KINDS = ("info_nce", "soft_clip", "mmd", "cosine")
 NEGATIVES = ("batch", "all", "bank")
 PROJECTORS = ("none", "linear", "mlp")
+DRAWN = 512  # targets that a step looks at where no share is given
 COLDEST = 0.01  # a learned temperature stays above, as CLIP's
 
 
@@ -67,7 +68,7 @@ class AlignmentTerm(Term):
         learn_temperature: whether it is trained.
         of_signal, of_student: projectors.
         banks: of signals and, if `symmetric`, of the student's vectors.
-        share: of a batch's targets.
+        share: of a batch's targets; None takes `DRAWN` of them.
         reduce: the student's.
     """
 
@@ -86,7 +87,7 @@ class AlignmentTerm(Term):
         of_signal: nn.Module,
         of_student: nn.Module,
         banks: list[Bank],
-        share: float,
+        share: float | None,
         reduce: Reduce,
     ) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class AlignmentTerm(Term):
             with torch.no_grad():
                 self.log_temperature.clamp_(min=math.log(COLDEST))
         parts = {}
-        for name, index in zip(("item", "negative"), item_sets(batch, self.share), strict=False):
+        for name, index in zip(("item", "negative"), item_sets(batch, self.share, DRAWN), strict=False):
             parts[name] = self._aligned(output.items, self.items, index, self.negatives, padding=1)
         if self.users is not None:
             parts["user"] = self._aligned(output.users, self.users, batch["user"], "all")  # type: ignore[attr-defined]
@@ -182,6 +183,7 @@ class Alignment(Distillation):
         projector: `none`, `linear`, or `mlp` with one inner layer of the mean width and a leaky ReLU; users and items share it.
         project: what it maps: the `signal` to the student's width, or the `student` to the signal's.
         share: of a batch's targets and negatives, drawn at random at each step; the others neither align nor compete.
+            None draws 512 at most: the price is that of their square.
         weight: factor of the term in the student's loss.
         decay_epochs: see `Distillation`.
 
@@ -205,7 +207,7 @@ class Alignment(Distillation):
         learn_temperature: bool = False,
         projector: str = "linear",
         project: str = "signal",
-        share: float = 1.0,
+        share: float | None = None,
         weight: float = 0.1,
         decay_epochs: int = 0,
     ) -> None:
@@ -228,8 +230,7 @@ class Alignment(Distillation):
             raise UserError(f"alignment: temperature is {temperature}. It must be positive.")
         if learn_temperature and temperature < COLDEST:
             raise UserError(f"alignment: temperature is {temperature}. To be learned it must start at {COLDEST} or above.")
-        if not 0 < share <= 1:
-            raise UserError(f"alignment: share is {share}. It must be above 0 and at most 1.")
+        check_share("alignment", share)
         self.items, self.users, self.kind, self.negatives, self.bank = items, users, kind, negatives, bank
         self.symmetric, self.temperature, self.learn_temperature = symmetric, temperature, learn_temperature
         self.projector, self.project, self.share = projector, project, share

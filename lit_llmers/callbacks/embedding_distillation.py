@@ -21,6 +21,7 @@ from lit_llmers.students.output import StudentOutput
 
 KINDS = ("hint", "experts", "topology")
 MAPS = ("none", "linear", "mlp")
+DRAWN = 256  # targets that a step looks at where no share is given
 
 
 def two_layers(inputs: int, outputs: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -29,20 +30,28 @@ def two_layers(inputs: int, outputs: int, activation: type[nn.Module] = nn.ReLU)
     return nn.Sequential(nn.Linear(inputs, inner), activation(), nn.Linear(inner, outputs))
 
 
-def item_sets(batch: Batch, share: float = 1.0) -> list[Tensor]:
+def check_share(name: str, share: float | None) -> None:
+    """Refuse a share that is none."""
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1, or null.")
+
+
+def item_sets(batch: Batch, share: float | None, most: int) -> list[Tensor]:
     """The items that a batch is about: its targets `[T]` and, where it brings them, its negatives `[B N]`.
 
     Args:
         share: of each that is drawn at random.
+        most: how many of each are drawn at most where no share is given.
     """
     target = batch["target"]
     sets = [target if target.dim() == 1 else target[target > 0]]
     if "negatives" in batch:
         sets.append(batch["negatives"].flatten())
-    if share < 1:
-        drawn = [torch.randperm(len(each), device=each.device)[: math.ceil(share * len(each))] for each in sets]
-        sets = [each[index] for each, index in zip(sets, drawn, strict=True)]
-    return sets
+    number = [min(most, len(each)) if share is None else math.ceil(share * len(each)) for each in sets]
+    return [
+        each[torch.randperm(len(each), device=each.device)[:few]] if few < len(each) else each
+        for each, few in zip(sets, number, strict=True)
+    ]
 
 
 def distinct(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -112,18 +121,17 @@ class Topology(nn.Module):
     Args:
         experts: one for each group; their distance is the assignment.
         balance: a.
-        share: of the entities that are there, at which the pairs of a group are as many as without drawing.
     """
 
-    def __init__(self, experts: Experts, balance: float, share: float = 1.0) -> None:
+    def __init__(self, experts: Experts, balance: float) -> None:
         super().__init__()
-        self.experts, self.balance, self.share = experts, balance, share
+        self.experts, self.balance = experts, balance
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """`[M]` for `[M, d]` and `[M, D]`."""
         with torch.no_grad():
             group = self.experts.gate(teacher).argmax(1)
-        topology = entity_topology(student, teacher, group) / self.share + group_topology(student, teacher, group)
+        topology = entity_topology(student, teacher, group) + group_topology(student, teacher, group)
         return self.balance * topology + (1 - self.balance) * self.experts(student, teacher)
 
 
@@ -135,19 +143,19 @@ class EmbeddingTerm(Term):
         distance: `[M]` of the student's vectors `[M, d]` and the teacher's `[M, D]` of M different items.
         once: an item counts once in a batch, however often it is in it; otherwise once for each target, and half where the
             batch brings negatives, whose mean is the other half.
-        share: of the targets that it is estimated from.
+        share: of the targets that it is estimated from; None takes `DRAWN` of them.
         reduce: the student's.
     """
 
     items: Tensor
 
-    def __init__(self, items: Tensor, distance: nn.Module, once: bool, share: float, reduce: Reduce) -> None:
+    def __init__(self, items: Tensor, distance: nn.Module, once: bool, share: float | None, reduce: Reduce) -> None:
         super().__init__()
         self.register_buffer("items", items, persistent=False)
         self.distance, self.once, self.share, self.reduce = distance, once, share, reduce
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
-        sets = item_sets(batch, self.share)
+        sets = item_sets(batch, self.share, DRAWN)
         if self.once:
             ids, _ = distinct(torch.cat(sets), len(self.items))
             value = self._distance(output, ids).mean()
@@ -169,8 +177,7 @@ class EmbeddingDistillation(Distillation):
     groups, as at the teacher. What the maps learn is dropped with the callback.
 
     We differ from the official codes of DE and HTD in that values are means over the batch's items and not sums, and in that
-    users have no part, since a teacher that knows text alone has none. From HTD in that items with the same group are found
-    among those of the batch, as there, yet with `share` among fewer.
+    users have no part, since a teacher that knows text alone has none. HTD's pairs are those among the items that are drawn.
 
     Cost: TODO
 
@@ -178,11 +185,11 @@ class EmbeddingDistillation(Distillation):
         items: `[n+1, D]` the teacher's item vectors, row 0 zero.
         kind: `hint`, `experts` or `topology`.
         map: of `hint`: `none`, `linear`, or `mlp` with one inner layer of the mean width.
-        experts: of `experts` and `topology`: how many maps, or groups.
+        experts: of `experts` and `topology`: how many maps, or groups; 30 in the papers.
         temperature: of the choice of experts in the first epoch; it falls exponentially.
         final_temperature: where it would be after the last epoch; 1e-10 in the official codes.
         balance: of `topology`: its weight against that of the assignment to groups (the official code's alpha).
-        share: of a batch's targets, drawn at random at each step, that the loss is estimated from.
+        share: of a batch's targets, drawn at random at each step, that the loss is estimated from; None draws 256 at most.
         weight: factor of the term in the student's loss.
         decay_epochs: see `Distillation`.
 
@@ -199,11 +206,11 @@ class EmbeddingDistillation(Distillation):
         items: Tensor,
         kind: str = "hint",
         map: str = "linear",
-        experts: int = 30,
+        experts: int = 5,
         temperature: float = 1.0,
         final_temperature: float = 1e-10,
         balance: float = 0.5,
-        share: float = 1.0,
+        share: float | None = None,
         weight: float = 1.0,
         decay_epochs: int = 0,
     ) -> None:
@@ -219,8 +226,7 @@ class EmbeddingDistillation(Distillation):
                 raise UserError(f"embedding_distillation: {key} is {value}. It must be positive.")
         if not 0 <= balance <= 1:
             raise UserError(f"embedding_distillation: balance is {balance}. It is a share, from 0 to 1.")
-        if not 0 < share <= 1:
-            raise UserError(f"embedding_distillation: share is {share}. It must be above 0 and at most 1.")
+        check_share("embedding_distillation", share)
         self.items, self.kind, self.map, self.experts = items, kind, map, experts
         self.temperature, self.final_temperature = temperature, final_temperature
         self.balance, self.share = balance, share
@@ -241,7 +247,7 @@ class EmbeddingDistillation(Distillation):
         else:
             distance = Experts(dim, width, self.experts)
             if self.kind == "topology":
-                distance = Topology(distance, self.balance, self.share)
+                distance = Topology(distance, self.balance)
         return EmbeddingTerm(self.items, distance, self.kind == "topology", self.share, student.reduce)
 
     def _set_weight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -81,8 +81,7 @@ class RankingTerm(Term):
     def _bce(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         self._choose(lists, batch, drawn, self.settings.negatives)
         weight = self._weights(lists)
-        negative = lists.others if self.settings.negatives else None
-        loss = losses.list_bce(lists.listed, weight, negative, lists.free, self.settings.official_negative_term)
+        loss = losses.list_bce(lists.listed, weight, lists.others, lists.free, self.settings.official_negative_term)
         if not self.settings.dros:
             return loss
         beta, table = self.settings.dros_beta, lists.table.to(lists.listed.dtype)
@@ -95,6 +94,7 @@ class RankingTerm(Term):
 
     def _listwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         self._choose(lists, batch, drawn, self.settings.uninteresting)
+        assert lists.others is not None
         return losses.relaxed_listwise(lists.listed, lists.others, lists.valid, lists.free)
 
     def _softmax(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
@@ -118,20 +118,21 @@ class RankingTerm(Term):
         """Draw from the lists and score what was drawn, and so many other items."""
         settings, device = self.settings, lists.items.device
         number = settings.k or lists.items.shape[1]
-        other = None
         if others:
             taken = torch.cat([lists.items, samples.met_items(batch, drawn)], 1)
             other, lists.free = samples.draw_others(taken, others, len(lists.table) - 1)
+            lists.others = losses.shared_scores(lists.user, lists.table, other)
         if settings.sampler == "rank":
             log_weight = samples.rank_log_weight(lists.items.shape[1], settings.rank_temperature, device)
             lists.keep(*samples.draw_places(log_weight, lists.valid, number))
-        lists.score(other)
+        lists.score()
         if settings.sampler == "discrepancy":
             lists.rank = self._ranks(lists)
             if settings.overestimated:
                 high = samples.discrepancy_log_weight(-lists.rank, -lists.place, settings.epsilon)
                 place, real = samples.draw_places(high, lists.valid, settings.overestimated)
-                lists.others = torch.cat([lists.listed.gather(1, place), lists.others], 1)
+                rated = lists.listed.gather(1, place)
+                lists.others = rated if lists.others is None else torch.cat([rated, lists.others], 1)
                 lists.free = real if lists.free is None else torch.cat([real, lists.free], 1)
             low = samples.discrepancy_log_weight(lists.rank, lists.place, settings.epsilon)
             lists.keep(*samples.draw_places(low, lists.valid, number))
@@ -165,7 +166,7 @@ class _Lists:
     """The lists of some targets, on the way from all of the record to what was drawn: tensors are `[T, K]`, if not said."""
 
     listed: Tensor  # the student's scores
-    others: Tensor  # [T, N] of items that stand under the list
+    others: Tensor | None = None  # [T, N] of items that stand under the list
     free: Tensor | None = None  # [T, N] which of them count
 
     def __init__(self, user: Tensor, table: Tensor, items: Tensor, scores: Tensor) -> None:
@@ -175,10 +176,9 @@ class _Lists:
         self.rank: Tensor | None = None
         self.parts: dict[str, Tensor] = {}
 
-    def score(self, other: Tensor | None = None) -> None:
-        """Ask the student, about other items `[T, N]` too."""
-        items = self.items if other is None else torch.cat([self.items, other], 1)
-        self.listed, self.others = losses.list_scores(self.user, self.table, items).tensor_split([self.items.shape[1]], 1)
+    def score(self) -> None:
+        """Ask the student."""
+        self.listed = losses.list_scores(self.user, self.table, self.items)
 
     def keep(self, place: Tensor, drawn: Tensor) -> None:
         """Only these places `[T, k]`, as far as they were drawn."""
@@ -201,7 +201,7 @@ class RankingDistillation(Distillation):
     sequential student has no ranking of users. Items that the student overrates stand under the list with `overestimated`,
     random ones with `uninteresting`. UnKD's groups are those of the items in the list, of which a list may hold few unpopular
     ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at all. RD's
-    random items are the same for all targets of a step.
+    random items are the same for all targets of a step, and 16 neighbouring targets share their items off the list.
 
     Args:
         ranking: the teacher's lists.

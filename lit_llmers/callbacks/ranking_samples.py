@@ -13,7 +13,8 @@ from lit_llmers.errors import UserError
 from lit_llmers.losses.ranking import estimated_rank
 from lit_llmers.students.output import StudentOutput
 
-_CELLS = {"cpu": 2**22, "other": 2**28}  # of a table of flags, targets x items, in memory at once
+_TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
+_CELLS = {"cpu": 2**20, "other": 2**26}  # of a table of draws x items in memory at once
 _ROWS = 64  # targets whose scores of the whole catalogue are in memory at once
 
 
@@ -45,8 +46,8 @@ def draw_places(log_weight: Tensor, valid: Tensor, number: int) -> tuple[Tensor,
         list has fewer places with a weight.
     """
     number = min(number, valid.shape[1])
-    waiting = torch.empty(valid.shape, dtype=torch.float32, device=valid.device).exponential_().log_()
-    key = torch.where(valid, log_weight - waiting, -torch.inf)  # the largest keys are the draw (Efraimidis and Spirakis)
+    waiting = torch.rand(valid.shape, device=valid.device).neg_().log1p_().neg_().clamp_(min=1e-30)  # exponential, but faster
+    key = torch.where(valid, log_weight - waiting.log_(), -torch.inf)  # the largest are the draw (Efraimidis and Spirakis)
     best, place = key.topk(number, 1, sorted=False)
     place = place.masked_fill_(best == -torch.inf, valid.shape[1]).sort(1).values
     drawn = place < valid.shape[1]
@@ -90,8 +91,9 @@ def student_ranks(user: Tensor, item_table: Tensor, items: Tensor, listed: Tenso
         scores = user[rows] @ item_table.T  # [c, n+1]
         own = scores.gather(1, items[rows])  # rounded as the others are
         scores[:, 0] = -torch.inf
+        higher = torch.empty_like(scores)
         for k in range(items.shape[1]):
-            rank[rows, k] = (scores - own[:, k : k + 1]).sign_().relu_().sum(1)
+            rank[rows, k] = torch.gt(scores, own[:, k : k + 1], out=higher).sum(1)
     return rank
 
 
@@ -189,26 +191,33 @@ def met_items(batch: Batch, drawn: Tensor | None = None) -> Tensor:
 
 
 def draw_others(taken: Tensor, number: int, n_items: int) -> tuple[Tensor, Tensor]:
-    """Draw items uniformly, with replacement, for each target; what is taken does not count.
+    """Draw items uniformly, with replacement; what is taken does not count.
+
+    As many neighbouring targets as `_TOGETHER` share a draw: their scores then are a matrix product, at a tenth of the cost.
 
     Args:
-        taken: `[T, E]` items that are no candidates.
+        taken: `[T, E]` items that are no candidates of a target.
         number: N.
         n_items: n.
 
     Returns:
-        `[T, N]` items 1..n, and which of them count.
+        `[R, N]` items 1..n, those of target t in row `t // ceil(T / R)`; and which of them count, `[T, N]`.
     """
-    drawn = torch.randint(1, n_items + 1, (len(taken), number), device=taken.device)
+    draws = -(-len(taken) // _TOGETHER)
+    together = -(-len(taken) // draws)
+    drawn = torch.randint(1, n_items + 1, (draws, number), device=taken.device)
+    free = torch.empty(len(taken), number, dtype=torch.bool, device=taken.device)
     step = max(1, _CELLS["cpu" if taken.device.type == "cpu" else "other"] // (n_items + 1))
-    flags = torch.zeros(min(step, len(taken)), n_items + 1, dtype=torch.bool, device=taken.device)
-    hit = torch.empty(drawn.shape, dtype=torch.bool, device=taken.device)
-    for start in range(0, len(taken), step):
-        own = taken[start : start + step]
-        flag = flags[: len(own)].scatter_(1, own, True)
-        hit[start : start + step] = flag.gather(1, drawn[start : start + step])
-        flag.scatter_(1, own, False)
-    return drawn, ~hit
+    for start in range(0, len(drawn), step):
+        own = drawn[start : start + step]
+        targets = slice(start * together, (start + len(own)) * together)
+        column = own.new_full((len(own), n_items + 1), number)  # where an item was drawn, number: nowhere
+        column.scatter_(1, own, torch.arange(number, device=own.device).expand_as(own))
+        row = torch.arange(len(taken[targets]), device=own.device).div(together, rounding_mode="floor")
+        hit = free.new_zeros(len(row), number + 1)
+        hit.scatter_(1, column.view(-1).take(taken[targets] + (row * (n_items + 1))[:, None]), True)
+        free[targets] = ~hit.gather(1, column.gather(1, own)[row])  # a repeated item has one column
+    return drawn, free
 
 
 def targets_of(output: StudentOutput, drawn: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:

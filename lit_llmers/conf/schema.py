@@ -24,17 +24,14 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-t
 EXPORTS = ("safetensors", "onnx")
 LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 
+# of a setting that came after runs had been made without it: at its default it stays out of fingerprints, so theirs hold
+ADDED = {"added": True}
+
 Config = TypeVar("Config")
 
 
-def added(default: Any = None, default_factory: Any = None) -> Any:
-    """A setting that came after runs had been made without it: at its default it stays out of the fingerprint, so theirs hold."""
-    value = {"default": default} if default_factory is None else {"default_factory": default_factory}
-    return field(**value, metadata={"added": True})
-
-
 def fingerprinted(config: Any) -> dict[str, Any]:
-    """The settings that name an artefact: all, less those that were `added` and are at their default."""
+    """The settings that name an artefact: all, less those that are `ADDED` and are at their default."""
     out = {}
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -62,7 +59,7 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
             )
     inner = {key: next((kind for kind in (types[key], *get_args(types[key])) if is_dataclass(kind)), None) for key in values}
     nested = {
-        key: build(inner[key], value, f"{where}.{key}")  # type: ignore[type-var, arg-type]
+        key: build(inner[key], value, f"{where}.{key}")  # type: ignore[arg-type]
         for key, value in values.items()
         if inner[key] is not None and isinstance(value, Mapping)
     }
@@ -384,20 +381,20 @@ class EncodeStage:
     encode: str
     fields: list[str] = field(default_factory=lambda: ["title", "categories", "text"])
     dim: int = 64
-    prompt: str | None = added()
-    model: str | dict[str, Any] | None = added()
-    adapter: str | None = added()
-    pooling: str = added("mean")
-    max_tokens: int = added(128)
-    batch_size: int = added(64)
-    normalise: bool = added(True)
-    dtype: str | None = added()
-    reduce: int | None = added()
-    shuffle: bool = added(False)
-    users: str | None = added()
-    user_prompt: str | None = added()
-    profile: str | None = added()
-    allow_leaking: list[str] = added(default_factory=list)
+    prompt: str | None = field(default=None, metadata=ADDED)
+    model: str | dict[str, Any] | None = field(default=None, metadata=ADDED)
+    adapter: str | None = field(default=None, metadata=ADDED)
+    pooling: str = field(default="mean", metadata=ADDED)
+    max_tokens: int = field(default=128, metadata=ADDED)
+    batch_size: int = field(default=64, metadata=ADDED)
+    normalise: bool = field(default=True, metadata=ADDED)
+    dtype: str | None = field(default=None, metadata=ADDED)
+    reduce: int | None = field(default=None, metadata=ADDED)
+    shuffle: bool = field(default=False, metadata=ADDED)
+    users: str | None = field(default=None, metadata=ADDED)
+    user_prompt: str | None = field(default=None, metadata=ADDED)
+    profile: str | None = field(default=None, metadata=ADDED)
+    allow_leaking: list[str] = field(default_factory=list, metadata=ADDED)
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lit_llmers.conf.schema import added
+from lit_llmers.conf.schema import ADDED
 from lit_llmers.errors import UserError, unknown
 
 SPLITS = ("leave-one-out", "temporal", "given")
@@ -109,7 +109,7 @@ class DataConfig:
     min_interactions: int = 3
     min_rating: float | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    texts: list[str] = added(default_factory=list)
+    texts: list[str] = field(default_factory=list, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

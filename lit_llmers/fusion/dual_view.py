@@ -80,7 +80,7 @@ class DualView(Fusion):
         ]
         both = torch.cat(views) * real.repeat(2, 1, 1)  # [2B, L, d]
         states = self.inner.read(both, items.repeat(2, 1), mask.repeat(2, 1), every_position)
-        return [torch.cat(state.chunk(2), 2) for state in states]  # [B, P, 2D]
+        return [torch.cat([state[: len(x)], state[len(x) :]], 2) for state in states]  # [B, P, 2D]
 
     def head(self, state: Tensor) -> Tensor:
         return torch.cat([self.inner.head(half) for half in state.chunk(2, -1)], -1)

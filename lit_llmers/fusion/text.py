@@ -115,9 +115,11 @@ class Adapter(nn.Module):
     def scale(self, x: Tensor, target: float) -> None:
         """Make the root mean square of what `[N, D]` becomes about `target`, with the last layer's weight."""
         last: nn.Linear = self.layers[-1]  # type: ignore[assignment]
+        self.eval()  # without dropout
         with torch.no_grad():
             for _ in range(4 if self.activate_last else 1):
                 last.weight.mul_(target / self(x).square().mean().sqrt().clamp(min=1e-12))
+        self.train()
 
 
 class TextTable(nn.Module):

@@ -13,7 +13,7 @@ from lit_llmers.losses.task import cross_entropy
 
 _FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
 _ROWS = 128  # rows whose scores of the whole catalogue are in memory at once
-_PAIRS = {"cpu": 2**14, "other": 2**22}  # (target, item) pairs whose vectors are in memory at once
+_COMPARED = 2**20  # cells of comparisons in memory at once
 _DEEPEST = -700.0  # of differences between scores: exp is above zero in float64
 
 
@@ -56,12 +56,31 @@ class _ListScores(torch.autograd.Function):
         d_user = d_table = None
         if ctx.needs_input_grad[0]:
             d_user = F.embedding_bag(items, item_table, per_sample_weights=cotangent, mode="sum")
-        if ctx.needs_input_grad[1]:
-            d_table = torch.zeros_like(item_table)
-            step = max(1, _PAIRS["cpu" if user.device.type == "cpu" else "other"] // max(1, items.shape[1]))
-            for u, i, c in zip(user.split(step), items.split(step), cotangent.split(step), strict=True):
-                d_table.index_add_(0, i.flatten(), (c[:, :, None] * u[:, None]).flatten(0, 1))
+        if ctx.needs_input_grad[1]:  # the same sum the other way round: an item's users, weighed by the cotangent
+            order = items.flatten().int().argsort()
+            count = torch.bincount(items.flatten(), minlength=len(item_table))
+            row, weight = order.div(items.shape[1], rounding_mode="floor"), cotangent.flatten()[order]
+            d_table = F.embedding_bag(row, user, count.cumsum(0) - count, per_sample_weights=weight, mode="sum")
         return d_user, d_table, None
+
+
+def shared_scores(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
+    """Scores of items that neighbouring targets share: target t is scored on the items of row `t // ceil(T / R)`.
+
+    Args:
+        user: `[T, d]` user vectors.
+        item_table: `[n+1, d]`; row 0 is padding.
+        items: `[R, N]` int64 rows of the table.
+
+    Returns:
+        `[T, N]` in the wider of both precisions, at least float32.
+    """
+    wide = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
+    together = -(-len(user) // len(items))
+    users = F.pad(user.to(wide), (0, 0, 0, together * len(items) - len(user))).view(len(items), together, -1)
+    vectors = F.embedding(items, item_table).to(wide)  # [R, N, d]
+    with torch.autocast(user.device.type, enabled=False):
+        return (users @ vectors.mT).flatten(0, 1)[: len(user)]
 
 
 def estimated_rank(listed: Tensor, drawn: Tensor, n_items: int) -> Tensor:
@@ -79,17 +98,21 @@ def estimated_rank(listed: Tensor, drawn: Tensor, n_items: int) -> Tensor:
     """
     listed, drawn = listed.detach(), drawn.detach()
     above = torch.empty_like(listed)
-    step = max(1, 2**20 // max(1, listed.shape[1] * drawn.shape[1]))
+    step = min(len(listed), max(1, _COMPARED // (listed.shape[1] * drawn.shape[1])))
+    buffer = drawn.new_empty(step, listed.shape[1], drawn.shape[1])
     for start in range(0, len(listed), step):
         rows = slice(start, start + step)
-        above[rows] = (drawn[rows, None] - listed[rows, :, None]).sign_().relu_().sum(2)
+        higher = torch.gt(drawn[rows, None], listed[rows, :, None], out=buffer[: len(listed[rows])])
+        torch.sum(higher, 2, out=above[rows])
     return ((n_items - 1) * above / drawn.shape[1]).floor_()
 
 
 # ---- weights of the listed items ---------------------------------------------------------------------------------------
 
 
-def position_weights(valid: Tensor, steepness: float, place: Tensor | None = None) -> Tensor:
+def position_weights(
+    valid: Tensor, steepness: float, place: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """`e^(-r / steepness) / sum of it`, r = 1, 2, ... the teacher's rank (RD section 3.3.1; DLLM2Rec's w^p).
 
     Args:
@@ -100,7 +123,7 @@ def position_weights(valid: Tensor, steepness: float, place: Tensor | None = Non
         `[T, K]`, of sum 1 where a list is not empty.
     """
     place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid) if place is None else place
-    return _normalised(torch.exp(-place / steepness) * valid)
+    return _normalised(torch.exp(-place.to(dtype) / steepness) * valid)
 
 
 def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tensor:

@@ -186,7 +186,7 @@ def _reachable(config: BaseConfig) -> Iterator[None]:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Silence progress bars and the report of layers and heads left out on purpose; what is missing is checked by the caller."""
+    """Silence progress bars, and the report of what is left out on purpose; what is missing is checked by the caller."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -67,8 +67,9 @@ def history_texts(dataset: Dataset, lengths: Callable[[list[str]], np.ndarray], 
     """
     prompt = prompt or HISTORY
     titles = dataset.catalogue["title"].str.strip().tolist()
-    size = lengths([title + SEPARATOR for title in titles])
-    room = limit - int(lengths([prompt.format(history="")])[0])
+    frame, empty, separator = lengths(["", prompt.format(history=""), SEPARATOR])  # a tokenizer may put tokens around any text
+    size = lengths([title + SEPARATOR for title in titles]) - frame
+    room = limit - empty + separator - frame  # no separator after the last
     chosen: list[list[int]] = []
     for start, stop in zip(dataset.offsets[:-1], dataset.offsets[1:], strict=True):
         items = dataset.items[start:stop][dataset.split[start:stop] == TRAIN].astype(np.int64) - 1

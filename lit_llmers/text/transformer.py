@@ -87,9 +87,7 @@ def _checksum(path: Path, size: int, changed: int) -> str:
 def _adapter(name: str) -> Path:
     folder = Path(name).expanduser()
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"There is no adapter_config.json in {folder}. Set adapter to the folder of a PEFT adapter, or to null."
-        )
+        raise UserError(f"There is no adapter_config.json in {folder}. Set adapter to a PEFT adapter's folder, or to null.")
     return folder
 
 
@@ -117,7 +115,7 @@ class TextEncoder:
         self.model.eval().requires_grad_(False)
         self.model.config.use_cache = False
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]
         self.width = int(self.model.config.hidden_size)
         self.revision = getattr(self.model.config, "_commit_hash", None)
         self._check()
@@ -183,27 +181,34 @@ class TextEncoder:
 def _load(base: BaseConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     from transformers import AutoModel, AutoTokenizer
 
-    attention = {"attn_implementation": base.attention} if base.attention else {}
+    path, attention = str(base.path), ({"attn_implementation": base.attention} if base.attention else {})
     try:
         with without_load_report():
-            tokenizer = AutoTokenizer.from_pretrained(base.path, revision=base.revision)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision)
             model, found = AutoModel.from_pretrained(
-                base.path, revision=base.revision, dtype=DTYPES[base.dtype], output_loading_info=True, **attention
+                path, revision=base.revision, dtype=DTYPES[base.dtype], output_loading_info=True, **attention
             )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"The model '{base.path}' of the encode stage cannot be loaded: {str(error).strip().partition(chr(10))[0]} Name a "
+            f"The model '{path}' of the encode stage cannot be loaded: {str(error).strip().partition(chr(10))[0]} Name a "
             "local folder that has its config.json, weights and tokenizer, check the hub name and the network, or use "
             "model: minilm."
         ) from error
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # which is not read here
     if missing:
         raise UserError(
-            f"The model '{base.path}' lacks {len(missing)} tensors, the first of them '{missing[0]}'. Its files are incomplete "
+            f"The model '{path}' lacks {len(missing)} tensors, the first of them '{missing[0]}'. Its files are incomplete "
             "or of another model: fetch it again."
         )
     if not len(tokenizer):
-        raise UserError(f"The model '{base.path}' has no tokenizer, so it cannot read text. Add its tokenizer's files.")
+        raise UserError(f"The model '{path}' has no tokenizer, so it cannot read text. Add its tokenizer's files.")
+    known = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= known:  # added to the tokenizer alone
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    elif len(tokenizer) > known:
+        raise UserError(
+            f"The tokenizer of '{path}' knows {len(tokenizer)} tokens, but the model {known}: one of them is another model's."
+        )
     return (model.get_encoder() if model.config.is_encoder_decoder else model), tokenizer
 
 
@@ -218,6 +223,7 @@ def _adapted(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
 
     settings = peft.PeftConfig.from_pretrained(str(folder))
     settings.task_type, settings.inference_mode = None, True
+    settings.base_model_name_or_path = None  # the place of the model when the adapter was trained
     try:
         with_adapter = peft.get_peft_model(model, settings)
         inside = "base_model.model."

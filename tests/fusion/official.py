@@ -12,16 +12,11 @@ from lit_llmers.backbones import Backbone
 Golden = dict[str, Tensor]
 
 
-def parameters(z: Golden, prefix: str = "") -> Golden:
-    """The golden parameters whose name starts with `prefix`, without it."""
-    start = f"param.{prefix}"
-    return {key.removeprefix(start): value for key, value in z.items() if key.startswith(start)}
-
-
 def load(module: nn.Module, z: Golden, prefix: str = "") -> None:
-    """Give a module its golden parameters, those that it has."""
-    own = module.state_dict()
-    module.load_state_dict({name: value for name, value in parameters(z, prefix).items() if name in own})
+    """Give a module its golden parameters, all whose name starts with `prefix`."""
+    start = f"param.{prefix}"
+    theirs = {key.removeprefix(start): value for key, value in z.items() if key.startswith(start)}
+    assert not module.load_state_dict(theirs, strict=False).unexpected_keys
 
 
 def assert_gradients(module: nn.Module, z: Golden, prefix: str = "") -> None:
@@ -137,9 +132,8 @@ class PostNorm(Whole):
             out[f"{self.names[part].format(layer)}.{kind}"] = weight
         return out
 
-    def take(self, z: Golden, prefix: str, table: str) -> None:
+    def take(self, z: Golden, prefix: str) -> None:
         with torch.no_grad():
-            self.items.weight.copy_(z[f"param.{table}"])
             for name, weight in self.official().items():
                 weight.copy_(z[f"param.{prefix}{name}"])
 

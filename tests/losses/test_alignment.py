@@ -197,7 +197,7 @@ def test_mmd_moves_a_cloud_onto_another():
         adam.zero_grad()
         multi_kernel_mmd(x, y).backward()
         adam.step()
-    assert (x.mean(0) - y.mean(0)).norm() < 0.5
+    assert (x.mean(0) - y.mean(0)).norm() < 0.2 * 3 * 3**0.5
 
 
 def test_cosine_is_zero_for_the_same_direction_and_moves_both_sides():
