@@ -50,8 +50,21 @@ def main() -> None:
     options = arguments()
     students.quiet()
     machine = machine_and_software()
-    print(header(COLUMNS), flush=True)
     pairs = students.contests_of(options)
+    if not options.report:
+        run(pairs, machine, options)
+    rows = [row for row in kept() if row["budget"] == options.budget]
+    here = [row for row in rows if (row["model"], row["data"]) in pairs]
+    if options.report:
+        print("\n".join([header(COLUMNS), *map(line, here)]))
+    print(f"\n{levels(here)}\n\nAll figures: {RESULTS}")
+    if options.record:
+        rewrite_section(Path(options.record), title("Other libraries", machine), body(rows, machine, options))
+
+
+def run(pairs: list[tuple[str, str]], machine: dict[str, Any], options: argparse.Namespace) -> None:
+    """Hold these contests, and show and keep each row when it is done."""
+    print(header(COLUMNS), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for pair in pairs:
@@ -61,16 +74,12 @@ def main() -> None:
             for row in contest(*pair, ready, folder, options):
                 keep({**row, "environment": machine})
                 print(line(row), flush=True)
-    rows = [row for row in kept() if row["budget"] == options.budget]
-    here = [row for row in rows if (row["model"], row["data"]) in pairs]
-    print(f"\n{levels(here)}\n\nAll figures: {RESULTS}")
-    if options.record:
-        rewrite_section(Path(options.record), title("Other libraries", machine), body(rows, machine, options))
 
 
 def arguments() -> argparse.Namespace:
     parser = students.parser_of(__doc__)
     add = parser.add_argument
+    add("--report", action="store_true", help="run nothing, but show and write what is kept")
     add("--who", nargs="+", metavar="NAME", help=f"these alone, of {OURS}, {', '.join(OTHERS)}")
     add("--budget", type=float, default=300.0, metavar="SECONDS", help="of processor time to train one run (default 300)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")

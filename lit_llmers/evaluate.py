@@ -19,6 +19,7 @@ from lit_llmers.metrics import KS, Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
+from lit_llmers.teachers.grounding import GroundedRecommender
 
 HEAD_SHARE = 0.2  # of the catalogue, by training interactions
 POPULARITY_BINS = (0, 5, 10, 20, 50, 100, 200, 500)
@@ -32,7 +33,7 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset = load_dataset(stage)
     models = []
     candidates, candidates_hash = _candidates(stage, dataset)
-    for fitted in (need for need in stage.needs if need.verb == "fit"):
+    for fitted in (need for need in stage.needs if need.verb in ("fit", "tune")):
         rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length, config.evaluation.users)
         model = load_model(fitted, dataset)
         ranks, seconds = rank_all(model, rows, config, candidates)
@@ -86,7 +87,8 @@ def rank_all(
     tables = model.tables()
     batches = EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history and candidates is None)
     ranks = np.empty(len(rows), np.float64)
-    model.ranks(_on(device, next(iter(batches))), tables)  # warm up
+    if not isinstance(model, GroundedRecommender):  # which remembers what it said
+        model.ranks(_on(device, next(iter(batches))), tables)  # warm up
     started = time.perf_counter()
     for batch in batches:
         index = batch["row"].numpy()

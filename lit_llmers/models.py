@@ -21,6 +21,7 @@ from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.teachers.grounding import load_grounded
 from lit_llmers.text.reduction import mean_of_histories, reduce_table
 
 TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
@@ -123,7 +124,7 @@ def data_module(stage: Stage, dataset: Dataset) -> SequenceDataModule | PairData
 
 
 def load_model(stage: Stage, dataset: Dataset) -> Recommender:
-    """The trained model of a fit stage, at its best validation epoch, in evaluation mode.
+    """The trained model of a fit or tune stage, at its best validation epoch, in evaluation mode.
 
     Raises:
         UserError: the checkpoint is missing or of another model.
@@ -131,6 +132,8 @@ def load_model(stage: Stage, dataset: Dataset) -> Recommender:
     path = stage.folder / "best.ckpt"
     if not path.is_file():
         raise UserError(f"There is no {path}. Remove the folder and run the recipe again to train '{stage.label}'.")
+    if stage.verb == "tune":
+        return load_grounded(stage, dataset)
     L.seed_everything(stage.seed, verbose=False)
     model = build_model(stage, dataset)
     load_weights(model, path)

@@ -18,7 +18,7 @@ from lit_llmers.callbacks.distillation import SignalSource
 from lit_llmers.conf.schema import RecordStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.histories import Histories
-from lit_llmers.data.loader import Batch, OrderedBatches, seen_before
+from lit_llmers.data.loader import Batch, OrderedBatches, seen_before, windows
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.losses.feature import block_boundaries
@@ -28,6 +28,7 @@ from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
+from lit_llmers.teachers.grounding import GroundedRecommender
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,8 @@ class Rankings:
         self.signals = dict(zip(self.names, ((shape, "int32"), (shape, "float32")), strict=True))
 
     def _check_targets(self, config: RecordStage) -> None:
+        if isinstance(self.model, GroundedRecommender):
+            return
         if not isinstance(self.model, SequentialRecommender) or not self.model.backbone.causal:
             raise UserError(
                 f"Stage '{config.of}' cannot rank after each training target: it does not read a history up to there. "
@@ -164,24 +167,40 @@ class Rankings:
             )
 
     def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-        for number, (items, scores) in self._per_user(rows, device) if self.targets is None else self._per_target(rows, device):
+        if self.targets is None:
+            asked = self._per_user(rows, device)
+        else:
+            grounded = isinstance(self.model, GroundedRecommender)
+            asked = self._per_history(rows, device) if grounded else self._per_target(rows, device)
+        for number, (items, scores) in asked:
             scores = torch.where(items > 0, scores, torch.finfo(torch.float32).min)  # a record holds finite numbers
-            yield number, dict(zip(self.names, (items.int(), scores), strict=True))
+            yield number, dict(zip(self.names, (items.int(), scores.float()), strict=True))
 
     def _per_target(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor]]]:
         assert self.targets is not None
         catalogue = Catalogue(self.model.item_table())  # type: ignore[arg-type]
         for batch in OrderedBatches(self.targets, self.batch_size, rows):
-            row, number = batch["row"].numpy(), batch["target_row"].numpy()
-            place = number - np.repeat(self.targets.target_offset[row], _targets_per_row(batch))
-            first = self.targets.start[row] + 1 if self.targets.every_position else self.targets.stop[row] - 1
-            at = np.repeat(first, _targets_per_row(batch)) + place
-            user = np.repeat(self.targets.user[row], _targets_per_row(batch))
+            number = batch["target_row"].numpy()
+            user, at = self.targets.places(number)
             target = self.dataset.items[at].astype(np.int64)
             seen = _on(device, seen_before(self.dataset, user, at, target))
             with torch.inference_mode():
                 vectors = self.model(_on(device, batch)).user  # [T, d]
             yield number, top_items(vectors, catalogue, self.k, seen["seen_row"], seen["seen_item"])
+
+    def _per_history(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor]]]:
+        """The history before each target by itself: what is said after it cannot be read off at every position of a row."""
+        assert self.targets is not None
+        for start in range(rows.start, rows.stop, self.batch_size):
+            number = np.arange(start, min(start + self.batch_size, rows.stop))
+            user, at = self.targets.places(number)
+            target = self.dataset.items[at].astype(np.int64)
+            first = np.maximum(at - self.histories.length, self.dataset.offsets[user])
+            items = torch.from_numpy(windows(self.dataset.items, first, at))
+            batch = {"items": items, "mask": items > 0, "target": torch.from_numpy(target)}
+            batch |= seen_before(self.dataset, user, at, target)
+            with torch.inference_mode():
+                yield number, self.model.top_items(_on(device, batch), self.k, self.tables)
 
     def _per_user(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor]]]:
         for start in range(rows.start, rows.stop, self.batch_size):
@@ -228,7 +247,8 @@ def run(stage: Stage) -> dict[str, Any]:
         writer.finish()
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for writer in writers.values() for path in writer.folder.glob("*.npy"))
-    return {"rows": question.rows, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
+    summary = {"rows": question.rows, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
+    return summary | (model.work.summary if isinstance(model, GroundedRecommender) else {})
 
 
 def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[int]) -> Tensor:
@@ -237,11 +257,6 @@ def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[in
         hidden = model(batch, with_hidden=True).hidden
     assert hidden is not None
     return torch.stack([hidden[layer] for layer in boundaries], 1)
-
-
-def _targets_per_row(batch: Batch) -> np.ndarray:
-    target = batch["target"].numpy()
-    return np.ones(len(target), np.int64) if target.ndim == 1 else (target > 0).sum(1)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

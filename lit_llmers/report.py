@@ -45,7 +45,7 @@ def write_report(run: Path) -> Path:
     parts = [_title(results), sections.data_line(results), *leak_warnings(results), _state(results)]
     if results.models:
         parts += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
-    elif any(stage.done for stage in results.stages if stage.verb == "fit"):
+    elif any(stage.done for stage in results.stages if stage.verb in ("fit", "tune")):
         parts += ["## Training so far", tables.training_table(results)]
     parts += [_plots(plots), sections.protocol_section(results), sections.data_section(results), _reproducibility(results)]
     path = results.run / "report.md"

@@ -21,6 +21,7 @@ from lit_llmers.conf.schema import (
     ExportStage,
     FitStage,
     RecordStage,
+    TuneStage,
     build,
     fingerprinted,
 )
@@ -32,16 +33,19 @@ MODULES = {
     "prepare": "lit_llmers.prepare",
     "encode": "lit_llmers.encode",
     "fit": "lit_llmers.training",
+    "tune": "lit_llmers.tuning",
     "record": "lit_llmers.record",
     "evaluate": "lit_llmers.evaluate",
     "export": "lit_llmers.export",
 }
-SHARED = {"fit": ("sequences", "optimizer", "trainer"), "record": ("signals",), "evaluate": ("evaluation",)}
+TRAINING = ("sequences", "optimizer", "trainer")
+SHARED = {"fit": TRAINING, "tune": TRAINING, "record": ("signals",), "evaluate": ("evaluation",)}
 GATHERING = ("evaluate", "export")  # run once, over all seeds
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
     "encode": {"model", "adapter"},  # their checksums are too
     "fit": {"accelerator", "checkpoint_every", "log_every"},
+    "tune": {"accelerator", "checkpoint_every", "log_every", "generation"},  # the last is in `content` of those that ask
 }
 
 log = logging.getLogger(__name__)
@@ -164,6 +168,8 @@ def plan(config: dict[str, Any]) -> list[Stage]:
                 where = "comes later in the recipe" if need in entries else "does not exist"
                 raise UserError(f"Stage '{name}' needs stage '{need}', which {where}.{nearest(need, planned)}")
         _check_needs(name, typed, planned)
+        asked = {need: planned[need][0].config for need in wanted if verb in ("record", "evaluate")}
+        content |= {need: asdict(tuned.generation) for need, tuned in asked.items() if isinstance(tuned, TuneStage)}
         repeated = verb not in GATHERING and (
             name in config["repeat"] or any(stage.repeated for need in wanted for stage in planned[need])
         )
@@ -231,15 +237,18 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
 
         data = build(DataConfig, config["data"], "data")
         return data, source_of(data).fingerprint()
+    ranked = config["evaluation"]
     if verb == "fit":
-        ranked = config["evaluation"]
         entry = {**entry, "mask_history": ranked["mask_history"], "validation_users": ranked["users"]}
+    if verb == "tune":
+        entry = {**entry, "mask_history": ranked["mask_history"]}
     for section in SHARED.get(verb, ()):  # the run's own settings, with the stage's on top
         own: Any = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
         entry = {**entry, section: own}
     classes = {
         "encode": EncodeStage,
         "fit": FitStage,
+        "tune": TuneStage,
         "record": RecordStage,
         "evaluate": EvaluateStage,
         "export": ExportStage,
@@ -249,6 +258,10 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         from lit_llmers.building import check
 
         check(typed, where)
+    if verb == "tune":
+        from lit_llmers.teachers.base import BaseConfig
+
+        BaseConfig.of(typed.base)
     if verb == "encode":
         from lit_llmers.text.prompts import check_prompt
         from lit_llmers.text.transformer import identity
@@ -296,7 +309,8 @@ def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None
                 )
     elif hasattr(typed, "of"):
         of = [typed.of] if isinstance(typed.of, str) else typed.of
-        wanted = [(f"stages.{name}.of", model, ("fit",)) for model in of]
+        ranks = isinstance(typed, EvaluateStage) or getattr(typed, "record", None) == "ranking"  # all that a tuned one does
+        wanted = [(f"stages.{name}.of", model, ("fit", "tune") if ranks else ("fit",)) for model in of]
     for where, other, verbs in wanted:
         if planned[other][0].verb not in verbs:
             raise UserError(
@@ -343,7 +357,7 @@ def _run_one(stage: Stage) -> None:
     started = time.monotonic()
     summary = importlib.import_module(MODULES[stage.verb]).run(stage)
     seconds = time.monotonic() - started
-    if stage.verb != "fit":  # which logs while it trains
+    if stage.verb not in ("fit", "tune"):  # which log while they train
         from lit_llmers.loggers import finish_loggers
 
         finish_loggers(stage.loggers(), {"seconds": seconds, **summary})

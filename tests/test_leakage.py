@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from tiny import assert_equal_weights, by_name, small, weights
+from tiny_text import save_model
 
 from lit_llmers.data import GeneratorConfig
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
@@ -14,6 +15,7 @@ from lit_llmers.data.sources.demo import Demo
 from lit_llmers.evaluate import row_groups
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import run
+from lit_llmers.text.transformer import TextEncoder
 
 SAME = {"test": "three-epochs", "valid": "one-epoch"}  # what each is compared with
 TRAINED = ["item_embeddings", "teacher", "student", "control"]
@@ -53,7 +55,8 @@ def runs(tmp_path_factory):
         path.mkdir(parents=True)
         table.to_parquet(path / "interactions.parquet")
         tables.items.to_parquet(path / "items.parquet")
-        planned = small(folder / name, "data=local", f"data.path={path}", f"trainer.max_epochs={epochs}")
+        overrides = ("data=local", f"data.path={path}", f"trainer.max_epochs={epochs}", "stages.text.users=mean")
+        planned = small(folder / name, *overrides)
         run(planned, "control" if name != "train" else "item_embeddings")
         made[name] = by_name(planned)
     return made
@@ -98,8 +101,9 @@ def test_every_trained_weight_and_item_table_is_the_same(runs, name):
         assert_equal_weights(weights(other), weights(base))
         tables = [(each.folder / "item_table.npy").read_bytes() for each in (base, other)]
         assert tables[0] == tables[1]
-    texts = [(runs[each]["text"].folder / "item_table.npy").read_bytes() for each in (name, SAME[name])]
-    assert texts[0] == texts[1]
+    for table in ("item_table.npy", "user_table.npy"):
+        texts = [(runs[each]["text"].folder / table).read_bytes() for each in (name, SAME[name])]
+        assert texts[0] == texts[1], table
 
 
 @pytest.mark.parametrize("name", ["test", "valid"])
@@ -140,3 +144,49 @@ def row_groups_of_all(data: Dataset) -> dict[str, np.ndarray]:
 def test_a_training_item_does_change_the_weights(runs):
     ours, theirs = weights(runs["train"]["item_embeddings"]), weights(runs["one-epoch"]["item_embeddings"])
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# ---- text --------------------------------------------------------------------------------------------------------------------
+
+ENCODING = """\
+# For tests.
+defaults: [/base, /data: local, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  text: {encode: transformer, model: MODEL, fields: [title], max_tokens: 40, users: USERS}
+"""
+
+
+def marked(folder, model, users: str, item: str, monkeypatch):
+    """The users' vectors, and all texts that the encoder read, with the word `marker` as the title of one item."""
+    chosen = {"a": "1 2 3 4 5", "b": "2 1 3 6 4", "c": "3 2 1 5 4"}  # 4 tests or validates, 6 validates, 5 tests or validates
+    path = folder / users / item / "set"
+    path.mkdir(parents=True)
+    rows = [(user, each, time) for user, line in chosen.items() for time, each in enumerate(line.split())]
+    pd.DataFrame(rows, columns=["user_id", "item_id", "position"]).to_parquet(path / "interactions.parquet")
+    titles = dict(zip("123456", ["red lamp", "blue cup", "garden chair", "wood table", "glass", "metal story"], strict=True))
+    frame = pd.DataFrame({"item_id": list(titles), "title": ["marker" if each == item else titles[each] for each in titles]})
+    frame.to_parquet(path / "items.parquet")
+    recipe = folder / f"{users}-{item}.yaml"
+    recipe.write_text(ENCODING.replace("MODEL", str(model)).replace("USERS", users))
+    texts = []
+    read = TextEncoder.tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "tokens", lambda self, given: texts.extend(given) or read(self, given))
+        planned = by_name(small(path.parent, f"data.path={path}", recipe=str(recipe)))
+        run(list(planned.values()), None)
+    return np.load(planned["text"].folder / "user_table.npy"), texts
+
+
+@pytest.mark.parametrize("users", ["history", "mean"])
+def test_a_held_out_title_reaches_no_text_and_no_vector_of_a_user(tmp_path, users, monkeypatch):
+    model = save_model("bert", tmp_path / "model")
+    plain, texts = marked(tmp_path, model, users, "none", monkeypatch)
+    assert len(texts) == (9 if users == "history" else 6)
+    for item, number in (("4", 0), ("5", 0), ("6", 0), ("3", 3)):  # 3 is a training item of all three
+        found, texts = marked(tmp_path, model, users, item, monkeypatch)
+        assert texts.count("marker") == 1, "the text of the item itself"
+        prompts = [text for text in texts if text.startswith("A user chose")]
+        assert sum("marker" in text for text in prompts) == (number if users == "history" else 0)
+        moved = np.abs(found - plain).max(1) > 1e-3
+        assert moved.sum() == number, item

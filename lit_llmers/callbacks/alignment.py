@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
-from lit_llmers.callbacks.embedding_distillation import check_share, distinct, item_sets, two_layers
+from lit_llmers.callbacks.embedding_distillation import check_share, distinct, drawn, item_sets, two_layers
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
@@ -109,10 +109,12 @@ class AlignmentTerm(Term):
             with torch.no_grad():
                 self.log_temperature.clamp_(min=math.log(COLDEST))
         parts = {}
-        for name, index in zip(("item", "negative"), item_sets(batch, self.share, DRAWN), strict=False):
+        for name, index in zip(("item", "negative"), item_sets(batch), strict=False):
+            index = drawn(index, self.share, DRAWN)
             parts[name] = self._aligned(output.items, self.items, index, self.negatives, padding=1)
         if self.users is not None:
-            parts["user"] = self._aligned(output.users, self.users, batch["user"], "all")  # type: ignore[attr-defined]
+            index = drawn(batch["user"], self.share, DRAWN)
+            parts["user"] = self._aligned(output.users, self.users, index, "all")  # type: ignore[attr-defined]
         total = torch.stack(list(parts.values())).sum()
         self.parts = {name: value.detach() for name, value in parts.items()}
         if self.log_temperature is not None:
@@ -170,6 +172,10 @@ class Alignment(Distillation):
     users compete with all users, targets with the targets of the batch, negatives with its negatives. From LLMEmb we differ in
     the learned temperature: we learn its logarithm, so that it stays positive.
 
+    Cost: with the 512 targets drawn by default of 6,400, 64 numbers wide, and signals of 384, a SASRec pays 2 to 5 % of its
+    step on one core; 6 % with a bank, 11 to 14 % against all of 3,706 items, and 24 % with `share: 1`. A LightGCN's step on
+    2,048 pairs is so short that items cost 35 to 50 % of it, and all of 6,040 users through an MLP three times a step.
+
     Args:
         items: `[n+1, D]` the items' signals, row 0 zero.
         users: `[U, D]` the users' signals; of use to a collaborative student alone.
@@ -182,8 +188,8 @@ class Alignment(Distillation):
         learn_temperature: whether it is trained, from there on and not below 0.01.
         projector: `none`, `linear`, or `mlp` with one inner layer of the mean width and a leaky ReLU; users and items share it.
         project: what it maps: the `signal` to the student's width, or the `student` to the signal's.
-        share: of a batch's targets and negatives, drawn at random at each step; the others neither align nor compete.
-            None draws 512 at most: the price is that of their square.
+        share: of a batch's targets, negatives and users, drawn at random at each step; the others are not aligned, nor do
+            they compete where the batch does. None draws 512 of each at most.
         weight: factor of the term in the student's loss.
         decay_epochs: see `Distillation`.
 
@@ -193,7 +199,7 @@ class Alignment(Distillation):
 
     name = "alignment"
     fits = (Backbone, CollaborativeBackbone)
-    sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items"), "users": ("from", "users")}
+    sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items"), "users": ("users", "users")}
 
     def __init__(
         self,

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
+SHOWN = ("HR@10", "NDCG@10", "loss")  # of the validation figures, those that there are
+
 log = logging.getLogger(__name__)
 
 
@@ -43,5 +45,6 @@ class Progress(L.Callback):
         if trainer.is_global_zero:
             trained = f"epoch {trainer.current_epoch + 1:2d}  " if trainer.state.fn == "fit" else ""
             trained += f"loss {figures['loss']:.3f}  " if "loss" in figures else ""  # as last logged
-            valid = f"valid HR@10 {figures['val/HR@10']:.4f}  NDCG@10 {figures['val/NDCG@10']:.4f}"
-            log.info("%-24s %s%s", self.title, trained, valid)
+            shown = {name: figures[f"val/{name}"] for name in SHOWN if f"val/{name}" in figures}
+            valid = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            log.info("%-24s %svalid %s", self.title, trained, valid)

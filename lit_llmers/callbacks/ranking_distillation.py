@@ -72,9 +72,9 @@ class RankingTerm(Term):
         user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
         lists = _Lists(user, output.items, items, scores.float())
         loss = getattr(self, f"_{self.settings.loss}")(lists, batch, drawn)  # [T]
-        scale = targets / max(1, len(user))
-        self.parts = {name: self.reduce(part, batch).detach() * scale for name, part in lists.parts.items()}
-        return self.reduce(loss, batch) * scale
+        parts = {name: samples.of_all(part.detach(), drawn, targets) for name, part in lists.parts.items()}
+        self.parts = {name: self.reduce(part, batch) for name, part in parts.items()}
+        return self.reduce(samples.of_all(loss, drawn, targets), batch)
 
     # ---- losses, one value per target ------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class RankingTerm(Term):
             if name in OF_STUDENT and self.epoch < settings.start_epoch:
                 continue
             if name == "position":
-                weights[name] = losses.position_weights(valid, settings.steepness, lists.place)
+                weights[name] = losses.position_weights(valid, settings.steepness, lists.place, lists.listed.dtype)
             elif name == "confidence":
                 weights[name] = losses.confidence_weights(lists.scores, valid, settings.raw_confidence)
             else:

@@ -25,6 +25,13 @@ def draw_targets(targets: int, share: float, device: torch.device) -> Tensor | N
     return torch.randperm(targets, device=device)[: math.ceil(share * targets)].sort().values
 
 
+def of_all(loss: Tensor, drawn: Tensor | None, targets: int) -> Tensor:
+    """From the losses of the drawn targets `[D]` to an unbiased estimate of those of all `[T]`, however they are reduced."""
+    if drawn is None:
+        return loss
+    return loss.new_zeros(targets).index_copy(0, drawn, loss * (targets / len(drawn)))
+
+
 def check_share(name: str, share: float) -> None:
     if not 0 < share <= 1:
         raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1.")

@@ -47,7 +47,7 @@ class ResponseTerm(Term):
             loss = kl(student, teacher, settings.temperature, valid)
         else:
             loss = soft_bce(student, soft_labels(teacher, settings.temperature, settings.offset), valid)
-        return self.reduce(loss, batch) * (targets / max(1, len(user)))
+        return self.reduce(samples.of_all(loss, drawn, targets), batch)
 
 
 class ResponseDistillation(Distillation):

@@ -23,6 +23,9 @@ LOGGERS = ("wandb", "tensorboard", "csv")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 EXPORTS = ("safetensors", "onnx")
 LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
+TUNINGS = ("bigrec",)
+VALIDATIONS = ("loss", "ranking")
+EMBEDDERS = ("base", "tuned")
 
 # of a setting that came after runs had been made without it: at its default it stays out of fingerprints, so theirs hold
 ADDED = {"added": True}
@@ -421,6 +424,82 @@ class EncodeStage:
                 "users: profile of the encode stage goes with profile: NAME, a text of users among data.texts such as "
                 "llm_user_profile. Give both or none."
             )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a tuned language model names an item, and which items are meant by what it says.
+
+    Attributes:
+        num_beams: of the beam search, whose best beam alone counts; 1 is greedy.
+        max_new_tokens: of what is said; null takes as many as the longest title of the catalogue needs.
+        constrained: nothing but titles of the catalogue can be said.
+        embedder: whose last hidden state stands for a title: the `base` as it was before tuning, or the `tuned` model.
+        batch_size: histories at a time.
+    """
+
+    num_beams: int = 4
+    max_new_tokens: int | None = None
+    constrained: bool = False
+    embedder: str = "base"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.embedder not in EMBEDDERS:
+            raise unknown("model that embeds titles (generation.embedder)", self.embedder, EMBEDDERS)
+        for name in ("num_beams", "max_new_tokens", "batch_size"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UserError(f"generation.{name} is {number}. It must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TuneStage:
+    """Teach a causal language model to say the title of the next item: `bigrec`.
+
+    Attributes:
+        tune: the method.
+        base: which language model, a mapping as a teacher option has it; with `lora` adapters are trained, else all of it.
+        history: titles in a prompt, of the latest items.
+        fields: columns of the catalogue that tell of an item in a prompt, joined by full stops. The response is its title.
+        instruction: what the prompt asks for; null takes the default.
+        samples: so many training targets, drawn at random among those of `sequences`; null takes all.
+        on_prompt: the prompt's tokens count in the loss too, as in the official code.
+        max_tokens: of prompt and response together; of a longer one the oldest items are left out.
+        vocabulary: size of the tokenizer that is trained on the titles, for a base from scratch, which has none.
+        validate: what selects the epoch: `loss` of the validation items' titles, or `ranking`: NDCG@10 of the validation items
+            by greedy, free generation, embedded by the model at hand.
+        validation_users: validate on so many users, drawn at random; null takes all.
+        generation: how it is asked, by those that need this stage; it changes nothing in the training.
+        sequences: which training targets there are, and how they are numbered; override the run's own for this stage, as do
+        optimizer, trainer: likewise.
+        mask_history: `evaluation.mask_history` of the run.
+    """
+
+    tune: str
+    base: dict[str, Any]
+    history: int = 10
+    fields: list[str] = field(default_factory=lambda: ["title"])
+    instruction: str | None = None
+    samples: int | None = 1024
+    on_prompt: bool = False
+    max_tokens: int = 512
+    vocabulary: int = 2048
+    validate: str = "loss"
+    validation_users: int | None = 256
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    sequences: SequenceConfig = field(default_factory=SequenceConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mask_history: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tune not in TUNINGS:
+            raise unknown("method of the tune stage (tune)", self.tune, TUNINGS)
+        if self.validate not in VALIDATIONS:
+            raise unknown("validation of the tune stage (validate)", self.validate, VALIDATIONS)
+        for name in ("history", "samples", "max_tokens", "vocabulary", "validation_users"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UserError(f"{name} of the tune stage is {number}. It must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,12 @@ class TrainingRows:
         """Whether each position of a row has a target."""
         return self.config.examples == "sequence"
 
+    def places(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whose the targets of these numbers `[T]` are, and where they stand in `dataset.items`: two `[T]` int64."""
+        row = np.searchsorted(self.target_offset, number, side="right") - 1
+        first = self.start[row] + 1 if self.every_position else self.stop[row] - 1
+        return self.user[row], first + number - self.target_offset[row]
+
     @property
     def targets(self) -> int:
         """Number of training targets, the rows of every recorded signal."""

@@ -73,6 +73,10 @@ class Concat(Fusion):
         both = torch.cat([self.id_table(), self.text_table()], 1)[1:]  # [n, 2d]
         return F.pad(F.gelu(self.fuse(self.dropout(both))).to(both.dtype), (0, 0, 1, 0))
 
+    def settle(self) -> None:
+        """From now on the item table is a constant, as in a model that is served."""
+        self._kept.settle(self._fused())
+
     def text_table(self) -> Tensor:
         """What text says of all items, `[n+1, d]`: to be aligned with `id_table`."""
         return self.text.table()

@@ -74,13 +74,12 @@ class DualView(Fusion):
         if self.past_only:
             visible = visible & torch.ones_like(length).tril()
         visible = (visible | length)[:, None]  # [B, 1, L, L]; what is no item sees itself, lest it be NaN
-        views = [
+        views = (
             self.to_collaborative(semantic, collaborative, visible),
             self.to_semantic(collaborative, semantic, visible),
-        ]
-        both = torch.cat(views) * real.repeat(2, 1, 1)  # [2B, L, d]
-        states = self.inner.read(both, items.repeat(2, 1), mask.repeat(2, 1), every_position)
-        return [torch.cat([state[: len(x)], state[len(x) :]], 2) for state in states]  # [B, P, 2D]
+        )
+        read = [self.inner.read(view * real, items, mask, every_position) for view in views]
+        return [torch.cat(states, 2) for states in zip(*read, strict=True)]  # layers+1 x [B, P, 2D]
 
     def head(self, state: Tensor) -> Tensor:
         return torch.cat([self.inner.head(half) for half in state.chunk(2, -1)], -1)

@@ -24,7 +24,12 @@ class Kept:
     """
 
     def __init__(self) -> None:
+        self._settled: Tensor | None = None
         self.clear()
+
+    def settle(self, value: Tensor) -> None:
+        """The weights change no more, as in a model that is served: a graph that is exported holds the tensor alone."""
+        self._settled = value.detach()
 
     def clear(self) -> None:
         self._key: object = None
@@ -38,6 +43,8 @@ class Kept:
             anew: a forward pass begins. Where gradients are recorded it gets a tensor of its own, for the graph of the last
                 pass may be gone at the first of two backward calls.
         """
+        if self._settled is not None:
+            return self._settled
         if torch.compiler.is_compiling():
             return make()
         weights = list(weights)
@@ -169,16 +176,18 @@ class TextView(nn.Module):
         weights = list(self.adapter.parameters())
         return self._kept.get(lambda: F.pad(self._view(self.source.vectors[1:]), (0, 0, 1, 0)), weights, anew)
 
+    def settle(self) -> None:
+        """From now on the view is a constant, see `Kept.settle`."""
+        self._kept.settle(self.table())
+
     def rows(self, items: Tensor, whole: bool = True) -> Tensor:
         """The view of the items `[...]`, `[..., d]`, as a forward pass begins.
 
         Args:
-            whole: the step reads all of `table` anyway; else only what stands in `items` is made where that is less.
+            whole: the step reads all of `table` anyway; else a training step makes only what stands in `items`.
         """
-        number = len(self.source.vectors)
-        items = items.masked_fill(items >= number, 0)  # an item that is hidden has no text
-        less = not (whole or torch.compiler.is_compiling()) and torch.is_grad_enabled() and items.numel() < number
-        if not less:
+        items = items.masked_fill(items >= len(self.source.vectors), 0)  # an item that is hidden has no text
+        if whole or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.embedding(items, self.table(anew=True))
         distinct, place = items.unique(return_inverse=True)
         view = self._view(F.embedding(distinct, self.source.vectors)).masked_fill((distinct == 0)[:, None], 0)

@@ -87,7 +87,7 @@ def estimated_rank(listed: Tensor, drawn: Tensor, n_items: int) -> Tensor:
     """The student's 0-based rank of listed items, from items drawn at random: `floor((n - 1) * share that scores above)`.
 
     Source: RD, Tang and Wang, "Ranking Distillation: Learning Compact Ranking Models With High Performance for Recommender
-    System", KDD 2018 (arXiv 1809.07428), section 3.3.2.
+    System", KDD 2018 (arXiv 1809.07428).
 
     Args:
         listed: `[T, K]` the student's scores.
@@ -113,7 +113,7 @@ def estimated_rank(listed: Tensor, drawn: Tensor, n_items: int) -> Tensor:
 def position_weights(
     valid: Tensor, steepness: float, place: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`e^(-r / steepness) / sum of it`, r = 1, 2, ... the teacher's rank (RD section 3.3.1; DLLM2Rec's w^p).
+    """`e^(-r / steepness) / sum of it`, r = 1, 2, ... the teacher's rank (RD; DLLM2Rec's w^p).
 
     Args:
         valid: `[T, K]`.
@@ -157,7 +157,7 @@ def consistency_weights(rank: Tensor, k: int, valid: Tensor) -> Tensor:
 
 
 def discrepancy_weights(rank: Tensor, place: Tensor, mu: float) -> Tensor:
-    """`max(0, tanh(mu * (student's rank - teacher's rank)))`, both 0-based, `[T, K]` (RD section 3.3.2)."""
+    """`max(0, tanh(mu * (student's rank - teacher's rank)))`, both 0-based, `[T, K]` (RD)."""
     return torch.tanh(mu * (rank - place)).clamp(min=0)
 
 
@@ -193,7 +193,7 @@ def list_bce(
 ) -> Tensor:
     """`sum_r w_r (-log sigmoid(s_r) - log(1 - sigmoid(s-)))`: the listed items are positives, as much as they weigh.
 
-    Source: RD (KDD 2018), eq. 7, without negatives; DLLM2Rec, "Distillation Matters: Empowering Sequential Recommenders to
+    Source: RD (KDD 2018), without negatives; DLLM2Rec, "Distillation Matters: Empowering Sequential Recommenders to
     Match the Performance of Large Language Models", RecSys 2024 (arXiv 2405.00338), with one.
 
     Args:
@@ -278,7 +278,7 @@ def relaxed_listwise(interesting: Tensor, others: Tensor, valid: Tensor | None =
     """`-sum_k (s_k - log(sum_{i >= k} e^s_i + sum_j e^s_j))`: the list in its order, above all others in none.
 
     Source: RRD, Kang et al., "DE-RRD: A Knowledge Distillation Framework for Recommender System", CIKM 2020 (arXiv
-    2012.04357), eq. 8. Differences between scores of a row above 700 count as 700.
+    2012.04357). Differences between scores of a row above 700 count as 700.
 
     Args:
         interesting: `[T, K]` the student's scores, the teacher's best first.
@@ -302,7 +302,7 @@ def relaxed_listwise(interesting: Tensor, others: Tensor, valid: Tensor | None =
 def pairwise(better: Tensor, worse: Tensor, real: Tensor | None = None) -> Tensor:
     """Mean over the pairs of `-log sigmoid(s_better - s_worse)`, 0 without any.
 
-    Source: UnKD, Chen et al., "Unbiased Knowledge Distillation for Recommendation", WSDM 2023 (arXiv 2211.14729), eq. 8,
+    Source: UnKD, Chen et al., "Unbiased Knowledge Distillation for Recommendation", WSDM 2023 (arXiv 2211.14729),
     without the 1e-10 that its code adds inside the logarithm.
 
     Args:

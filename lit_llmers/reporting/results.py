@@ -175,7 +175,7 @@ class Results(Evaluated):
         """The training stages by name, one for each seed."""
         out: dict[str, list[StageResult]] = {}
         for stage in self.stages:
-            if stage.verb == "fit":
+            if stage.verb in ("fit", "tune"):
                 out.setdefault(stage.name, []).append(stage)
         return out
 

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 
 from lit_llmers.conf.schema import OptimizerConfig
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import RankingMetrics
+from lit_llmers.optimizer import adamw
 from lit_llmers.ranking import Catalogue, candidate_ranks, target_ranks, top_items
 from lit_llmers.students.output import StudentOutput
 
@@ -99,23 +99,7 @@ class Recommender(L.LightningModule):
             self.log_dict({name: value.detach() for name, value in losses.items()})
 
     def configure_optimizers(self) -> Any:
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        adam = torch.optim.AdamW(trainable, lr=self.optimizer.lr, weight_decay=self.optimizer.weight_decay, fused=True)
-        warmup = self.optimizer.warmup_steps
-        if not warmup and self.optimizer.schedule == "constant":
-            return adam
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            if self.optimizer.schedule == "constant" or step == warmup:
-                return 1.0
-            per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-            steps = per_epoch * (self.trainer.max_epochs or 1)  # known only now: asking earlier would set the loader up
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw(self, self.optimizer)
 
     # ---- validation ----------------------------------------------------------------------------------------------------
 

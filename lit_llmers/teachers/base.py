@@ -86,15 +86,68 @@ def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTra
     return model, tokenizer
 
 
-def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
-    """All layers are made and the first ones kept: whatever their number, layer k of a base always starts the same."""
-    from transformers import AutoConfig, AutoModel
+def load_tokenizer(config: BaseConfig) -> "PreTrainedTokenizerBase | None":
+    """The base's own tokenizer; None for a base from scratch, which has none.
 
-    settings = dict(config.config)
+    Raises:
+        UserError: the base cannot be reached, or lacks its tokenizer's files.
+    """
+    tokenizer = _tokenizer(config, config.path) if config.path else None
+    if config.path and not tokenizer:
+        raise UserError(f"The base '{config.path}' has no tokenizer, so it cannot read text. Add its tokenizer's files.")
+    return tokenizer
+
+
+def load_causal(config: BaseConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
+    """The whole causal language model, with its head and without any habits of generation that came with it.
+
+    Args:
+        tokenizer: a base from scratch gets its vocabulary and its special tokens.
+
+    Raises:
+        UserError: the base does not exist or cannot be reached, or is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model: Any
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if config.path:
+        with _reachable(config), without_load_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                revision=config.revision,
+                dtype=DTYPES[config.dtype],
+                output_loading_info=True,
+                **_attention(config),
+            )
+        model, found = loaded
+        _check_complete(config.path, found)
+    else:
+        architecture = _architecture(config, vocab_size=len(tokenizer), **special)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(config.seed)
+            model = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
+    model.generation_config = GenerationConfig(**special)
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
+    return model
+
+
+def _architecture(config: BaseConfig, **settings: Any) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    settings = {**config.config, **settings}
     try:
-        architecture = AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
+        return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"teacher.config of '{config.name}' is no Hugging Face configuration: {error}") from error
+
+
+def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
+    """All layers are made and the first ones kept: whatever their number, layer k of a base always starts the same."""
+    from transformers import AutoModel
+
+    architecture = _architecture(config)
     _check_depth(config, architecture, layers)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(config.seed)
@@ -121,13 +174,17 @@ def _pretrained(config: BaseConfig, path: str, layers: int) -> "PreTrainedModel"
             output_loading_info=True,
             **_attention(config),
         )
+    _check_complete(path, found)
+    return model
+
+
+def _check_complete(path: str, found: dict[str, Any]) -> None:
     if found["missing_keys"]:
         first = sorted(found["missing_keys"])[0]
         raise UserError(
             f"The base '{path}' lacks {len(found['missing_keys'])} tensors, the first of them '{first}'. "
             "Its files are incomplete or of another model: fetch it again."
         )
-    return model
 
 
 def _check_depth(config: BaseConfig, architecture: "PretrainedConfig", layers: int) -> None:

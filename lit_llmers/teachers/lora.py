@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from lit_llmers.errors import UserError
 
 if TYPE_CHECKING:
+    import peft
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -34,6 +36,28 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig) -> None:
     """
     import peft
 
+    peft.inject_adapter_in_model(_settings(model, config), model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def with_lora(model: "PreTrainedModel", config: LoraConfig) -> "PeftModel":
+    """A causal language model inside PEFT's own wrapper, which saves adapters by themselves and can turn them off.
+
+    Raises:
+        UserError: a target is not the name of a layer of the model.
+    """
+    import peft
+
+    settings = _settings(model, config)
+    settings.task_type = peft.TaskType.CAUSAL_LM
+    return peft.get_peft_model(model, settings)
+
+
+def _settings(model: "PreTrainedModel", config: LoraConfig) -> "peft.LoraConfig":
+    import peft
+
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "in_features")}
     missing = [target for target in config.targets if target not in names]
     if missing or not config.targets:
@@ -41,14 +65,10 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig) -> None:
             f"lora.targets={list(config.targets)} does not fit this base: {missing or 'nothing'} is not a linear layer "
             f"of it. It has: {', '.join(sorted(names))}."
         )
-    settings = peft.LoraConfig(
+    return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=list(config.targets),
         bias="none",
     )
-    peft.inject_adapter_in_model(settings, model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

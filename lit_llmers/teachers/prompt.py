@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTRUCTION = "Here is what a user chose so far, oldest first. Tell which item the user will choose next."
-_BEFORE = "### Instruction:\n{instruction}\n\n### Input:\n"
-_AFTER = "\n\n### Response:\n"
+BEFORE = "### Instruction:\n{instruction}\n\n### Input:\n"
+AFTER = "\n\n### Response:\n"
 
 
 def embed_prompt(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: bool | str) -> tuple[Tensor, Tensor]:
@@ -25,8 +25,8 @@ def embed_prompt(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
         `[I, H]` and `[R, H]`.
     """
     instruction = prompt if isinstance(prompt, str) else INSTRUCTION
-    before = tokenizer(_BEFORE.format(instruction=instruction), add_special_tokens=False)["input_ids"]
-    after = tokenizer(_AFTER, add_special_tokens=False)["input_ids"]
+    before = tokenizer(BEFORE.format(instruction=instruction), add_special_tokens=False)["input_ids"]
+    after = tokenizer(AFTER, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         before = [tokenizer.bos_token_id, *before]
     embed = model.get_input_embeddings()

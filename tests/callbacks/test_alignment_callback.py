@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_embedding_distillation import fit
+from tiny import by_name, losses, small
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,9 +15,33 @@ from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks.alignment import COLDEST, Alignment, Bank
 from lit_llmers.errors import UserError
 from lit_llmers.losses.alignment import multi_kernel_mmd, soft_clip
+from lit_llmers.stages import run
 from lit_llmers.students.collaborative import CollaborativeRecommender, TableOutput
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender
+
+RECIPE = """\
+# Every way in which texts and other models' tables teach vectors, on the smallest students.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  text: {encode: tfidf, dim: 12, users: mean}
+  collaborative: {fit: sasrec, model: {dim: 8, layers: 1}}
+  sequential:
+    fit: sasrec
+    model: {dim: 8, layers: 1, dropout: 0.0}
+    callbacks:
+      - embedding_distillation: {from: text, kind: topology, experts: 3, weight: 0.1}
+      - alignment: {from: collaborative, kind: soft_clip, projector: none, temperature: 2.0, weight: 0.1}
+      - self_distillation: {from: text, neighbours: 3, weight: 0.1}
+  graph:
+    fit: lightgcn
+    model: {dim: 8, layers: 2}
+    loss: {kind: bpr, negatives: 1}
+    callbacks:
+      - alignment: {from: text, users: text, projector: mlp, weight: 0.1}
+      - masked_reconstruction: {from: text, weight: 0.1}
+"""
 
 GENERATOR = torch.Generator().manual_seed(1)
 TEXT, USERS = torch.randn(51, 6, generator=GENERATOR), torch.randn(60, 6, generator=GENERATOR)
@@ -277,3 +302,20 @@ def test_widths_must_fit():
         Alignment(TEXT, projector="none").build(sasrec())
     with pytest.raises(UserError, match="items' signals have 6 numbers and the users' 4"):
         Alignment(TEXT, USERS[:, :4]).build(collaborative())
+
+
+def test_from_yaml_all_terms_are_in_the_loss_and_in_no_checkpoint(tmp_path):
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    planned = small(tmp_path, recipe=str(tmp_path / "mine.yaml"))
+    run(planned, None)
+    stages = by_name(planned)
+    for name, terms in {
+        "sequential": ("embedding", "alignment", "self_distillation"),
+        "graph": ("alignment", "masked_reconstruction"),
+    }.items():
+        parts = [losses(stages[name], f"loss/{term}") for term in terms]
+        sums = [task + 0.1 * sum(rest) for task, *rest in zip(losses(stages[name], "loss/task"), *parts, strict=True)]
+        assert losses(stages[name], "loss") == pytest.approx(sums, rel=1e-4)
+        assert all(min(values) > 0 for values in parts)
+        state = torch.load(stages[name].folder / "best.ckpt", weights_only=True)["state_dict"]
+        assert not [key for key in state if not key.startswith("backbone.")]

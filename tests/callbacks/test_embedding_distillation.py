@@ -18,6 +18,7 @@ from lit_llmers.callbacks.embedding_distillation import (
     Hint,
     Topology,
     distinct,
+    drawn,
     item_sets,
     two_layers,
 )
@@ -179,11 +180,14 @@ def test_a_share_estimates_the_same(kind):
 
 def test_what_a_step_looks_at():
     target = torch.arange(1, 1001).view(10, 100)
-    drawn = item_sets({"target": target}, None, DRAWN)[0]
-    assert len(drawn) == len(drawn.unique()) == DRAWN
-    assert len(item_sets({"target": target}, 0.1, DRAWN)[0]) == 100
-    few = item_sets({"target": torch.tensor([4, 4]), "negatives": torch.ones(2, 3).long()}, None, DRAWN)
-    assert [len(each) for each in few] == [2, 6]
+    whole = item_sets({"target": target})[0]
+    assert torch.equal(whole, target.flatten())
+    part = drawn(whole, None, DRAWN)
+    assert len(part) == len(part.unique()) == DRAWN
+    assert len(drawn(whole, 0.1, DRAWN)) == 100
+    assert torch.equal(drawn(whole, 1.0, DRAWN), whole)
+    few = item_sets({"target": torch.tensor([4, 4]), "negatives": torch.ones(2, 3).long()})
+    assert [len(drawn(each, None, DRAWN)) for each in few] == [2, 6]
     ids, share = distinct(torch.tensor([7, 2, 7, 7]), 9)
     assert (ids.tolist(), share.tolist()) == ([2, 7], [0.25, 0.75])
 

@@ -168,6 +168,7 @@ def test_training_draws_users_to_their_neighbours_and_leaves_no_parameters(make)
     final = []
     for weight in (0.0, 20.0):
         student = student_of(make)
+        student.optimizer = SimpleNamespace(lr=0.01, weight_decay=0.0, warmup_steps=0, schedule="constant")
         callback = SelfDistillation(USERS, Histories(), neighbours=3, weight=weight)
         fit(student, callback, epochs=4)
         term = student.distillation["self_distillation"]

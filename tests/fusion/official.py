@@ -143,7 +143,7 @@ class PostNorm(Whole):
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         bias = self.plain(f"{name}.bias")
-        return F.linear(x, self.weights[self.plain(f"{name}.weight")], self.weights[bias] if bias in self.weights else None)
+        return F.linear(x, self.weights[self.plain(f"{name}.weight")], self.weights.get(bias))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight, bias = (self.weights[self.plain(f"{name}.{kind}")] for kind in ("weight", "bias"))

@@ -229,6 +229,26 @@ def test_onnx_scores_as_pytorch_does_at_any_size(pair, tmp_path):
     assert save_onnx(trace(student, MAX_LENGTH), tmp_path, check) < 1e-4
 
 
+@pytest.mark.parametrize("fusion", ["frozen_adapter", "popularity_gate"])
+def test_a_settled_model_is_served_without_its_text(fusion, tmp_path):
+    student = SequentialRecommender(make(fusion, "sasrec", layers=1)).eval()
+    items = torch.tensor([[0, 3, 9], [1, 2, 3]])
+    with torch.no_grad():
+        expected = score_catalogue(student, items, items > 0)
+        for module in student.modules():
+            if hasattr(module, "settle"):
+                module.settle()
+        torch.testing.assert_close(score_catalogue(student, items, items > 0), expected)
+    program = trace(student, MAX_LENGTH)
+    shapes = [tuple(value.shape) for value in program.model.graph.initializers.values()]
+    assert (N_ITEMS + 1, DIM) in shapes
+    assert not any(TEXT in shape for shape in shapes)
+    difference = save_onnx(
+        program, tmp_path, lambda path: np.abs(OnnxScorer(path)(items.numpy()) - expected.numpy())[:, 1:].max()
+    )
+    assert difference < 1e-4
+
+
 def test_weights_come_back_from_a_file(pair, items, tmp_path):
     source, other = make(*pair), make(*pair, seed=1)
     assert not any(value.shape == (N_ITEMS + 1, TEXT) for value in source.state_dict().values()), "the text is another stage's"
@@ -315,7 +335,8 @@ def test_ten_users_can_be_learnt_by_heart(pair):
     for row, length in enumerate([4, 5, 6, 7, 8, 9, 10, 11, 11, 11]):
         whole[row, -length:] = random.choice(N_ITEMS, length, replace=False) + 1
     items, following = torch.from_numpy(whole[:, :-1]), torch.from_numpy(whole[:, 1:])
-    own = {"init_std": 0.1, "dropout": 0.0} | ({"last_prob": 1.0} if name == "bert4rec" else {})
+    own = {"init_std": 0.1, "dropout": 0.0}
+    own |= {"bert4rec": {"last_prob": 1.0}, "caser": {"fc_activation": "tanh"}}.get(name, {})
     model = make(fusion, name, **own)
     target = following.masked_fill(items == 0, 0) if model.every_position else following[:, -1]
     batch = {"items": items, "mask": items > 0, "target": target}
@@ -333,7 +354,7 @@ def test_ten_users_can_be_learnt_by_heart(pair):
         user = student.encode(items, items > 0)
         loss = F.cross_entropy(user @ student.item_table()[1:].T, following[:, -1] - 1)
         ranks = student.ranks({"items": items, "mask": items > 0, "target": following[:, -1]})
-    assert loss < 0.1
+    assert loss < 0.2
     assert ranks.tolist() == [0.0] * 10
     assert not student.item_table()[0].any()
 

@@ -1,0 +1,190 @@
+"""From what a tuned language model says to items: generation, and the distance of what was said to every title.
+
+BIGRec (arXiv 2308.08434), its second step, eq. 2: `D_i = ||h(said) - h(title_i)||`, h the last token's state after the last
+layer, and the smaller the better. What differs from the official code (SAI990323/BIGRec @bb4dd0a): the history is left out of
+the ranking where others leave it out; items with the same title keep their own places and have the same distance, so they tie.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_llmers.conf.schema import GenerationConfig, TuneStage
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.loader import Batch
+from lit_llmers.ranking import Catalogue
+from lit_llmers.students.recommender import Recommender
+from lit_llmers.teachers.base import load_causal
+from lit_llmers.teachers.instruct import base_of, build_language_model, load_tuned, load_wording, read
+from lit_llmers.teachers.wording import Wording, pad_left
+
+if TYPE_CHECKING:
+    from lit_llmers.stages import Stage
+
+_EMBEDDED = 64  # titles at a time
+
+
+class Trie:
+    """All that may be said, as token lists with their end: which token may come next?"""
+
+    def __init__(self, responses: Iterable[Sequence[int]], end: int) -> None:
+        self.end, self.root = end, {}  # type: ignore[var-annotated]
+        for tokens in responses:
+            node = self.root
+            for token in tokens:
+                node = node.setdefault(token, {})
+
+    def after(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens that may follow; after a whole response, or what is none, the end."""
+        node = self.root
+        for token in tokens:
+            node = node.get(token, {})
+        return list(node) or [self.end]
+
+
+@dataclass
+class Work:
+    """What generation cost: histories asked, tokens read in prompts and said by best beams, titles of the catalogue said."""
+
+    asked: int = 0
+    read: int = 0
+    said: int = 0
+    exact: int = 0
+    seconds: float = 0.0
+
+    @property
+    def summary(self) -> dict[str, float]:
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "generated_titles": self.asked,
+            "titles_per_second": self.asked / seconds,
+            "tokens_per_second": self.said / seconds,
+            "prompt_tokens_per_second": self.read / seconds,
+            "said_is_a_title": self.exact / max(self.asked, 1),
+        }
+
+
+class GroundedRecommender(Recommender):
+    """Ranks items by the distance of their titles to what a language model says after a history.
+
+    Scores are negative distances. What was said after a history is remembered, so a second question about it costs nothing.
+    An item without a title is embedded as an empty text.
+
+    Args:
+        model: says titles; of Hugging Face, or PEFT's wrapper around one.
+        wording: of its prompts.
+        config: how it is asked.
+        base: another model, which embeds in its place.
+    """
+
+    def __init__(self, model: Any, wording: Wording, config: GenerationConfig, base: Any = None) -> None:
+        super().__init__(model)
+        self.base, self.wording, self.config = base, wording, config
+        self.limit = config.max_new_tokens or wording.longest
+        self.trie = Trie([ids for ids in wording.responses if len(ids) > 1], wording.end) if config.constrained else None
+        self.known = {tuple(ids) for ids in wording.responses}
+        self.work = Work()
+        self.titles = [tuple(wording.title(title)) for title in wording.titles[1:]]
+        self.forget()
+
+    def forget(self) -> None:
+        """The model has changed: what was said and embedded holds no longer."""
+        self.memory: dict[tuple[int, ...], str] = {}
+        self.vector: dict[tuple[int, ...], Tensor] = {}
+
+    def item_table(self) -> None:
+        """There are none: the vectors of titles, which are many times wider, belong to the distance."""
+
+    # ---- saying ----------------------------------------------------------------------------------------------------------
+
+    def say(self, histories: Sequence[Sequence[int]]) -> list[str]:
+        """What the model says after each history of items, oldest first."""
+        keys = [tuple(items)[-self.wording.history :] for items in histories]
+        new = list(dict.fromkeys(key for key in keys if key not in self.memory))
+        prompts = self.wording.prompts(new) if new else []
+        order = sorted(range(len(new)), key=lambda row: -len(prompts[row]))
+        for start in range(0, len(order), self.config.batch_size):
+            rows = order[start : start + self.config.batch_size]
+            for row, tokens in zip(rows, self.generate([prompts[row] for row in rows]), strict=True):
+                self.memory[new[row]] = self.wording.said(tokens)
+        return [self.memory[key] for key in keys]
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The best beam after each prompt, as tokens up to its end."""
+        from transformers import GenerationConfig as Settings
+
+        wording, started = self.wording, time.perf_counter()
+        tokens, mask = (each.to(self.backbone.device) for each in pad_left(prompts, wording.pad))
+        settings = Settings(
+            num_beams=self.config.num_beams,
+            max_new_tokens=self.limit,
+            do_sample=False,
+            pad_token_id=wording.pad,
+            eos_token_id=wording.end,
+        )
+        width = tokens.shape[1]
+        allowed = {"prefix_allowed_tokens_fn": lambda _, so_far: self.trie.after(so_far[width:].tolist())} if self.trie else {}  # type: ignore[union-attr]
+        out = self.backbone.generate(input_ids=tokens, attention_mask=mask.long(), generation_config=settings, **allowed)
+        said = [ids[: ids.index(wording.end) + 1] if wording.end in ids else ids for ids in out[:, width:].tolist()]
+        self.work.asked += len(prompts)
+        self.work.read += int(mask.sum())
+        self.work.said += sum(map(len, said))
+        self.work.exact += sum(tuple(ids) in self.known for ids in said)
+        self.work.seconds += time.perf_counter() - started
+        return said
+
+    # ---- grounding -------------------------------------------------------------------------------------------------------
+
+    def embed(self, texts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Titles as `Wording.title` gives them to `[T, D]` float64; equal ones get the very same vector, made once."""
+        new = sorted({ids for ids in texts if ids not in self.vector}, key=len)
+        for start in range(0, len(new), _EMBEDDED):
+            some = new[start : start + _EMBEDDED]
+            self.vector |= dict(zip(some, self._states([list(ids) for ids in some]), strict=True))
+        return torch.stack([self.vector[ids] for ids in texts]).double()
+
+    @torch.no_grad()
+    def _states(self, tokens: list[list[int]]) -> Tensor:
+        model = self.backbone if self.base is None else self.base
+        ids, mask = (each.to(model.device) for each in pad_left(tokens, self.wording.pad))
+        with ExitStack() as stack:
+            if self.config.embedder == "base" and self.base is None:
+                stack.enter_context(model.disable_adapter())
+            states = read(model, ids, mask, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+        return states[:, -1]
+
+    def tables(self) -> Catalogue:
+        """Vectors of all titles, such that a dot product is `||u||^2 - D^2`: `[2 h(title), -||h(title)||^2]`, float64."""
+        titles = self.embed(self.titles)
+        table = torch.cat([2 * titles, -titles.square().sum(1, keepdim=True)], 1)
+        return Catalogue(torch.cat([table.new_zeros(1, table.shape[1]), table]))
+
+    def vectors(self, batch: Batch, tables: Catalogue) -> tuple[Tensor, Catalogue]:
+        """`[h(said), 1]` of each history in `items`, and the catalogue."""
+        histories = [items[items > 0].tolist() for items in batch["items"].cpu()]
+        said = self.embed([tuple(self.wording.title(text)) for text in self.say(histories)])
+        return torch.cat([said, said.new_ones(len(said), 1)], 1), tables
+
+    def top_items(self, batch: Batch, k: int, tables: Catalogue | None = None) -> tuple[Tensor, Tensor]:
+        """As in every recommender; the scores are negative distances."""
+        items, scores = super().top_items(batch, k, tables)
+        histories = self.vectors(batch, tables or self.tables())[0][:, :-1]  # remembered
+        distance = (histories.square().sum(1, keepdim=True) - scores).clamp(min=0).sqrt()
+        return items, torch.where(items > 0, -distance, scores)
+
+
+def load_grounded(stage: "Stage", dataset: Dataset) -> GroundedRecommender:
+    """The language model of a tune stage at its best validation epoch, ready to rank."""
+    config: TuneStage = stage.config
+    wording = load_wording(stage, dataset)
+    model = build_language_model(stage, wording)
+    load_tuned(model, stage.folder / "best.ckpt")
+    base = base_of(stage)
+    other = load_causal(base, wording.tokenizer) if config.generation.embedder == "base" and not base.lora else None
+    return GroundedRecommender(model, wording, config.generation, other).eval()

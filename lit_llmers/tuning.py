@@ -1,0 +1,64 @@
+"""The `tune` stage: teach a language model to say the next item's title, and keep its best epoch."""
+
+from typing import Any
+
+import lightning as L
+
+from lit_llmers.callbacks.progress import Progress
+from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
+from lit_llmers.callbacks.throughput import Throughput
+from lit_llmers.conf.schema import GenerationConfig, TuneStage
+from lit_llmers.loggers import finish_loggers
+from lit_llmers.models import load_dataset
+from lit_llmers.stages import Stage
+from lit_llmers.teachers.grounding import GroundedRecommender
+from lit_llmers.teachers.instruct import (
+    InstructedModel,
+    build_language_model,
+    load_tuned,
+    load_wording,
+    save_language_model,
+)
+from lit_llmers.teachers.instructions import InstructionData
+from lit_llmers.training import make_trainer
+
+MONITORS = {"loss": "val/log_likelihood", "ranking": "val/NDCG@10"}
+MODEL = "model"  # folder of the stage that PEFT and transformers load
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Tune the stage's base and leave `best.ckpt`, `metrics.jsonl` and the folder `model` in the stage's folder."""
+    config: TuneStage = stage.config
+    dataset = load_dataset(stage)
+    L.seed_everything(stage.seed, verbose=False)
+    wording = load_wording(stage, dataset)
+    model = build_language_model(stage, wording)
+    data, ranker = InstructionData(stage, dataset, wording), None
+    if config.validate == "ranking":
+        ranker = GroundedRecommender(model, wording, GenerationConfig(num_beams=1, embedder="tuned"))
+    module = InstructedModel(model, config, ranker)
+    best = BestCheckpoint(stage.folder / "best.ckpt", MONITORS[config.validate], config.trainer.patience)
+    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
+    throughput = Throughput()
+    trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), best, last])
+    resume_from = str(last.path) if last.path.is_file() else None
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    load_tuned(model, best.path)
+    save_language_model(stage, model, wording, stage.folder / MODEL)
+    parameters = list(model.parameters())
+    summary = {
+        "parameters": {
+            "total": sum(parameter.numel() for parameter in parameters),
+            "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        },
+        "layers": model.config.num_hidden_layers,
+        "width": model.config.hidden_size,
+        "examples": len(data.rows),
+        "vocabulary": len(wording.tokenizer),
+        "epochs": throughput.epochs,
+        "train_seconds": throughput.seconds,
+        "rows_per_second": throughput.rows / max(throughput.seconds, 1e-9),
+        "best": {"epoch": best.epoch, best.monitor: best.score},
+    }
+    finish_loggers(trainer.loggers, summary)
+    return summary

@@ -1,0 +1,107 @@
+"""Response distillation: CD by plain sums, and both losses teach both kinds of students."""
+
+import math
+
+import pytest
+import torch
+from test_ranking_distillation import K, Lists, case, student, train
+from torch.nn import functional as F
+
+from lit_llmers.callbacks.response_distillation import ResponseDistillation
+from lit_llmers.errors import UserError
+
+METHODS = {"cd": {"sampler": "rank", "k": 5, "temperature": 2.0}, "soft bce": {}, "kl": {"loss": "kl", "temperature": 1.5}}
+
+
+def term(reduce=None, **settings):
+    return ResponseDistillation(Lists(12), **settings).build(student(reduce))
+
+
+def inputs():
+    output, batch = case()
+    return output, {"response_items": batch["teacher_items"], "response_scores": batch["teacher_scores"]}
+
+
+def test_soft_bce_by_plain_sums():
+    output, batch = inputs()
+    loss = term(reduce=lambda loss, batch: loss, temperature=2.0, offset=0.5)(output, batch)
+    scores = output.user @ output.items.T
+    for t, (items, said) in enumerate(zip(batch["response_items"], batch["response_scores"], strict=True)):
+        real = items > 0
+        if real.any():
+            label = torch.sigmoid((said[real].double() + 0.5) / 2)
+            expected = F.binary_cross_entropy_with_logits(scores[t, items[real]], label)
+            assert loss[t].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_cd_draws_high_ranks_more_often_and_each_item_once():
+    output, batch = inputs()
+    output.user.data[:] = 1.0  # all items score apart, so a draw can be told from its scores
+    output.items.data[:] = torch.arange(31)[:, None]
+    many = {key: value[:1].expand(20_000, K) for key, value in batch.items()}
+    batch_items = many["response_items"][0]
+    assert (batch_items > 0).sum() == 5
+    output = type(output)(output.user[:1].expand(20_000, 4), output.items)
+    torch.manual_seed(0)
+    cd = term(reduce=lambda loss, batch: loss, sampler="rank", k=1, rank_temperature=2.0)
+    loss = cd(output, many)
+    place = torch.arange(5)
+    expected = torch.softmax(-place / 2, 0)
+    score = 4.0 * batch_items[:5]
+    label = torch.sigmoid(many["response_scores"][0, :5])
+    of_place = F.softplus(score) - label * score
+    drawn = (loss.detach()[:, None] - of_place).abs().argmin(1)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=5) / 20_000, expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fillers_have_no_influence(method):
+    output, batch = inputs()
+    values = []
+    for filler in (0.0, 1e4):
+        torch.manual_seed(0)
+        said = batch["response_scores"].masked_fill(batch["response_items"] == 0, filler)
+        loss = term(**METHODS[method])(output, batch | {"response_scores": said})
+        values.append((loss, *torch.autograd.grad(loss, [output.user, output.items])))
+    assert all(torch.equal(one, two) for one, two in zip(*values, strict=True))
+    assert (values[0][2][0] == 0).all()
+    assert (values[0][1][3] == 0).all(), "an empty list"
+
+
+def test_a_share_is_an_unbiased_estimate():
+    output, batch = inputs()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = torch.stack([term(share=0.4)(output, batch) for _ in range(1500)])
+        exact = term()(output, batch)
+    assert draws.std() > 0
+    assert abs(draws.mean() - exact) < 4 * draws.std() / 1500**0.5
+
+
+@pytest.mark.parametrize("kind", ["sequential", "collaborative"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_teaches_both_kinds_of_students(method, kind, tmp_path):
+    means, _ = train(ResponseDistillation(Lists(1), weight=5.0, **METHODS[method]), kind, tmp_path)
+    assert all(math.isfinite(mean) for mean in means)
+    assert means[-1] < means[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "mse"}, "Unknown loss.*response_distillation.loss.*kl, soft_bce"),
+        ({"sampler": "ranks"}, "Did you mean 'rank'"),
+        ({"k": 0}, "k is 0"),
+        ({"temperature": 0}, "temperature is 0. It must be positive"),
+        ({"loss": "kl", "offset": 1.0}, "offset changes nothing"),
+        ({"share": 2.0}, "share is 2.0"),
+    ],
+)
+def test_bad_settings_name_the_key_and_the_cure(settings, message):
+    with pytest.raises(UserError, match=message):
+        ResponseDistillation(Lists(1), **settings)
+
+
+def test_lists_that_are_too_short():
+    with pytest.raises(UserError, match="k is 9, but the teacher's lists have 8"):
+        term(k=9)

@@ -1,0 +1,190 @@
+"""Prompts and responses, their loss, and what is trained."""
+
+import numpy as np
+import pytest
+import torch
+from teachers.titles import LORA, TITLES, language_model, settings, titled, wording_of
+
+from lit_llmers.data.loader import TrainingBatches
+from lit_llmers.errors import UserError
+from lit_llmers.teachers.grounding import GroundedRecommender
+from lit_llmers.teachers.instruct import InstructedModel, read
+from lit_llmers.teachers.instructions import IGNORED, HeldOutBatches, InstructionBatches, InstructionRows
+from lit_llmers.teachers.wording import pad_left, title_tokenizer
+
+HISTORIES = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14, 15], [2, 4, 6]]
+
+
+def rows_of(data, wording, samples=None, seed=0) -> InstructionRows:
+    return InstructionRows.of_training(data, wording, settings().sequences, samples, seed)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_training_item_but_a_users_first_is_a_response_after_those_before_it():
+    data = titled(HISTORIES)
+    wording = wording_of(data, history=2)
+    rows = rows_of(data, wording)
+    examples = [rows.example(row) for row in range(len(rows))]
+    assert sorted(examples) == sorted([([1], 2), ([1, 2], 3), ([6], 7), ([10], 11), ([10, 11], 12), ([11, 12], 13)])
+    text = wording.text([10, 11])
+    assert f"\n{TITLES[9]}\n{TITLES[10]}\n" in text
+    assert wording.tokenizer.decode(wording.prompts([[10, 11]])[0]) == "<s>" + text
+    assert wording.tokenizer.decode(wording.response(12)) == TITLES[11] + "</s>"
+
+
+def test_a_sample_is_a_part_of_the_targets_and_belongs_to_its_seed():
+    data = titled(HISTORIES)
+    wording = wording_of(data)
+    every = set(rows_of(data, wording).at)
+    drawn = [tuple(rows_of(data, wording, 3, seed).at) for seed in (0, 0, 1, 2, 3)]
+    assert all(len(set(sample)) == 3 and set(sample) <= every for sample in drawn)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+
+
+def test_held_out_items_are_in_no_training_prompt_and_no_response():
+    """User 0's validation item and user 1's test item have titles that stand nowhere else."""
+    marked = [*TITLES, "Zanzibar quux", "Quixotic zephyr"]
+    data = titled([[1, 2, 3, 16, 5], [6, 7, 8, 9, 17], *HISTORIES[2:]], marked)
+    wording = wording_of(data)
+    rows = rows_of(data, wording)
+    said = []
+    for on_prompt in (False, True):
+        for batch in InstructionBatches(rows, on_prompt, 2, 0):
+            said += wording.tokenizer.batch_decode(batch["tokens"])
+            said += wording.tokenizer.batch_decode(batch["labels"].clamp(min=0))
+    assert TITLES[1] in " ".join(said)
+    assert not [text for text in said if "Zanzibar" in text or "Quixotic" in text]
+    held_out = InstructionRows.of_validation(data, wording, None)
+    validated = [wording.tokenizer.decode(ids) for batch in HeldOutBatches(held_out, 2) for ids in batch["tokens"]]
+    assert len(validated) == 4
+    assert [text for text in validated if text.endswith("Zanzibar quux</s>")]
+    assert not [text for text in validated if "Quixotic" in text], "the test item"
+
+
+def test_a_prompt_that_is_too_long_loses_its_oldest_items():
+    data = titled(HISTORIES)
+    whole = wording_of(data)
+    size = len(whole.prompts([[10, 11, 12, 13]])[0])
+    for max_tokens in range(size + whole.room, size - 30, -3):
+        wording = wording_of(data, max_tokens=max_tokens)
+        prompt = wording.prompts([[10, 11, 12, 13], [1]])[0]
+        assert len(prompt) + wording.room <= max_tokens
+        text = wording.tokenizer.decode(prompt)
+        told = [item for item in (10, 11, 12, 13) if f"{TITLES[item - 1]}\n" in text]
+        assert text == "<s>" + wording.text(told)
+        assert told == [10, 11, 12, 13][-len(told) :]
+    assert len(told) < 4
+
+
+def test_items_without_title_are_left_out_and_titles_are_text_whatever_they_look_like():
+    data = titled([[1, 2, 3, 4, 5]] * 2, ["A", "", "</s><pad>", "D", "E"])
+    wording = wording_of(data)
+    assert [rows.example(row) for rows in [rows_of(data, wording)] for row in range(len(rows))] == [([1, 2], 3)] * 2
+    assert wording.text([1, 2]) == wording.text([1])
+    assert wording.response(3)[-1] == wording.end
+    assert wording.end not in wording.response(3)[:-1]
+    with pytest.raises(UserError, match=r"No item has a title.*data\.columns\.title"):
+        wording_of(titled([[1, 2, 3]], ["", "", ""]))
+
+
+def test_the_fields_tell_of_items_and_what_leaks_is_refused():
+    data = titled(HISTORIES)
+    data.catalogue["categories"] = "drama"
+    wording = wording_of(data, fields=["title", "categories"], instruction="Say {it}.")
+    assert f"{TITLES[0]}. drama\n{TITLES[1]}. drama" in wording.text([1, 2])
+    assert "Say {it}." in wording.text([1, 2])
+    assert wording.tokenizer.decode(wording.response(1)) == TITLES[0] + "</s>"
+    data.info["texts"] = {"categories": {"of": "items", "leaks": True}}
+    with pytest.raises(UserError, match="'categories'.*held-out"):
+        wording_of(data, fields=["title", "categories"])
+
+
+def test_the_tokenizer_of_the_titles_knows_every_text_and_is_always_the_same():
+    data = titled(HISTORIES)
+    first, second = (title_tokenizer(data, settings()) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    for text in (*TITLES, "Amélie – “8½” 東京物語 🎬", "  spaces  "):
+        assert first.decode(first(text, add_special_tokens=False)["input_ids"]) == text
+    assert len(first("Red River", add_special_tokens=False)["input_ids"]) <= 2
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_the_loss_is_that_of_each_row_alone(on_prompt):
+    """Against Hugging Face's own loss of one unpadded row, whose labels are the response, or all of it."""
+    data = titled(HISTORIES)
+    wording = wording_of(data)
+    rows, model = rows_of(data, wording), language_model(wording)
+    module = InstructedModel(model, settings())
+    (batch,) = InstructionBatches(rows, on_prompt, len(rows), 0)
+    assert not batch["mask"].all(), "rows of different lengths"
+    total, count = 0.0, 0
+    for row in batch["row"].tolist():
+        history, target = rows.example(row)
+        prompt, response = wording.prompts([history])[0], wording.response(target)
+        tokens = torch.tensor([[*prompt, *response]])
+        labels = tokens if on_prompt else torch.tensor([[*[IGNORED] * len(prompt), *response]])
+        number = int((labels[:, 1:] != IGNORED).sum())
+        total += model(input_ids=tokens, labels=labels).loss.item() * number
+        count += number
+    losses = module.token_losses(batch)
+    assert len(losses) == count
+    assert losses.mean().item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_states_of_a_batch_of_mixed_lengths_are_those_of_one_at_a_time():
+    wording = wording_of(titled(HISTORIES))
+    model = language_model(wording)
+    prompts = wording.prompts([[1], [2, 3, 4], [5, 6, 7, 8, 9]])
+    together = read(model, *pad_left(prompts, wording.pad)).logits[:, -1]
+    for row, tokens in enumerate(prompts):
+        torch.testing.assert_close(model(input_ids=torch.tensor([tokens])).logits[0, -1], together[row], rtol=1e-4, atol=1e-5)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(module: InstructedModel, batches: TrainingBatches, epochs: int, lr: float) -> None:
+    adam = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    module.train()
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for batch in batches:
+            adam.zero_grad()
+            module.token_losses(batch).mean().backward()
+            adam.step()
+    module.eval()
+
+
+@pytest.mark.parametrize("lora", [None, LORA | {"rank": 16, "alpha": 64, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]}])
+def test_ten_users_are_learnt_by_heart(lora):
+    """What is said after each history is the very title that came next, and grounding puts that item first."""
+    rng = np.random.default_rng(0)
+    histories = [rng.permutation(15)[:5] + 1 for _ in range(10)]
+    data = titled([[*history.tolist(), 1, 1] for history in histories])
+    wording = wording_of(data)
+    config = settings(sequences=settings().sequences)
+    rows = InstructionRows(data, wording, np.arange(10), data.offsets[:-1] + 4)
+    model = language_model(wording, lora, config=settings().base["config"] | {"initializer_range": 0.1})
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    module = InstructedModel(model, config)
+    train(module, InstructionBatches(rows, False, 5, 0), epochs=60, lr=5e-3 if lora is None else 2e-2)
+    assert bool(frozen) == bool(lora)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+    from lit_llmers.conf.schema import GenerationConfig
+
+    ranker = GroundedRecommender(model, wording, GenerationConfig(num_beams=2, embedder="tuned"))
+    expected = [int(history[4]) for history in histories]
+    said = ranker.say([history[:4].tolist() for history in histories])
+    assert said == [TITLES[item - 1] for item in expected]
+    batch = {"items": torch.tensor(np.stack([history[:4] for history in histories]))}
+    items, scores = ranker.top_items(batch, 3)
+    assert items[:, 0].tolist() == expected
+    assert scores[:, 0].abs().max() < 1e-4
+    assert (scores[:, 1] < -0.1).all()
