@@ -52,8 +52,8 @@ def leak_warnings(results: Results) -> list[str]:
     """A warning, as a Markdown quotation, for every encode stage that read texts which may betray held-out items."""
     return [
         f"> **WARNING: held-out items may have been seen.** Stage '{stage.name}' encodes "
-        f"{', '.join(f'`{name}`' for name in stage.summary['leaking'])}, written from users' interactions without regard to this "
-        "split: the test figures of every model that reads this stage may be too high, and are no evidence for its method."
+        f"{', '.join(f'`{name}`' for name in stage.summary['leaking'])}, written from users' interactions without "
+        "regard to this split: test figures of every model that reads this stage may be too high and prove nothing."
         for stage in results.stages
         if stage.summary.get("leaking")
     ]
