@@ -1,6 +1,6 @@
 """Training rows and evaluation rows: which slice of which user's history is read, and what is to be predicted."""
 
-from dataclasses import asdict
+import hashlib
 from functools import cached_property
 
 import numpy as np
@@ -18,8 +18,9 @@ class TrainingRows:
 
     Attributes:
         user, start, stop: `[R]` int64.
-        target_offset: `[R+1]` int64: the targets of row `r` are numbered `target_offset[r]..target_offset[r+1]`; these
-            numbers are the keys of recorded signals.
+        target_offset: `[R+1]` int64: the targets of row `r` are numbered `target_offset[r]..target_offset[r+1]`: user by
+            user and in order of time, so that the same targets have the same numbers however rows are cut. These numbers are
+            the keys of recorded signals.
     """
 
     def __init__(self, dataset: Dataset, config: SequenceConfig) -> None:
@@ -33,13 +34,14 @@ class TrainingRows:
             targets = np.minimum(targets, 1)
         elif limit:
             targets = np.minimum(targets, limit)
+        self._of_users = hashlib.sha256(np.ascontiguousarray(targets, "<i8").tobytes()).hexdigest()
         if config.examples == "sequence":  # windows of max_length targets, the latest window full
             rows = -(-targets // config.max_length)
             size = config.max_length
         else:
             rows, size = targets, 1
         self.user = np.repeat(np.arange(dataset.n_users), rows)
-        nth = np.arange(len(self.user)) - np.repeat(np.cumsum(rows) - rows, rows)  # 0 = the latest row of its user
+        nth = np.repeat(np.cumsum(rows), rows) - 1 - np.arange(len(self.user))  # 0 = the latest row of its user, the last
         self.stop = end[self.user] - nth * size
         if config.examples == "sequence":
             self.start = np.maximum(self.stop - size, (end - targets)[self.user]) - 1
@@ -79,8 +81,8 @@ class TrainingRows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the dataset and the way it was cut: equal fingerprints mean equal target numbers."""
-        return digest({"dataset": self.dataset.fingerprint, **asdict(self.config)})
+        """Names the dataset and the targets in it: equal fingerprints mean equal target numbers, however rows are cut."""
+        return digest({"dataset": self.dataset.fingerprint, "targets": self._of_users})
 
 
 class EvaluationRows:

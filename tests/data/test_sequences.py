@@ -41,34 +41,34 @@ def test_last_is_one_row_per_user(three):
 
 def test_prefixes_give_every_target_its_own_history(three):
     every = [
-        (0, [13, 14, 15], [16]),
-        (0, [12, 13, 14], [15]),
-        (0, [11, 12, 13], [14]),
-        (0, [11, 12], [13]),
         (0, [11], [12]),
+        (0, [11, 12], [13]),
+        (0, [11, 12, 13], [14]),
+        (0, [12, 13, 14], [15]),
+        (0, [13, 14, 15], [16]),
         (2, [31], [32]),
     ]
     assert read(rows_of(three, "prefixes", 3, 0)) == every
-    assert read(rows_of(three, "prefixes", 3)) == [*every[:3], every[5]], "max_length targets by default"
-    assert read(rows_of(three, "prefixes", 3, 2)) == [*every[:2], every[5]]
+    assert read(rows_of(three, "prefixes", 3)) == every[2:], "max_length targets by default"
+    assert read(rows_of(three, "prefixes", 3, 2)) == every[3:]
 
 
 def test_sequence_has_a_target_at_every_position(three):
     late, early = (0, [13, 14, 15], [14, 15, 16]), (0, [11, 12], [12, 13])
     short = (2, [31], [32])
     assert read(rows_of(three, "sequence", 3)) == [late, short]
-    assert read(rows_of(three, "sequence", 3, 0)) == [late, early, short], "windows, the latest of them full"
-    assert read(rows_of(three, "sequence", 3, 4)) == [late, (0, [12], [13]), short]
+    assert read(rows_of(three, "sequence", 3, 0)) == [early, late, short], "windows, the latest of them full"
+    assert read(rows_of(three, "sequence", 3, 4)) == [(0, [12], [13]), late, short]
     assert read(rows_of(three, "sequence", 3, 2)) == [(0, [14, 15], [15, 16]), short]
     assert read(rows_of(three, "sequence", 5)) == [(0, [11, 12, 13, 14, 15], [12, 13, 14, 15, 16]), short]
 
 
-def test_targets_are_numbered_row_by_row(three):
+def test_targets_are_numbered_row_by_row_in_order_of_time(three):
     assert rows_of(three, "prefixes", 3).target_offset.tolist() == [0, 1, 2, 3, 4]
     rows = rows_of(three, "sequence", 3, 0)
-    assert rows.target_offset.tolist() == [0, 3, 5, 6]
+    assert rows.target_offset.tolist() == [0, 2, 5, 6]
     assert rows.targets == 6
-    assert rows.lengths.tolist() == [3, 2, 1]
+    assert rows.lengths.tolist() == [2, 3, 1]
 
 
 def plain(data: Dataset, examples: str, max_length: int, targets_per_user: int | None) -> set[tuple]:
@@ -122,13 +122,16 @@ def test_prefixes_and_sequence_predict_the_same_targets():
         ends = rows_of(data, "prefixes", 4, limit).stop - 1
         rows = rows_of(data, "sequence", 4, limit)
         places = np.concatenate([np.arange(a + 1, b) for a, b in zip(rows.start, rows.stop, strict=True)])
-        assert sorted(ends) == sorted(places)
+        assert ends.tolist() == places.tolist(), "and number them alike"
+        assert rows.places(np.arange(rows.targets))[1].tolist() == places.tolist()
+        assert rows.fingerprint == rows_of(data, "prefixes", 4, limit).fingerprint
 
 
-def test_a_fingerprint_names_data_and_cut(three):
+def test_a_fingerprint_names_data_and_targets(three):
     base = rows_of(three, "prefixes", 3).fingerprint
     assert rows_of(dataset([LONG, NONE, SHORT]), "prefixes", 3).fingerprint == base
-    others = [rows_of(three, "sequence", 3), rows_of(three, "prefixes", 4), rows_of(three, "prefixes", 3, 0)]
+    assert rows_of(three, "sequence", 4, 3).fingerprint == base
+    others = [rows_of(three, "last", 3), rows_of(three, "prefixes", 4), rows_of(three, "prefixes", 3, 2)]
     others.append(rows_of(dataset([LONG, NONE, [31, 32, 34, 33]]), "prefixes", 3))
     assert len({base, *(rows.fingerprint for rows in others)}) == 5
 

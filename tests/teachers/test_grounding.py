@@ -1,0 +1,312 @@
+"""What a language model says, and the items that are meant by it."""
+
+import numpy as np
+import pytest
+import torch
+from test_resume import KillAfter, Killed, link
+from tiny import assert_equal_weights, by_name, small, weights
+from titles import LORA, TITLES, as_if_tuned, language_model, titled, wording_of
+
+from lit_llmers import tuning
+from lit_llmers.conf.schema import GenerationConfig
+from lit_llmers.data.sequences import EvaluationRows, TrainingRows
+from lit_llmers.errors import UserError
+from lit_llmers.models import load_dataset, load_model
+from lit_llmers.record import open_signals
+from lit_llmers.stages import run
+from lit_llmers.teachers.grounding import GroundedRecommender, Trie
+from lit_llmers.teachers.wording import pad_left
+
+HISTORIES = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14, 15], [2, 4, 6]]
+ASKED = [[1], [2, 3], [15, 14, 13, 12, 11, 10], [4, 5, 6]]
+
+
+def ranker_of(data, lora=None, base=None, **config) -> GroundedRecommender:
+    wording = wording_of(data)
+    return GroundedRecommender(as_if_tuned(language_model(wording, lora)), wording, GenerationConfig(**config), base).eval()
+
+
+def batch_of(histories) -> dict[str, torch.Tensor]:
+    items, mask = pad_left(histories, 0)
+    return {"items": items, "mask": mask}
+
+
+# ---- saying ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_of_mixed_lengths_says_what_each_says_alone(num_beams):
+    rankers = [ranker_of(titled(HISTORIES), num_beams=num_beams, batch_size=size, max_new_tokens=9) for size in (1, 3)]
+    alone, together = (ranker.say(ASKED) for ranker in rankers)
+    assert alone == together
+    assert len(set(alone)) > 1
+    assert rankers[1].work.asked == 4
+    assert rankers[1].work.said == rankers[0].work.said
+    rankers[1].say([*ASKED, ASKED[0]])
+    assert rankers[1].work.asked == 4, "what was said is remembered"
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_constrained_to_the_catalogue_nothing_else_is_said(num_beams):
+    asked = [[a, b] for a in range(1, 15) for b in (3, 7)]
+    free, bound = (ranker_of(titled(HISTORIES), num_beams=num_beams, constrained=each).say(asked) for each in (False, True))
+    assert not set(free) & set(TITLES), "random weights do not say titles by themselves"
+    assert set(bound) <= set(TITLES)
+    assert len(set(bound)) > 1
+
+
+def test_of_all_titles_the_constrained_beams_find_the_likeliest():
+    """With more beams than titles nothing is pruned: against the mean log-likelihood of the tokens of every title."""
+    data = titled(HISTORIES)
+    ranker = ranker_of(data, num_beams=20, constrained=True)
+    prompts = ranker.wording.prompts(ASKED)
+    for prompt, said in zip(prompts, ranker.say(ASKED), strict=True):
+        likelihood = {}
+        for item, title in enumerate(TITLES, 1):
+            response = ranker.wording.response(item)
+            logits = ranker.backbone(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)]
+            likelihood[title] = chosen.mean().item()
+        assert said == max(likelihood, key=likelihood.__getitem__)
+
+
+def test_a_trie_knows_what_may_follow():
+    trie = Trie([[1, 2, 9], [1, 3, 9], [4, 9]], end=9)
+    assert trie.after([]) == [1, 4]
+    assert trie.after([1]) == [2, 3]
+    assert trie.after([1, 3]) == trie.after([1, 3, 9]) == trie.after([7, 7]) == [9]
+
+
+# ---- grounding -------------------------------------------------------------------------------------------------------
+
+
+def vectors_by_hand(model, wording, texts) -> np.ndarray:
+    """The last token's state after the last layer, one text at a time and without padding."""
+    rows = [model(input_ids=torch.tensor([wording.title(text)]), output_hidden_states=True) for text in texts]
+    return torch.stack([row.hidden_states[-1][0, -1] for row in rows]).detach().double().numpy()
+
+
+@pytest.mark.parametrize(("embedder", "lora"), [("base", LORA), ("tuned", LORA), ("tuned", None), ("base", None)])
+def test_ranks_and_lists_are_those_of_all_distances_by_hand(embedder, lora):
+    titles = [*TITLES, TITLES[3], ""]  # items 4 and 16 bear the same title, item 17 none
+    data = titled([*HISTORIES, [16, 17, 1]], titles)
+    wording = wording_of(data)
+    untouched = language_model(wording)
+    ranker = ranker_of(data, lora, base=untouched if embedder == "base" and not lora else None, embedder=embedder, num_beams=2)
+    said = ranker.say(ASKED)
+    by_hand = untouched if embedder == "base" else ranker.backbone
+    distance = np.linalg.norm(
+        vectors_by_hand(by_hand, wording, said)[:, None] - vectors_by_hand(by_hand, wording, titles)[None], axis=2
+    )
+    batch = batch_of(ASKED) | {"target": torch.tensor([4, 16, 3, 17])}
+    batch |= {"seen_row": torch.tensor([0, 1, 1, 2, 3, 3]), "seen_item": torch.tensor([1, 2, 3, 5, 4, 5])}
+    ranks, (items, scores) = ranker.ranks(batch), ranker.top_items(batch, 17)
+    for row, target in enumerate([4, 16, 3, 17]):
+        seen = batch["seen_item"][batch["seen_row"] == row].numpy()
+        left = np.setdiff1d(np.arange(1, 18), seen)
+        own, others = distance[row, target - 1], distance[row, np.setdiff1d(left, target) - 1]
+        ties = np.isclose(others, own, rtol=1e-9, atol=1e-9)
+        assert ties.sum() == (target in (4, 16) and {4, 16} <= set(left))
+        assert ranks[row] == ((others < own) & ~ties).sum() + ties.sum() / 2
+        listed = items[row][items[row] > 0].numpy()
+        assert sorted(listed) == left.tolist()
+        np.testing.assert_allclose(-scores[row, : len(left)], np.sort(distance[row, left - 1]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(-scores[row, : len(left)], distance[row, listed - 1], rtol=1e-4, atol=1e-5)
+        assert (scores[row, len(left) :] == -torch.inf).all()
+    embedded = ranker.embed(ranker.titles)
+    assert torch.equal(embedded[3], embedded[15])
+    competing = torch.tensor([[1, 2], [4, 5], [6, 7], [8, 9]])
+    chosen = distance[np.arange(4)[:, None], competing.numpy() - 1] < distance[np.arange(4), [3, 15, 2, 16]][:, None]
+    same = np.array([[0, 0], [1, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(ranker.ranks(batch, None, competing), (chosen * (1 - same) + same / 2).sum(1))
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+# Titles said by a small language model.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  teacher:
+    tune: bigrec
+    base: ${teacher}
+    history: 4
+    samples: 96
+    vocabulary: 400
+    instruction: Go on.
+    validation_users: 40
+    generation: {num_beams: 2, max_new_tokens: 12, embedder: tuned}
+    optimizer: {lr: 5.0e-3}
+  users: {record: ranking, of: teacher, k: 9, per: user, batch_size: 50}
+  targets: {record: ranking, of: teacher, k: 9}
+  student: {fit: sasrec, model: {dim: 8, layers: 1}, callbacks: [{ranking_distillation: {from: users, k: 5}}]}
+  popularity: {fit: popularity}
+  evaluate: {evaluate: test, of: [teacher, student, popularity]}
+"""
+TARGETS = ["sequences.targets_per_user=1", "evaluation.users=30", "signals.shard_rows=40"]
+WITH_LORA = "teacher.lora={rank: 4, alpha: 8, dropout: 0.1, targets: [q_proj, v_proj]}"
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Plan the recipe in one folder, so that what is done is done."""
+    folder = tmp_path_factory.mktemp("titles")
+    (folder / "titles.yaml").write_text(RECIPE)
+
+    def planned(*overrides, place=folder):
+        return small(place, *TARGETS, *overrides, recipe=str(folder / "titles.yaml"))
+
+    return planned
+
+
+@pytest.fixture(scope="module")
+def done(stages):
+    planned = stages()
+    run(planned, None)
+    return by_name(planned)
+
+
+def test_the_teacher_is_ranked_beside_the_others(done):
+    from lit_llmers.files import read_json
+
+    models = {model["name"]: model for model in read_json(done["evaluate"].folder / "evaluation.json")["models"]}
+    assert set(models) == {"teacher", "student", "popularity"}
+    data, teacher = load_dataset(done["evaluate"]), load_model(done["teacher"], load_dataset(done["evaluate"]))
+    rows = EvaluationRows(data, "test", done["teacher"].config.sequences.max_length, 30)
+    ranks = np.load(done["evaluate"].folder / models["teacher"]["ranks"])
+    table = teacher.embed(teacher.titles)
+    for row in range(0, 30, 5):
+        start, at = rows.start[row], rows.at[row]
+        (text,) = teacher.say([data.items[start:at][-4:].tolist()])
+        distance = (teacher.embed([tuple(teacher.wording.title(text))]) - table).norm(dim=1).numpy()
+        met = set(data.items[data.offsets[rows.user[row]] : at].tolist()) - {int(rows.target[row])}
+        distance[[item - 1 for item in met]] = np.inf
+        own = distance[rows.target[row] - 1]
+        ties = np.isclose(distance, own, rtol=1e-9, atol=1e-9)
+        assert ranks[row] == ((distance < own) & ~ties).sum() + (ties.sum() - 1) / 2
+    assert models["teacher"]["parameters"]["layers"] == 4
+    assert models["teacher"]["inference"]["users_per_second"] > 0
+
+
+@pytest.mark.parametrize("per", ["users", "targets"])
+def test_a_record_holds_the_closest_items_that_were_not_met(done, per):
+    data = load_dataset(done[per])
+    rows = TrainingRows(data, done["teacher"].config.sequences)
+    source, teacher = open_signals(done[per], rows), load_model(done["teacher"], data)
+    table = teacher.embed(teacher.titles)
+    for number in range(0, rows.targets, 20):
+        user, at = (int(each[0]) for each in rows.places(np.array([number])))
+        stop = at if per == "targets" else int(data.offsets[user] + (data.split[data.offsets[user] :][:60] == 0).argmin())
+        asked = {"target_row": torch.tensor([number]), "user": torch.tensor([user]), "target": torch.tensor([1])}
+        items, scores = source.read(asked)
+        (text,) = teacher.say([data.items[data.offsets[user] : stop][-4:].tolist()])
+        distance = (teacher.embed([tuple(teacher.wording.title(text))]) - table).norm(dim=1).numpy()
+        met = set(data.items[data.offsets[user] : stop].tolist()) - ({int(data.items[at])} if per == "targets" else set())
+        distance[[item - 1 for item in met]] = np.inf
+        assert not met & set(items[0].tolist())
+        np.testing.assert_allclose(-scores[0], np.sort(distance)[:9], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(-scores[0], distance[items[0] - 1], rtol=1e-4, atol=1e-4)
+    assert done[per].summary["generated_titles"] > 20
+    assert done[per].summary["tokens_per_second"] > 0
+
+
+def test_how_it_is_asked_makes_other_lists_and_no_other_teacher(stages, done):
+    other = by_name(stages("stages.teacher.generation={num_beams: 1}"))
+    assert other["teacher"].fingerprint == done["teacher"].fingerprint
+    for name in ("users", "targets", "student", "evaluate"):
+        assert other[name].fingerprint != done[name].fingerprint
+    assert by_name(stages("stages.teacher.history=3"))["teacher"].fingerprint != done["teacher"].fingerprint
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_peft_and_transformers_load_what_was_tuned(stages, done, lora):
+    """Without anything of ours: the same logits."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    planned = stages(*([WITH_LORA] if lora else []))
+    run(planned, "teacher")
+    stage = by_name(planned)["teacher"]
+    folder = stage.folder / tuning.MODEL
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base" if lora else folder)
+    plain = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    if lora:
+        model = peft.PeftModel.from_pretrained(model, folder)
+    ours = load_model(stage, load_dataset(by_name(planned)["users"]))
+    tokens = torch.tensor([ours.wording.prompts([[1, 2, 3]])[0]])
+    assert tokenizer(ours.wording.text([1, 2, 3]), add_special_tokens=False)["input_ids"] == tokens[0, 1:].tolist()
+    torch.testing.assert_close(model.eval()(input_ids=tokens).logits, ours.backbone(input_ids=tokens).logits)
+    if lora:
+        assert (model(input_ids=torch.tensor([[5, 6, 7]])).logits - plain).abs().max() > 1e-3
+        assert all("lora_" in name for name in weights(stage))
+        assert stage.summary["parameters"]["trainable"] == sum(value.numel() for value in weights(stage).values())
+
+
+@pytest.mark.parametrize("overrides", [[], [WITH_LORA], ["stages.teacher.validate=ranking"]], ids=["full", "lora", "ranking"])
+@pytest.mark.parametrize("batches", [2, 10])  # six batches are an epoch; a checkpoint comes every three
+def test_killed_and_resumed_equals_uninterrupted(stages, tmp_path, monkeypatch, overrides, batches):
+    whole = stages(*overrides)
+    run(whole, "teacher")
+    expected = by_name(whole)["teacher"]
+    planned = stages(*overrides, place=tmp_path)
+    stage = link(planned, by_name(whole), "teacher")
+    make_trainer, killed = tuning.make_trainer, KillAfter(batches)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, killed]))
+        with pytest.raises(Killed):
+            run(planned, "teacher")
+    assert (stage.folder / "last.ckpt").exists() == (batches > 3)
+    run(planned, "teacher")
+    assert_equal_weights(weights(stage), weights(expected))
+    assert stage.summary["best"] == expected.summary["best"]
+    assert stage.summary["epochs"] == expected.summary["epochs"]
+
+
+def test_a_record_that_failed_goes_on_to_the_same_bits(stages, done, tmp_path, monkeypatch):
+    planned = stages(place=tmp_path)
+    stage = link(planned, done, "users")
+    generate, calls = GroundedRecommender.generate, []
+
+    def fails_once(self, prompts):
+        calls.append(1)
+        if len(calls) == 6:
+            raise Killed
+        return generate(self, prompts)
+
+    monkeypatch.setattr(GroundedRecommender, "generate", fails_once)
+    with pytest.raises(Killed):
+        run(planned, "users")
+    kept = {path.name: path.stat().st_mtime_ns for path in stage.folder.rglob("shard-*.npy")}
+    assert kept
+    run(planned, "users")
+    shards = sorted(path.relative_to(stage.folder) for path in stage.folder.rglob("shard-*.npy"))
+    assert len(shards) == 8
+    for shard in shards:
+        ours, theirs = (np.load(place.folder / shard) for place in (stage, done["users"]))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.teacher.tune=bigrex", "method of the tune stage.*'bigrex'.*'bigrec'"),
+        ("stages.teacher.generation={beams: 3}", r"stages\.teacher\.generation\.beams"),
+        ("stages.teacher.generation={embedder: bass}", "'bass'.*'base'"),
+        ("stages.teacher.validate=los", "'los'.*'loss'"),
+        ("stages.teacher.base={name: x, pth: y}", r"teacher\.pth.*'path'"),
+        ("stages.teacher.samples=0", "samples of the tune stage is 0"),
+        ("stages.users={record: block_states, of: teacher}", "'teacher', which is a tune stage"),
+        ("stages.more={export: [onnx], of: teacher}", "'teacher', which is a tune stage"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_runs(stages, override, message):
+    with pytest.raises(UserError, match=message):
+        stages(override)
+
+
+def test_prompts_must_fit_the_base(stages):
+    planned = stages("stages.teacher.max_tokens=2000")
+    with pytest.raises(UserError, match="1024 positions, but max_tokens of stage 'teacher' is 2000"):
+        run(planned, "teacher")
