@@ -135,10 +135,10 @@ class Subject:
         return self._cost()
 
     def rank(self, part: str) -> dict[str, dict[str, float]]:
-        """HR@10 and NDCG@10 of all users' `validation` or `test` items, read items `kept` and `masked`; empty if it died."""
+        """HR@10 and NDCG@10 of all users' `validation` or `test` items: `masked`, of `test` also `kept`; empty if it died."""
         self._ask(part)
         answer = self._answer()
-        return {kind: answer[kind] for kind in ("kept", "masked")} if answer else {}
+        return {kind: answer[kind] for kind in ("masked", "kept") if kind in answer}
 
     def finish(self) -> None:
         """End the training, and wait until it has done what comes after."""

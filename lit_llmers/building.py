@@ -18,7 +18,7 @@ from lit_llmers.conf.schema import FitStage, RecordStage, check_type
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 
-PAIRWISE = ("bpr", "bce")  # losses of a collaborative student
+PAIRWISE = ("bpr", "bce", "sampled_softmax")  # losses of a collaborative student
 INJECTED = {"n_items", "n_users", "max_length", "item_table", "training_pairs", "popularity", "histories"}
 RECORDS = {"signals": "block_states", "ranking": "ranking"}  # kinds of sources that record stages leave, and as what
 KINDS = {  # of artefacts that a callback or a fusion can read -> the verbs of the stages that leave them
@@ -134,6 +134,8 @@ def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
     kind, examples = stage.loss.kind, stage.sequences.examples
     if issubclass(backbone, CollaborativeBackbone) and kind not in PAIRWISE:
         raise UserError(f"'{where}.loss.kind' is {kind}, but {stage.fit} learns from pairs. Choose {' or '.join(PAIRWISE)}.")
+    if stage.initial and getattr(backbone, "initialise", None) is CollaborativeBackbone.initialise:
+        raise UserError(f"'{where}.initial': {stage.fit} has no table that could start from another. Leave it out.")
     if issubclass(backbone, Backbone) and not backbone.every_position and examples == "sequence":
         raise UserError(
             f"'{where}': {stage.fit} reads one position of a row, so sequences.examples=sequence does not fit. Use "

@@ -14,6 +14,7 @@ from lit_llmers.models import TABLE, USER_TABLE, load_dataset
 from lit_llmers.stages import Stage
 from lit_llmers.text.prompts import history_texts, item_texts
 from lit_llmers.text.reduction import mean_of_histories
+from lit_llmers.text.said import said_vectors
 from lit_llmers.text.tfidf import tfidf_svd
 from lit_llmers.text.transformer import TextEncoder
 from lit_llmers.text.vectors import Projection, Recorder
@@ -32,6 +33,8 @@ def run(stage: Stage) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if config.encode == "tfidf":
         table = tfidf_svd(texts, config.dim, stage.seed)
+    elif config.encode == "said":
+        table, summary = said_vectors(stage, dataset, texts)
     else:
         table, users, summary = _transformer(stage, dataset, texts)
     if config.shuffle:

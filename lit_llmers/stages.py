@@ -43,7 +43,7 @@ SHARED = {"fit": TRAINING, "tune": TRAINING, "record": ("signals",), "evaluate":
 GATHERING = ("evaluate", "export")  # run once, over all seeds
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
-    "encode": {"model", "adapter"},  # their checksums are too
+    "encode": {"model", "adapter", "accelerator", "checkpoint_every", "log_every"},  # checksums of the first two are too
     "fit": {"accelerator", "checkpoint_every", "log_every"},
     "tune": {"accelerator", "checkpoint_every", "log_every", "generation"},  # the last is in `content` of those that ask
 }
@@ -242,7 +242,8 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         entry = {**entry, "mask_history": ranked["mask_history"], "validation_users": ranked["users"]}
     if verb == "tune":
         entry = {**entry, "mask_history": ranked["mask_history"]}
-    for section in SHARED.get(verb, ()):  # the run's own settings, with the stage's on top
+    trains = verb == "encode" and (entry["encode"] == "said" or entry.get("contrast") is not None)
+    for section in ("optimizer", "trainer") if trains else SHARED.get(verb, ()):  # the run's own, with the stage's on top
         own: Any = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
         entry = {**entry, section: own}
     classes = {

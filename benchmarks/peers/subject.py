@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 CUT = {"validation": 2, "test": 1}  # the items at a history's end that are not read when one of them is ranked
+KINDS = {"validation": ("masked",), "test": ("masked", "kept")}
 CHUNK = 1024  # users whose scores are made at a time
 Scores = Callable[[list[np.ndarray]], Iterable[np.ndarray]]  # all users' histories -> scores [B, n+1] of B users, and the next
 
@@ -58,7 +59,7 @@ def padded(rows: list[np.ndarray], length: int) -> np.ndarray:
 # ---- ranks -----------------------------------------------------------------------------------------------------------------
 
 
-def ranks(scores: Scores, part: str, kinds: tuple[str, ...] = ("kept", "masked")) -> dict[str, np.ndarray]:
+def ranks(scores: Scores, part: str, kinds: Iterable[str]) -> dict[str, np.ndarray]:
     """Where the validation or the test item of each user stands among all items 1..n: 0 is best, ties count half.
 
     Args:
@@ -84,7 +85,7 @@ def ranks(scores: Scores, part: str, kinds: tuple[str, ...] = ("kept", "masked")
         if np.isnan(own).any():
             raise ValueError("the model gives NaN: its training diverged")
         table[:, 0] = np.nan  # neither above the target nor level with it
-        for kind in kinds:
+        for kind in sorted(kinds):  # kept before masked
             if kind == "masked":
                 table[np.repeat(rows, [len(items) for items in read[some]]), np.concatenate(read[some])] = np.nan
                 table[rows, wanted] = own[:, 0]
@@ -146,7 +147,7 @@ def another_epoch(scores: Scores | None = None) -> bool:
     while (word := sys.stdin.readline().strip()) in CUT:
         assert scores is not None
         clock = Clock()
-        found = {kind: metrics(places) for kind, places in ranks(scores, word).items()}
+        found = {kind: metrics(places) for kind, places in ranks(scores, word, KINDS[word]).items()}
         say(**found, **clock.stop())
     if not word:
         os._exit(0)  # in the middle of a library's own loop

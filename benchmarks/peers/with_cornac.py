@@ -35,6 +35,7 @@ def main() -> None:
     pairs = [(user, item, 1.0) for user, history in enumerate(histories) for item in history[:-2].tolist()]
     training = Dataset.from_uir(pairs, seed=0)
     items = np.array(list(training.iid_map))  # ours in the order of Cornac's
+    numbers = np.array([training.uid_map[user] for user in range(len(histories))])
     model = recom_bpr.BPR(
         k=64,
         max_iter=1,
@@ -45,11 +46,10 @@ def main() -> None:
     )
 
     def scores(_: list[np.ndarray]) -> Iterator[np.ndarray]:
-        for users in np.array_split(np.arange(len(histories)), len(histories) // subject.CHUNK + 1):
-            table = np.full((len(users), task["items"] + 1), -np.inf, np.float32)
-            for row, user in zip(table, users, strict=True):
-                row[items] = model.score(training.uid_map[user])
-            yield table
+        vectors, biases = np.zeros((task["items"] + 1, 64), np.float32), np.full(task["items"] + 1, -np.inf, np.float32)
+        vectors[items], biases[items] = model.i_factors, model.i_biases
+        for users in np.array_split(numbers, len(numbers) // subject.CHUNK + 1):
+            yield model.u_factors[users] @ vectors.T + biases
 
     @contextmanager
     def bar(*_: Any, **__: Any) -> Iterator[Epochs]:

@@ -14,7 +14,7 @@ from lit_llmers.errors import UserError, nearest, unknown
 EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "cosine")
 SIGNAL_DTYPES = ("float16", "float32")
-ENCODERS = ("tfidf", "transformer")
+ENCODERS = ("tfidf", "transformer", "said")
 POOLINGS = ("mean", "last", "eos", "cls")
 USER_VECTORS = ("mean", "history", "profile")
 RECORDABLE = ("block_states", "ranking")
@@ -156,7 +156,8 @@ class LossConfig:
     Attributes:
         kind: `cross_entropy`: softmax over the whole catalogue. `sampled_softmax`: over the target and items drawn by
             popularity once for the batch, with the log-q correction. `bce`, `gbce`, `bpr`: the target against items drawn
-            uniformly for each target. A collaborative student takes `bpr` or `bce`.
+            uniformly for each target. A collaborative student takes `bpr`, `bce` or `sampled_softmax`, each against items drawn
+            uniformly for each target.
         negatives: items drawn.
         t: of `gbce`, calibration from 0 (plain BCE) to 1 (fully unbiased).
     """
@@ -356,16 +357,39 @@ class FitStage:
 
 
 @dataclass(frozen=True)
+class ContrastConfig:
+    """Tune a text encoder to tell an item's two views from those of the others: `lit_llmers.text.contrast`.
+
+    Attributes:
+        drop: share of an item's fields that a view leaves out, rounded down.
+        temperature: of the contrast, at its start: it is trained.
+        lora: adapters on a frozen encoder, as a base's `lora`; null trains all of it.
+    """
+
+    drop: float = 0.4
+    temperature: float = 3.0
+    lora: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop < 1:
+            raise UserError(f"contrast.drop is {self.drop}. It must be 0 or more and less than 1.")
+        if not self.temperature > 0:
+            raise UserError(f"contrast.temperature is {self.temperature}. It must be positive.")
+
+
+@dataclass(frozen=True)
 class EncodeStage:
     """Turn item text into vectors, a table that a fit stage can read, and on request users into vectors of the same space.
 
     Attributes:
-        encode: `tfidf`: TF-IDF and truncated SVD, no model needed. `transformer`: a language model that is not trained here.
+        encode: `tfidf`: TF-IDF and truncated SVD, no model needed. `transformer`: a language model, as it is or tuned here.
+            `said`: vectors are trained, so that a causal language model that is fed one says the item's text.
         fields: columns of the catalogue, `data.texts` among them, that are joined to an item's text.
-        dim: width of `tfidf`'s vectors.
+        dim: width of `tfidf`'s and `said`'s vectors.
         prompt: the item's text with `{field}` in place of each field's text; null joins the fields by full stops.
         model: of `transformer`: `minilm` (the package of the extra `minilm`), a local folder, a hub name, or a base as
-            `teacher=NAME` has it, of which name, path, revision, dtype and attention count.
+            `teacher=NAME` has it, of which name, path, revision, dtype and attention count. Of `said`: a folder, a hub name or a
+            base, all of which counts but `examples`; its `prompt` stands around the vector.
         adapter: folder of a PEFT adapter that is put onto the model.
         pooling: `mean` of all tokens, `last` token, `cls` (first token), or `eos`: an end-of-text token is appended and read.
         max_tokens: a text is cut there.
@@ -379,6 +403,12 @@ class EncodeStage:
         user_prompt: of `history`, with `{history}` where the titles go; null takes the default.
         profile: of `profile`, the user text among `data.texts`.
         allow_leaking: names of texts that are read although they may have been written with held-out items in view.
+        contrast: of `transformer`: tune the model by contrast before it encodes.
+        train_base: of `said`: the language model is trained too, its `lora` adapters or all of it. A base with random weights
+            says nothing otherwise.
+        vocabulary: of `said`: size of the tokenizer that is trained on the texts, for a base from scratch, which has none.
+        optimizer, trainer: of `said` and `contrast`; override the run's own for this stage. There is no validation: the last epoch
+            counts.
     """
 
     encode: str
@@ -398,6 +428,11 @@ class EncodeStage:
     user_prompt: str | None = field(default=None, metadata=ADDED)
     profile: str | None = field(default=None, metadata=ADDED)
     allow_leaking: list[str] = field(default_factory=list, metadata=ADDED)
+    contrast: ContrastConfig | None = field(default=None, metadata=ADDED)
+    train_base: bool = field(default=False, metadata=ADDED)
+    vocabulary: int = field(default=2048, metadata=ADDED)
+    optimizer: OptimizerConfig | None = field(default=None, metadata=ADDED)
+    trainer: TrainerConfig | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -407,18 +442,27 @@ class EncodeStage:
         ):
             if value not in known:
                 raise unknown(f"choice of the encode stage ({name})", str(value), [each for each in known if each])
-        for name in ("dim", "max_tokens", "batch_size", "reduce"):
+        for name in ("dim", "max_tokens", "batch_size", "reduce", "vocabulary"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UserError(f"{name} of the encode stage is {number}. It must be at least 1.")
-        if (self.encode == "transformer") != (self.model is not None):
+        if (self.encode != "tfidf") != (self.model is not None):
             raise UserError(
-                "encode: transformer needs a model. Name one, as model: minilm, or use encode: tfidf."
+                f"encode: {self.encode} needs a model. Name one, as model: minilm (transformer) or a causal one (said), or use "
+                "encode: tfidf."
                 if self.model is None
                 else f"encode: {self.encode} has no model. Use encode: transformer, or leave model out."
             )
-        if self.encode == "tfidf" and (self.users in ("history", "profile") or self.reduce or self.adapter):
-            what = "reduce (use dim)" if self.reduce else "adapter" if self.adapter else f"users: {self.users} (use mean)"
-            raise UserError(f"encode: tfidf does not take {what}. Use encode: transformer for it.")
+        foreign = {
+            "reduce (use dim)": self.reduce,
+            "adapter": self.adapter,
+            f"users: {self.users} (use mean)": self.users in ("history", "profile"),
+            "contrast": self.contrast,
+        }
+        if self.encode != "transformer" and any(foreign.values()):
+            what = next(name for name, value in foreign.items() if value)
+            raise UserError(f"encode: {self.encode} does not take {what}. Use encode: transformer for it.")
+        if self.train_base and self.encode != "said":
+            raise UserError(f"encode: {self.encode} does not take train_base. Use encode: said for it.")
         if (self.users == "profile") != (self.profile is not None):
             raise UserError(
                 "users: profile of the encode stage goes with profile: NAME, a text of users among data.texts such as "
@@ -458,7 +502,8 @@ class TuneStage:
 
     Attributes:
         tune: the method.
-        base: which language model, a mapping as a teacher option has it; with `lora` adapters are trained, else all of it.
+        base: which language model, a mapping as a teacher option has it; with `lora` adapters are trained, else all of it. Its
+            `prompt` and `examples` are not read here.
         history: titles in a prompt, of the latest items.
         fields: columns of the catalogue that tell of an item in a prompt, joined by full stops. The response is its title.
         instruction: what the prompt asks for; null takes the default.
@@ -470,8 +515,8 @@ class TuneStage:
             by greedy, free generation, embedded by the model at hand.
         validation_users: validate on so many users, drawn at random; null takes all.
         generation: how it is asked, by those that need this stage; it changes nothing in the training.
-        sequences: which training targets there are, and how they are numbered; override the run's own for this stage, as do
-        optimizer, trainer: likewise.
+        sequences: which training targets there are.
+        optimizer, trainer: override the run's own for this stage, as `sequences` does.
         mask_history: `evaluation.mask_history` of the run.
     """
 

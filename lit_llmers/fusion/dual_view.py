@@ -18,7 +18,7 @@ class DualView(Fusion):
 
     `e_se = W2 (W1 t + b1) + b2` is a view of the frozen text t, `e_co` the backbone's own vector. With S_se and S_co the
     sequences of a history, `S'_co = attention(S_se, S_co, S_co)` and `S'_se = attention(S_co, S_se, S_se)`; the user is
-    `u = [f(S'_co) | f(S'_se)]`, the item `[e_co | e_se]`, and the score their dot product (paper, section 3.2).
+    `u = [f(S'_co) | f(S'_se)]`, the item `[e_co | e_se]`, and the score their dot product.
 
     In the official code nothing hides the future: the cross attention masks padding alone, and SASRec's causal mask is off,
     while the loss asks at each position for the next item. So the label is visible in training. Here both are causal.
@@ -36,7 +36,7 @@ class DualView(Fusion):
         accept_visible_labels: with that, train on every position all the same.
 
     Raises:
-        UserError: the text is of other items, or `heads` does not divide dim.
+        UserError: the text is of other items, `heads` does not divide dim, or labels that are not accepted would be visible.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}
@@ -67,6 +67,11 @@ class DualView(Fusion):
         return torch.cat([self.inner.embed(items), self.text.rows(items)], 2)  # [B, L, 2d]
 
     def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        if every_position and self.reads_ahead:
+            raise UserError(
+                "dual_view with official_no_causal_mask shows each position what it is to predict. Use "
+                "sequences.examples=prefixes, or accept_visible_labels: true to train so all the same."
+            )
         collaborative, semantic = x.chunk(2, 2)  # [B, L, d] each
         real = (mask & (items <= self.n_items))[..., None]  # [B, L, 1]
         length = torch.ones_like(mask[0]).diag()  # [L, L]

@@ -82,6 +82,11 @@ class Frequency(Fusion):
             )
         return self.fuse(self.inner.embed(items), self.adapt(items)) * (items > 0)[..., None]
 
+    def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
+        if every_position:
+            raise UserError("frequency mixes all positions of a row: only the last is read. Use sequences.examples=prefixes.")
+        return self.inner.read(x, items, mask)
+
     def adapt(self, items: Tensor) -> Tensor:
         """The text t of histories `[B, L]`, `[B, L, d]`."""
         mixed, gates = self.text.rows(items, whole=False).split([self.dim, len(self.offset)], 2)  # [B, L, d], [B, L, K]

@@ -12,7 +12,7 @@ from lit_llmers.fusion.text import Adapter, TextView, drop_tables, item_scale
 
 
 class FrozenAdapter(Fusion):
-    """`e_i = adapter(t_i)`, read and scored, with t a frozen text table: LLMEmb's adapter `W2 (W1 t + b1) + b2` (eq. 8).
+    """`e_i = adapter(t_i)`, read and scored, with t a frozen text table: LLMEmb's adapter `W2 (W1 t + b1) + b2`.
 
     Only the adapter and the backbone are trained; the backbone's own item table goes, unless `with_id` keeps it:
     `e_i = adapter(t_i) + E_i`, a recommender that reads text and identity, such as a teacher.

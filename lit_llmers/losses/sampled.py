@@ -90,5 +90,22 @@ def bpr(positive: Tensor, negative: Tensor) -> Tensor:
     return -F.logsigmoid(positive[:, None] - negative).mean(1)
 
 
+def own_softmax(positive: Tensor, negative: Tensor) -> Tensor:
+    """Softmax over a target and the negatives of its own row: `-log(e^s+ / (e^s+ + sum e^s-))`.
+
+    Source: AlphaRec, "Language Representations Can be What Recommenders Need", ICLR 2025 (arXiv 2407.05441), with cosines over
+    a temperature as scores. The negatives are drawn uniformly, so a correction would be one constant for all of them: there is
+    none. In contrast to the other losses of k negatives it grows with k, by about log k.
+
+    Args:
+        positive: `[T]` scores of the targets.
+        negative: `[T, K]` scores of the negatives.
+
+    Returns:
+        `[T]`.
+    """
+    return -F.logsigmoid(positive - negative.logsumexp(1))
+
+
 def _binary(positive: Tensor, negative: Tensor, power: float) -> Tensor:
     return (F.logsigmoid(positive) * power + F.logsigmoid(-negative).sum(1)) / -(negative.shape[1] + 1)

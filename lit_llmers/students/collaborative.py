@@ -16,7 +16,7 @@ from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.recommender import Recommender
 
 Tables = tuple[Tensor, Catalogue]
-PAIRWISE = {"bpr": sampled.bpr, "bce": sampled.binary}
+PAIRWISE = {"bpr": sampled.bpr, "bce": sampled.binary, "sampled_softmax": sampled.own_softmax}
 
 
 class TableOutput(StudentOutput):
@@ -45,7 +45,7 @@ class CollaborativeRecommender(Recommender):
     Args:
         backbone: see `lit_llmers.backbones`.
         optimizer: AdamW's settings.
-        loss: `bpr` or `bce`.
+        loss: `bpr`, `bce` or `sampled_softmax`.
         ks: cut-offs of the validation metrics.
 
     Raises:

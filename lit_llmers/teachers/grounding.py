@@ -129,8 +129,9 @@ class GroundedRecommender(Recommender):
             eos_token_id=wording.end,
         )
         width = tokens.shape[1]
-        allowed = {"prefix_allowed_tokens_fn": lambda _, so_far: self.trie.after(so_far[width:].tolist())} if self.trie else {}  # type: ignore[union-attr]
-        out = self.backbone.generate(input_ids=tokens, attention_mask=mask.long(), generation_config=settings, **allowed)
+        trie = self.trie
+        bound = {"prefix_allowed_tokens_fn": lambda _, so_far: trie.after(so_far[width:].tolist())} if trie else {}
+        out = self.backbone.generate(input_ids=tokens, attention_mask=mask.long(), generation_config=settings, **bound)
         said = [ids[: ids.index(wording.end) + 1] if wording.end in ids else ids for ids in out[:, width:].tolist()]
         self.work.asked += len(prompts)
         self.work.read += int(mask.sum())

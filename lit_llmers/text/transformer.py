@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,14 @@ def base_of(config: EncodeStage) -> BaseConfig:
     if isinstance(config.model, dict):
         settings = dict(config.model)
         if settings.get("path") is None:
+            if config.encode == "said":
+                return BaseConfig.of(settings)
             raise UserError(
                 f"The base '{settings.get('name')}' of the encode stage has random weights and no tokenizer, so it cannot "
                 "read text. Use model: minilm, a folder or a hub name."
             )
+    elif config.model == MINILM and config.encode == "said":
+        raise UserError("model: minilm is an encoder and says nothing. Give encode: said a causal language model.")
     elif config.model == MINILM:
         found = importlib.util.find_spec(PACKAGE)
         if found is None or not found.submodule_search_locations:
@@ -58,6 +63,8 @@ def base_of(config: EncodeStage) -> BaseConfig:
 def identity(config: EncodeStage) -> dict[str, Any]:
     """What names the vectors besides the stage's own settings: checksums of the model's and the adapter's files.
 
+    Of a base that `said` trains with, how it learns belongs to it.
+
     A model of the hub is named by name and revision: give a commit where `main` may move.
 
     Raises:
@@ -66,8 +73,12 @@ def identity(config: EncodeStage) -> dict[str, Any]:
     if config.model is None:
         return {}
     base = base_of(config)
-    place = Path(str(base.path))
     content: dict[str, Any] = {"dtype": base.dtype, "attention": base.attention}
+    if config.encode == "said":
+        content = {key: value for key, value in asdict(base).items() if key not in ("name", "path", "revision", "examples")}
+    if base.path is None:
+        return content
+    place = Path(base.path)
     content["model"] = _checksums(place) if place.is_dir() else {"hub": base.path, "revision": base.revision}
     if config.adapter is not None:
         content["adapter"] = _checksums(_adapter(config.adapter))

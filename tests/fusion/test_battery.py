@@ -109,6 +109,9 @@ def test_shapes(pair, model, items):
     assert model.every_position == (model.inner.every_position and pair[0] != "frequency")
     if model.every_position:
         assert model.head(states_of(model, items)[-1]).shape == (5, 8, model.dim)
+    else:
+        with pytest.raises(UserError, match="examples=prefixes"):
+            model(items, items > 0, every_position=True)
 
 
 def test_the_future_has_no_influence_and_the_past_has(pair, model, items):

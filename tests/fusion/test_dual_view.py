@@ -94,18 +94,22 @@ def test_official_numbers_of_cross_attention_before_a_gru(golden):
     assert_value(model.head(states[-1])[full], z["out.features"][full])
 
 
-def test_who_sees_the_future():
-    """With the official mask a position changes with what follows it, and is refused to training unless one accepts that."""
+@pytest.mark.parametrize(("official", "accepted"), [(False, False), (True, False), (True, True)])
+def test_who_sees_the_future(official, accepted):
+    """With the official mask a position changes with what follows it, and is not to be trained unless one accepts that."""
     text, items = torch.randn(11, 6), torch.randint(1, 11, (2, 5))
     later = items.clone()
     later[:, -1] = later[:, -1] % 10 + 1
-    seen = {}
-    for arguments in ({}, {"official_no_causal_mask": True}, {"official_no_causal_mask": True, "accept_visible_labels": True}):
-        model = DualView(SASRec(10, 5, dim=8, init_std=0.5), text, **arguments).eval()
-        before, after = (model.read(model.embed(x), x, x > 0, True)[-1][:, :-1] for x in (items, later))
-        seen[tuple(arguments)] = (not torch.allclose(before, after, atol=1e-6), model.reads_ahead, model.every_position)
-    assert list(seen.values()) == [(False, False, True), (True, True, False), (True, False, True)]
-    assert DualView.reads_ahead is False
+    model = DualView(SASRec(10, 5, dim=8, init_std=0.5), text, 4, 2, official, accepted).eval()
+    refused = official and not accepted
+    assert (model.reads_ahead, model.every_position) == (refused, not refused)
+    if refused:
+        assert model(items, items > 0)[-1].shape == (2, 1, 16)
+        with pytest.raises(UserError, match="accept_visible_labels"):
+            model(items, items > 0, every_position=True)
+    else:
+        before, after = (model(rows, rows > 0, every_position=True)[-1][:, :-1] for rows in (items, later))
+        assert torch.allclose(before, after, atol=1e-6) != official
 
 
 def test_wrong_heads_are_named():

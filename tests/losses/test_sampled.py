@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_llmers.losses.sampled import binary, bpr, gbce, sampled_softmax
+from lit_llmers.losses.sampled import binary, bpr, gbce, own_softmax, sampled_softmax
 from lit_llmers.losses.task import cross_entropy
 
-PAIRWISE = {"binary": binary, "bpr": bpr, "gbce": lambda p, n: gbce(p, n, n_items=31, t=0.75)}
+PAIRWISE = {"binary": binary, "bpr": bpr, "gbce": lambda p, n: gbce(p, n, n_items=31, t=0.75), "softmax": own_softmax}
 
 
 def inputs(rows=9, items=20, dim=6, scale=1.0):
@@ -98,6 +98,8 @@ def test_values_worked_out_by_plain_loops():
         assert gbce(positive, negative, 31, 0.75)[row].item() == pytest.approx(expected)
         expected = sum(-math.log(sigmoid(s - x)) for x in others) / 5
         assert bpr(positive, negative)[row].item() == pytest.approx(expected)
+        expected = -math.log(math.exp(s) / (math.exp(s) + sum(map(math.exp, others))))
+        assert own_softmax(positive, negative)[row].item() == pytest.approx(expected)
 
 
 def test_gbce_lies_between_plain_and_fully_calibrated():
@@ -122,6 +124,7 @@ def test_equal_scores_cost_log_two():
     level = torch.zeros(2), torch.zeros(2, 3)
     torch.testing.assert_close(binary(*level), torch.full((2,), math.log(2)))
     torch.testing.assert_close(bpr(torch.full((2,), 7.0), torch.full((2, 3), 7.0)), torch.full((2,), math.log(2)))
+    torch.testing.assert_close(own_softmax(*level), torch.full((2,), math.log(4)))
 
 
 @pytest.mark.parametrize("loss", PAIRWISE.values(), ids=PAIRWISE)

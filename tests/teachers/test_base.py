@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from lit_llmers.errors import UserError
-from lit_llmers.teachers.base import BaseConfig, load_base
+from lit_llmers.teachers.base import BaseConfig, load_base, load_causal, load_tokenizer
 
 TEACHERS = sorted((Path(__file__).parents[2] / "lit_llmers/conf/teacher").glob("*.yaml"))
 TINY = {"vocab_size": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 4}
@@ -118,3 +118,47 @@ def test_a_wrong_setting_is_named_with_the_nearest(settings, message):
 def test_an_unknown_architecture_is_named():
     with pytest.raises(UserError, match=r"teacher\.config of 'tiny'"):
         load_base(config(config={"model_type": "llamma"}), layers=1)
+
+
+# ---- with the language-model head ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_causal_language_model_is_the_whole_base_without_its_habits(folder, tmp_path, dtype):
+    import shutil
+
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    settings = config(path=str(shutil.copytree(folder, tmp_path / "base")), dtype=dtype)
+    GenerationConfig(do_sample=True, top_p=0.5, repetition_penalty=9.0).save_pretrained(tmp_path / "base")
+    tokenizer = load_tokenizer(settings)
+    model = load_causal(settings, tokenizer).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    assert torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+    assert model.generation_config.repetition_penalty is None
+    assert not model.generation_config.do_sample
+    said = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    greedy = tokens
+    for _ in range(5):
+        greedy = torch.cat([greedy, whole(input_ids=greedy).logits[:, -1:].argmax(-1)], 1)
+    if dtype == "float32" and tokenizer.eos_token_id not in greedy:
+        assert torch.equal(said, greedy)
+
+
+def test_a_language_model_from_scratch_has_the_tokenizers_vocabulary(llama):
+    tokenizer = load_tokenizer(config(path=str(llama)))
+    assert load_tokenizer(config(config=TINY)) is None
+    model, again = (load_causal(config(config=TINY, seed=3), tokenizer) for _ in range(2))
+    assert model.get_output_embeddings().out_features == len(tokenizer) != TINY["vocab_size"]
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_base_without_tokenizer_cannot_read(llama, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_tokenizer(config(path=str(bare)))

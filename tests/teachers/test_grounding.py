@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_resume import KillAfter, Killed, link
 from tiny import assert_equal_weights, by_name, small, weights
-from titles import LORA, TITLES, as_if_tuned, language_model, titled, wording_of
+from titles import LORA, TITLES, as_if_tuned, language_model, settings, titled, wording_of
 
 from lit_llmers import tuning
 from lit_llmers.conf.schema import GenerationConfig
@@ -14,8 +14,10 @@ from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.record import open_signals
 from lit_llmers.stages import run
+from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer
 from lit_llmers.teachers.grounding import GroundedRecommender, Trie
-from lit_llmers.teachers.wording import pad_left
+from lit_llmers.teachers.lora import with_lora
+from lit_llmers.teachers.wording import Wording, pad_left
 
 HISTORIES = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14, 15], [2, 4, 6]]
 ASKED = [[1], [2, 3], [15, 14, 13, 12, 11, 10], [4, 5, 6]]
@@ -119,6 +121,24 @@ def test_ranks_and_lists_are_those_of_all_distances_by_hand(embedder, lora):
     chosen = distance[np.arange(4)[:, None], competing.numpy() - 1] < distance[np.arange(4), [3, 15, 2, 16]][:, None]
     same = np.array([[0, 0], [1, 0], [0, 0], [0, 0]])
     np.testing.assert_array_equal(ranker.ranks(batch, None, competing), (chosen * (1 - same) + same / 2).sum(1))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_base_on_disk_says_and_grounds_with_its_own_tokenizer(llama, lora):
+    """Which has no token for padding."""
+    data = titled(HISTORIES, [title.replace("Red", "Tell").replace("Sea", "item") for title in TITLES])
+    base = BaseConfig.of({"name": "tiny", "path": str(llama), "lora": lora})
+    wording = Wording(load_tokenizer(base), data, settings(base={"name": "tiny", "path": str(llama)}))
+    assert wording.tokenizer.pad_token_id is None
+    model = load_causal(base, wording.tokenizer)
+    model = (with_lora(model, base.lora) if lora else model).eval()
+    rankers = [
+        GroundedRecommender(model, wording, GenerationConfig(num_beams=2, max_new_tokens=6, embedder="tuned", batch_size=size))
+        for size in (1, 4)
+    ]
+    assert rankers[0].say(ASKED) == rankers[1].say(ASKED)
+    batch = batch_of(ASKED) | {"target": torch.tensor([1, 2, 3, 4])}
+    assert torch.equal(rankers[0].ranks(batch), rankers[1].ranks(batch))
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
