@@ -19,6 +19,41 @@ from lit_llmers.text.transformer import TextEncoder
 
 SAME = {"test": "three-epochs", "valid": "one-epoch"}  # what each is compared with
 TRAINED = ["item_embeddings", "teacher", "student", "control"]
+FAMILIES = """\
+# Every channel from a teacher or from text to a student.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  text: {encode: tfidf, dim: 16, users: mean}
+  reader: {fit: sasrec, model: {dim: 16, layers: 1}, fusion: [{frozen_adapter: {from: text, with_id: true}}]}
+  lists: {record: ranking, of: reader, k: 10}
+  user_lists: {record: ranking, of: reader, k: 10, per: user}
+  ranked:
+    fit: gru4rec
+    model: {dim: 8}
+    fusion: [{add_projected: {from: text}}]
+    callbacks:
+      - ranking_distillation: {from: lists, loss: pairwise, groups: 2, pairs: 4}
+      - response_distillation: {from: lists, k: 5}
+  dual:
+    fit: sasrec
+    model: {dim: 8, layers: 1}
+    initial: {items: text}
+    fusion: [{dual_view: {from: text}}]
+    callbacks:
+      - self_distillation: {from: text, neighbours: 2}
+      - embedding_distillation: {from: reader}
+  gated: {fit: sasrec, model: {dim: 8, layers: 1}, fusion: [{popularity_gate: {from: text}}]}
+  graph:
+    fit: lightgcn
+    model: {dim: 8, layers: 1}
+    loss: {kind: bpr, negatives: 1}
+    initial: {items: text, reduce: variance}
+    callbacks:
+      - alignment: {from: text, users: text}
+      - ranking_distillation: {from: user_lists, k: 5}
+"""
+FAMILY = ["reader", "ranked", "dual", "gated", "graph"]
 
 
 def replaced(interactions: pd.DataFrame, place: int) -> pd.DataFrame:
@@ -59,6 +94,13 @@ def runs(tmp_path_factory):
         planned = small(folder / name, *overrides)
         run(planned, "control" if name != "train" else "item_embeddings")
         made[name] = by_name(planned)
+        if name != "train":
+            recipe = folder / name / "families.yaml"
+            recipe.write_text(FAMILIES)
+            overrides = ("data=local", f"data.path={path}", f"trainer.max_epochs={min(epochs, 2)}")
+            families = small(folder / name, *overrides, recipe=str(recipe))
+            run(families, None)
+            made[name] |= {stage: done for stage, done in by_name(families).items() if stage not in ("prepare", "text")}
     return made
 
 
@@ -107,9 +149,18 @@ def test_every_trained_weight_and_item_table_is_the_same(runs, name):
 
 
 @pytest.mark.parametrize("name", ["test", "valid"])
-def test_what_the_teacher_says_is_the_same(runs, name):
-    base, other = (run["signals"].folder / "block_states" for run in (runs[SAME[name]], runs[name]))
-    shards = sorted(path.name for path in base.glob("shard-*.npy"))
+@pytest.mark.parametrize("stage", FAMILY)
+def test_no_channel_of_distillation_knows_what_is_held_out(runs, name, stage):
+    base, other = runs[SAME[name]][stage], runs[name][stage]
+    assert base.folder.name != other.folder.name, "the data have another checksum"
+    assert_equal_weights(weights(other), weights(base))
+
+
+@pytest.mark.parametrize("name", ["test", "valid"])
+@pytest.mark.parametrize("stage", ["signals", "lists", "user_lists"])
+def test_what_the_teacher_says_is_the_same(runs, name, stage):
+    base, other = (run[stage].folder for run in (runs[SAME[name]], runs[name]))
+    shards = sorted(path.relative_to(base) for path in base.glob("*/shard-*.npy"))
     assert shards
     for shard in shards:
         assert (base / shard).read_bytes() == (other / shard).read_bytes()

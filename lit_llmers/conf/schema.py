@@ -388,8 +388,8 @@ class EncodeStage:
         dim: width of `tfidf`'s and `said`'s vectors.
         prompt: the item's text with `{field}` in place of each field's text; null joins the fields by full stops.
         model: of `transformer`: `minilm` (the package of the extra `minilm`), a local folder, a hub name, or a base as
-            `teacher=NAME` has it, of which name, path, revision, dtype and attention count. Of `said`: a folder, a hub name or a
-            base, all of which counts but `examples`; its `prompt` stands around the vector.
+            `teacher=NAME` has it, of which name, path, revision, dtype and attention count. Of `said`: a folder, a hub name
+            or a base, all of which counts but `examples`; its `prompt` stands around the vector.
         adapter: folder of a PEFT adapter that is put onto the model.
         pooling: `mean` of all tokens, `last` token, `cls` (first token), or `eos`: an end-of-text token is appended and read.
         max_tokens: a text is cut there.
@@ -407,8 +407,8 @@ class EncodeStage:
         train_base: of `said`: the language model is trained too, its `lora` adapters or all of it. A base with random weights
             says nothing otherwise.
         vocabulary: of `said`: size of the tokenizer that is trained on the texts, for a base from scratch, which has none.
-        optimizer, trainer: of `said` and `contrast`; override the run's own for this stage. There is no validation: the last epoch
-            counts.
+        optimizer, trainer: of `said` and `contrast`; override the run's own for this stage. There is no validation: the last
+            epoch counts.
     """
 
     encode: str
