@@ -84,6 +84,7 @@ def arguments() -> argparse.Namespace:
     add("--budget", type=float, default=300.0, metavar="SECONDS", help="of processor time to train one run (default 300)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
     add("--patience", type=int, metavar="EPOCHS", help="of the others, 0 for no end (default: the student's own)")
+    add("--every", type=int, default=1, metavar="EPOCHS", help="rank the others after each so many (default 1)")
     add("--search", nargs="+", default=[], metavar="KEY=VALUE,...", help="lr or reg for the others, chosen on validation")
     options = students.settled(parser)
     if unknown := set(options.who or []) - {OURS, *OTHERS}:
@@ -128,12 +129,12 @@ def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, option
             row["failed"] = too_dear(start(0, {"batches": batches}), options.budget) if batches else ""
         if not row["failed"]:
             first = options.seeds[0]
-            trials = [(s, train(start(first, s), first, patience, options.budget)) for s in options.grid if who != OURS and s]
+            trials = [(s, train(start(first, s), first, patience, options)) for s in options.grid if who != OURS and s]
             settings, best = max(trials, key=lambda trial: trial[1].get("validation", 0.0), default=({}, None))
             row |= {"settings": settings, "searched": len(trials)}
             for seed in options.seeds:
                 if best is None or seed != first or who == OURS:
-                    best = train(start(seed, settings), seed, patience, options.budget)
+                    best = train(start(seed, settings), seed, patience, options)
                 if who == OURS and not best["failed"]:
                     best["test"] = our_test(plan(our_command(model, data, seed, folder, options)))
                 row["runs"].append(best)
@@ -150,38 +151,41 @@ def too_dear(subject: Subject, budget: float) -> str:
     return f"left out: one epoch costs {cost:,.0f} CPU s, {cost / budget:.1f} of the budget"
 
 
-def train(subject: Subject, seed: int, patience: int, budget: float) -> Row:
+def train(subject: Subject, seed: int, patience: int, options: argparse.Namespace) -> Row:
     """Train to the end of patience or budget.
 
     Returns:
-        `epochs`: of each the processor seconds `cpu` until its end, without ranking, and `validation` NDCG@10; `best`: which;
-        `validation`: its figure; `test`: HR@10 and NDCG@10 then, `masked` and `kept` (empty for ours, which ranks the test
-        items at the end); `ended`: by what; `failed`: why it has none of these.
+        `epochs`: of each that was ranked after its `number`, from 1, the processor seconds `cpu` of training until its end, and
+        `validation` NDCG@10; `best`: which of them; `validation`: its figure; `test`: HR@10 and NDCG@10 then, `masked` and
+        `kept` (empty for ours, which ranks the test items at the end); `ended`: by what; `failed`: why it has none of these.
     """
     epochs: list[dict[str, float]] = []
     best, test, spent, cost, ended = 0, {}, 0.0, subject.first_epoch.cpu, ""
     ours = bool(subject.validation)
     try:
-        while not (ended or subject.failed):
+        for number in itertools.count(1):
             spent += cost
-            figures = subject.validation or subject.rank("validation").get("masked", {"NDCG@10": math.nan})
-            epochs.append({"cpu": spent, "validation": figures["NDCG@10"]})
-            if len(epochs) == 1 or epochs[-1]["validation"] > epochs[best]["validation"]:
-                best = len(epochs) - 1
-                test = {} if ours else subject.rank("test")
-            if subject.notes.get("last") or 0 < patience < len(epochs) - best:
-                ended = "patience"
-            elif spent + cost > budget:
-                ended = "budget"
-            else:
-                cost = subject.epoch().cpu
+            last = spent + cost > options.budget
+            if ours or last or number % options.every == 0:
+                figures = subject.validation if ours else subject.rank("validation").get("masked")
+                if not figures:
+                    break
+                epochs.append({"number": number, "cpu": spent, "validation": figures["NDCG@10"]})
+                if len(epochs) == 1 or epochs[-1]["validation"] > epochs[best]["validation"]:
+                    best = len(epochs) - 1
+                    test = {} if ours else subject.rank("test")
+                if subject.notes.get("last") or 0 < patience <= number - epochs[best]["number"]:
+                    ended = "patience"
+            if subject.failed or ended or last:
+                break
+            cost = subject.epoch().cpu
         if ours:
             subject.finish()
     finally:
         subject.close()
     if subject.failed:
         return {"seed": seed, "failed": subject.failed}
-    told = {"epochs": epochs, "best": best, "validation": epochs[best]["validation"], "test": test, "ended": ended}
+    told = {"epochs": epochs, "best": best, "validation": epochs[best]["validation"], "test": test, "ended": ended or "budget"}
     return {"seed": seed, "failed": "", **told}
 
 
@@ -246,7 +250,7 @@ def line(row: Row) -> str:
     cells = [str(len(runs))]
     cells += [spread([run["test"][kind][name] for run in runs]) for kind in ("masked", "kept") for name in ("HR@10", "NDCG@10")]
     cells += [spread([run["validation"] for run in runs])]
-    cells += [_mean([len(run["epochs"]) for run in runs])]
+    cells += [_mean([run["epochs"][-1]["number"] for run in runs])]
     cells += [_mean([run["epochs"][at if at < 0 else run["best"]]["cpu"] for run in runs]) for at in (0, -1)]
     return f"{first} {' | '.join(cells)} | {', '.join(sorted({run['ended'] for run in runs}))} |"
 

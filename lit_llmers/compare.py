@@ -349,7 +349,15 @@ def gather(runs: Sequence[PlannedRun], called: dict[tuple[str, str], str], refer
 
 
 def share(run: PlannedRun, root: Path) -> None:
-    """Link the stages that another run of this comparison has done: the same fingerprint is the same content."""
+    """Link the stages that another run of this comparison has done, and its encoded texts: the same name is the same content."""
+    from lit_llmers.encode import RECORDS
+
+    for record in [whole.parent.resolve() for whole in root.glob(f"*/*/{RECORDS}/*/manifest.json")]:
+        own = run.folder / RECORDS / record.name
+        if not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.unlink(missing_ok=True)
+            own.symlink_to(os.path.relpath(record, own.parent.resolve()), target_is_directory=True)
     for stage in run.stages:
         if stage.folder.is_symlink() and not stage.done:  # the folder that it led to was removed
             stage.folder.unlink()

@@ -12,6 +12,7 @@ from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write, digest
 from lit_llmers.models import TABLE, USER_TABLE, load_dataset
 from lit_llmers.stages import Stage
+from lit_llmers.text.contrast import tune_by_contrast
 from lit_llmers.text.prompts import history_texts, item_texts
 from lit_llmers.text.reduction import mean_of_histories
 from lit_llmers.text.said import said_vectors
@@ -81,8 +82,9 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
     """The tables of items and users, and what they cost."""
     config: EncodeStage = stage.config
     encoder = TextEncoder(config)
-    settings = (config.pooling, config.max_tokens, config.normalise)
-    identity = digest([encoder.base.name, encoder.revision, stage.content, *settings])
+    settings: list[Any] = [config.pooling, config.max_tokens, config.normalise]
+    tuned = tune_by_contrast(stage, dataset, encoder) if config.contrast else {}
+    identity = digest([encoder.base.name, encoder.revision, stage.content, *settings, *([stage.fingerprint] if tuned else [])])
     record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label)
     vectors = record(texts)
     filled = np.any(vectors, axis=1)
@@ -100,7 +102,7 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
         assert dataset.user_texts is not None
         users = project(record(dataset.user_texts[config.profile].tolist()))
     table = np.concatenate([np.zeros((1, vectors.shape[1]), np.float32), vectors])
-    return project(table), users, {"model": encoder.base.name, "identity": identity, **record.work.summary}
+    return project(table), users, {"model": encoder.base.name, "identity": identity, **record.work.summary, **tuned}
 
 
 def _save(path: Path, table: np.ndarray) -> None:

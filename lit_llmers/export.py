@@ -19,6 +19,7 @@ import torch
 
 from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.backbones.llm_decoder import LLMDecoder
+from lit_llmers.building import find
 from lit_llmers.conf.schema import ExportStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
@@ -26,9 +27,9 @@ from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
 from lit_llmers.exported import CONFIG, GRAPH, ITEMS, USERS, WEIGHTS
 from lit_llmers.files import atomic_write, write_json
-from lit_llmers.models import load_dataset, load_model
+from lit_llmers.models import TABLE, load_dataset, load_model
 from lit_llmers.onnx_graph import save_onnx, trace
-from lit_llmers.served import FinalTables, rebuild, served, weights_of
+from lit_llmers.served import FinalTables, innermost, rebuild, served, weights_of
 from lit_llmers.serving import FORMAT, OnnxScorer, inputs_of, load_exported, score_catalogue
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
@@ -93,7 +94,8 @@ def make_standalone(model: Recommender) -> str:
         with torch.no_grad():
             model.backbone = FinalTables(*model.backbone())
         return "tables"
-    return "lora_merge" if isinstance(model.backbone, LLMDecoder) and _make_plain(model.backbone) else ""
+    backbone = innermost(model.backbone)
+    return "lora_merge" if isinstance(backbone, LLMDecoder) and _make_plain(backbone) else ""
 
 
 def _make_plain(backbone: LLMDecoder) -> bool:
@@ -112,7 +114,7 @@ def _make_plain(backbone: LLMDecoder) -> bool:
 
 def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, Any]:
     """All that `config.json` says of the model: how to build it, and where it comes from."""
-    backbone = model.backbone
+    backbone = innermost(model.backbone)
     arguments = dict(fitted.config.model)
     if isinstance(backbone, LLMDecoder):
         architecture = json.loads(backbone.base.config.to_json_string())
@@ -127,12 +129,13 @@ def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, A
     summary = fitted.summary
     return {
         "format": FORMAT,
-        "backbone": {"name": fitted.config.fit, "arguments": arguments},
+        "backbone": {"name": fitted.config.fit, "arguments": arguments, "dim": backbone.dim},
+        "fusion": [_fusion(name, arguments, fitted) for name, arguments in fitted.config.fusions],
         "inputs": list(served(model).inputs),
         "n_items": dataset.n_items,
         "n_users": dataset.n_users,
         "max_length": fitted.config.sequences.max_length,
-        "dim": backbone.dim,
+        "dim": model.backbone.dim,
         "parameters": summary["parameters"],
         "trained": {
             "recipe": fitted.run.recipe,
@@ -145,6 +148,19 @@ def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, A
         "data": {key: dataset.info.get(key) for key in ("name", "generated")} | {"fingerprint": dataset.fingerprint},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+
+
+def _fusion(name: str, arguments: dict[str, Any], fitted: Stage) -> dict[str, Any]:
+    """How to build a fusion again: its own arguments, and how wide the text was that it read, by argument."""
+    sources = find("fusion", name).sources
+    kept = {parameter: key for parameter, (key, kind) in sources.items() if kind == "items" and key in arguments}
+    width = {parameter: _width(fitted.need(arguments[key])) for parameter, key in kept.items()}
+    dropped = {key for key, kind in sources.values() if kind != "items"}  # a trained model gave it weights at the start
+    return {"name": name, "arguments": {key: arguments[key] for key in arguments if key not in dropped}, "text": width}
+
+
+def _width(stage: Stage) -> int:
+    return int(np.load(stage.folder / TABLE, mmap_mode="r", allow_pickle=False).shape[1])
 
 
 def write_catalogue(dataset: Dataset, folder: Path) -> None:

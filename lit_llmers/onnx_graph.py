@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lit_llmers.exported import GRAPH
 from lit_llmers.files import atomic_write
+from lit_llmers.fusion import Fusion
+from lit_llmers.fusion.text import TextView
 from lit_llmers.served import served
 from lit_llmers.students.recommender import Recommender
 
@@ -28,6 +30,9 @@ def trace(model: Recommender, max_length: int) -> "ONNXProgram":
         if isinstance(module, nn.GRU):
             parent, _, child = name.rpartition(".")
             setattr(backbone.get_submodule(parent), child, _OnnxGRU(module))
+    for module in backbone.modules():
+        if isinstance(module, Fusion | TextView):
+            module.settle()  # the graph holds the table that text became, and not how
     scorer = served(model)
     example = scorer.example(min(max_length, 3))
     axes = tuple(dict(enumerate(("batch", "length")[: tensor.dim()])) for tensor in example)

@@ -4,7 +4,7 @@ There are three kinds, as there are of backbones, and each says in one class wha
 safetensors, ONNX and PyTorch then treat all alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
-from lit_llmers.building import build_backbone, find
+from lit_llmers.building import build_backbone, build_fusions, find
 from lit_llmers.conf.schema import FitStage, SequenceConfig
 from lit_llmers.errors import UserError
 from lit_llmers.exported import AGAIN, CONFIG, WEIGHTS
+from lit_llmers.fusion import Fusion
+from lit_llmers.fusion.text import TextTable
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
@@ -106,10 +108,28 @@ class FinalTables(CollaborativeBackbone):
 
 
 def weights_of(model: Recommender) -> dict[str, Tensor]:
-    """The backbone's weights, and what it holds itself beside them, such as a frozen item table."""
-    backbone = model.backbone
-    held = {name: value for name, value in backbone.named_buffers(recurse=False) if value.numel()}
-    return {name: value.detach().cpu().contiguous() for name, value in (held | backbone.state_dict()).items()}
+    """The backbone's weights, and what it holds beside them, such as a frozen item table or items' text vectors."""
+    held = {name: module.get_buffer(own) for name, module, own in _held(model.backbone)}
+    every = {name: value for name, value in held.items() if value.numel()} | model.backbone.state_dict()
+    return {name: value.detach().cpu().contiguous() for name, value in every.items()}
+
+
+def _held(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Names of the buffers of backbones and text tables, where they are, and their names there.
+
+    What the modules of an LLM hold beside their weights is made by its config.
+    """
+    for prefix, module in backbone.named_modules():
+        if isinstance(module, Backbone | CollaborativeBackbone | CountingBackbone | TextTable):
+            for name, _ in module.named_buffers(recurse=False, remove_duplicate=False):
+                yield (f"{prefix}.{name}" if prefix else name), module, name
+
+
+def innermost(backbone: nn.Module) -> nn.Module:
+    """The student's own backbone, without the fusions around it."""
+    while isinstance(backbone, Fusion):
+        backbone = backbone.inner
+    return backbone
 
 
 def rebuild(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Recommender:
@@ -121,13 +141,12 @@ def rebuild(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Recomme
     with torch.random.fork_rng(devices=[]):  # the initial weights, which are replaced, are not to shift anyone's dice
         model = _without_weights(config)
     backbone = model.backbone
-    buffers = [name for name, _ in backbone.named_buffers(recurse=False, remove_duplicate=False)]
-    held = [name for name in buffers if name not in backbone.state_dict()]
-    for name in held:  # frozen item table, prompt; copied into aligned memory: else the last bit of a score may differ
-        if name in weights:
-            setattr(backbone, name, weights[name].clone())
     own = backbone.state_dict()
-    expected = own.keys() | {name for name in held if backbone.get_buffer(name).numel()}
+    held = {name: (module, key) for name, module, key in _held(backbone) if name not in own}
+    for name, (module, key) in held.items():  # copied into aligned memory: else the last bit of a score may differ
+        if name in weights:
+            setattr(module, key, weights[name].clone())
+    expected = own.keys() | {name for name, (module, key) in held.items() if module.get_buffer(key).numel()}
     wrong = sorted(expected ^ weights.keys()) or sorted(name for name in own if own[name].shape != weights[name].shape)
     if wrong:
         raise UserError(f"{WEIGHTS} is not of the model in {CONFIG}: they differ in '{wrong[0]}'. {AGAIN}")
@@ -140,16 +159,27 @@ def _without_weights(config: Mapping[str, Any]) -> Recommender:
     cls = find("backbones", name)
     if issubclass(cls, CollaborativeBackbone):
         return CollaborativeRecommender(FinalTables(torch.zeros(config["n_users"], dim), torch.zeros(n_items + 1, dim)))
+    own, around = config["backbone"], config.get("fusion", [])
     offered = {
         "n_items": n_items,
         "n_users": config.get("n_users"),
         "max_length": config["max_length"],
-        "item_table": torch.zeros(n_items + 1, dim),
+        "item_table": torch.zeros(n_items + 1, own.get("dim", dim)),
         "training_pairs": np.zeros((0, 2), np.int64),
+        "popularity": torch.ones(n_items + 1, dtype=torch.int64),
     }
-    arguments = config["backbone"]["arguments"]
-    backbone = build_backbone(FitStage(name, arguments, sequences=SequenceConfig(max_length=config["max_length"])), 0, offered)
+    stage = FitStage(
+        name,
+        own["arguments"],
+        fusion=[{entry["name"]: entry["arguments"]} for entry in around],
+        sequences=SequenceConfig(max_length=config["max_length"]),
+    )
+    backbone: Any = build_backbone(stage, 0, offered)
     if isinstance(backbone, CountingBackbone):
         return CountingRecommender(backbone)
-    assert isinstance(backbone, Backbone)
-    return SequentialRecommender(backbone)
+    texts = {
+        f"fusion.{entry['name']}.{argument}": torch.zeros(n_items + 1, width)
+        for entry in around
+        for argument, width in entry["text"].items()
+    }
+    return SequentialRecommender(build_fusions(stage, backbone, texts, offered))

@@ -56,7 +56,7 @@ class AlphaRec(CollaborativeBackbone):
         edges = Edges.of(training_pairs, n_users, n_items)
         self.graph = edges.graph()
         table = item_table.numpy()
-        filled = table.any(1)
+        filled = (table != 0).any(1)
         if not filled[1:].any():
             raise UserError("No item has a text vector, so nothing can be learned. Name other fields in the encode stage.")
         pairs = np.stack([edges.user, edges.item], 1)[filled[edges.item]]

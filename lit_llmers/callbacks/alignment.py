@@ -6,6 +6,7 @@ distributions.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,21 @@ NEGATIVES = ("batch", "all", "bank")
 PROJECTORS = ("none", "linear", "mlp")
 DRAWN = 512  # targets that a step looks at where no share is given
 COLDEST = 0.01  # a learned temperature stays above, as CLIP's
+Views = Callable[[], tuple[Tensor, Tensor]]
+
+
+def two_views(backbone: Any) -> Views:
+    """What makes a student's two item tables `[n+1, d]`: by identity and by text.
+
+    Raises:
+        UserError: it has not got two.
+    """
+    if not (hasattr(backbone, "id_table") and hasattr(backbone, "text_table")):
+        raise UserError(
+            "alignment: there is nothing to align the items with. Name a stage with item vectors in 'from', or give the student "
+            "a fusion with two views of an item, such as concat."
+        )
+    return lambda: (backbone.id_table(), backbone.text_table())
 
 
 class Bank(nn.Module):
@@ -61,7 +77,7 @@ class AlignmentTerm(Term):
     its targets.
 
     Args:
-        items: `[n+1, D]` signals, row 0 zero.
+        items: `[n+1, D]` signals, row 0 zero; or what makes the student's two tables at each step, its own and that of text.
         users: `[U, D]` or None.
         kind, negatives, symmetric: see `Alignment`.
         temperature: to start with, or to keep.
@@ -72,12 +88,12 @@ class AlignmentTerm(Term):
         reduce: the student's.
     """
 
-    items: Tensor
+    items: Tensor | None
     users: Tensor | None
 
     def __init__(
         self,
-        items: Tensor,
+        items: Tensor | Views,
         users: Tensor | None,
         kind: str,
         negatives: str,
@@ -91,7 +107,8 @@ class AlignmentTerm(Term):
         reduce: Reduce,
     ) -> None:
         super().__init__()
-        self.register_buffer("items", items, persistent=False)
+        self.views = None if isinstance(items, Tensor) else items
+        self.register_buffer("items", items if isinstance(items, Tensor) else None, persistent=False)
         self.register_buffer("users", users, persistent=False)
         self.kind, self.negatives, self.symmetric = kind, negatives, symmetric
         self.of_signal, self.of_student, self.banks = of_signal, of_student, nn.ModuleList(banks)
@@ -109,9 +126,11 @@ class AlignmentTerm(Term):
             with torch.no_grad():
                 self.log_temperature.clamp_(min=math.log(COLDEST))
         parts = {}
+        table, signals = (output.items, self.items) if self.views is None else self.views()
+        assert signals is not None
         for name, index in zip(("item", "negative"), item_sets(batch), strict=False):
             index = drawn(index, self.share, DRAWN)
-            parts[name] = self._aligned(output.items, self.items, index, self.negatives, padding=1)
+            parts[name] = self._aligned(table, signals, index, self.negatives, padding=1)
         if self.users is not None:
             index = drawn(batch["user"], self.share, DRAWN)
             parts["user"] = self._aligned(output.users, self.users, index, "all")  # type: ignore[attr-defined]
@@ -177,7 +196,8 @@ class Alignment(Distillation):
     2,048 pairs is so short that items cost 35 to 50 % of it, and all of 6,040 users through an MLP three times a step.
 
     Args:
-        items: `[n+1, D]` the items' signals, row 0 zero.
+        items: `[n+1, D]` the items' signals, row 0 zero. None aligns the two tables of a student whose fusion has them, its
+            own items' and that of their text (`concat`, `dual_view`), both of which learn: PAD's second phase.
         users: `[U, D]` the users' signals; of use to a collaborative student alone.
         kind: `info_nce` (cosines), `soft_clip` (dot products), `mmd` (equal distributions) or `cosine` (equal directions).
         negatives: of `info_nce`: which items compete: those of the `batch`, `all`, or those of the batch and of a `bank` of the
@@ -203,7 +223,7 @@ class Alignment(Distillation):
 
     def __init__(
         self,
-        items: Tensor,
+        items: Tensor | None = None,
         users: Tensor | None = None,
         kind: str = "info_nce",
         negatives: str = "batch",
@@ -242,7 +262,11 @@ class Alignment(Distillation):
         self.projector, self.project, self.share = projector, project, share
 
     def build(self, student: Any) -> AlignmentTerm:
-        dim, width = student.backbone.dim, self.items.shape[1]
+        items: Tensor | Views | None = self.items
+        if items is None:
+            items = two_views(student.backbone)
+        dim = student.backbone.dim if isinstance(items, Tensor) else items()[0].shape[1]
+        width = items.shape[1] if isinstance(items, Tensor) else items()[1].shape[1]
         if self.projector == "none" and dim != width:
             raise UserError(
                 f"alignment: projector=none compares vectors as they are, but the student's have {dim} numbers and the "
@@ -262,7 +286,7 @@ class Alignment(Distillation):
         mapped = {self.project: projector}
         number = (1 + self.symmetric) * (self.negatives == "bank")
         return AlignmentTerm(
-            self.items,
+            items,
             users,
             self.kind,
             self.negatives,

@@ -461,6 +461,11 @@ class EncodeStage:
         if self.encode != "transformer" and any(foreign.values()):
             what = next(name for name, value in foreign.items() if value)
             raise UserError(f"encode: {self.encode} does not take {what}. Use encode: transformer for it.")
+        if self.contrast and (self.prompt or self.adapter or len(self.fields) < 2):
+            raise UserError(
+                "contrast of the encode stage leaves fields of an item out and puts them in any order: it takes two fields or "
+                "more, no prompt, and no adapter that was tuned before."
+            )
         if self.train_base and self.encode != "said":
             raise UserError(f"encode: {self.encode} does not take train_base. Use encode: said for it.")
         if (self.users == "profile") != (self.profile is not None):

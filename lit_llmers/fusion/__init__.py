@@ -54,5 +54,8 @@ class Fusion(Backbone):
     def training_view(self, batch: Batch) -> Batch:
         return self.inner.training_view(batch)
 
+    def settle(self) -> None:
+        """The weights change no more: what is made of them alone may be kept."""
+
     def initialise(self, items: Tensor) -> None:
         self.inner.initialise(items)

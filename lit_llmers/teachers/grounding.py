@@ -1,6 +1,6 @@
 """From what a tuned language model says to items: generation, and the distance of what was said to every title.
 
-BIGRec (arXiv 2308.08434), its second step, eq. 2: `D_i = ||h(said) - h(title_i)||`, h the last token's state after the last
+BIGRec (arXiv 2308.08434), its second step: `D_i = ||h(said) - h(title_i)||`, h the last token's state after the last
 layer, and the smaller the better. What differs from the official code (SAI990323/BIGRec @bb4dd0a): the history is left out of
 the ranking where others leave it out; items with the same title keep their own places and have the same distance, so they tie.
 """

@@ -42,8 +42,11 @@ def add_lora(model: "PreTrainedModel", config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
-def with_lora(model: "PreTrainedModel", config: LoraConfig) -> "PeftModel":
-    """A causal language model inside PEFT's own wrapper, which saves adapters by themselves and can turn them off.
+def with_lora(model: "PreTrainedModel", config: LoraConfig, task: str | None = "CAUSAL_LM") -> "PeftModel":
+    """A language model inside PEFT's own wrapper, which saves adapters by themselves and can turn them off.
+
+    Args:
+        task: PEFT's name for what the model does; None for one without a head.
 
     Raises:
         UserError: a target is not the name of a layer of the model.
@@ -51,7 +54,7 @@ def with_lora(model: "PreTrainedModel", config: LoraConfig) -> "PeftModel":
     import peft
 
     settings = _settings(model, config)
-    settings.task_type = peft.TaskType.CAUSAL_LM
+    settings.task_type = task
     return peft.get_peft_model(model, settings)
 
 

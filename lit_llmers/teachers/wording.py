@@ -43,7 +43,7 @@ class Wording:
         for name, about in dataset.info.get("texts", {}).items():
             if name in config.fields and about["leaks"]:
                 raise UserError(
-                    f"'{name}' (fields of the tune stage) was written from users' interactions, the held-out ones perhaps among "
+                    f"'{name}' (fields of a tune stage) was written from users' interactions, the held-out ones perhaps among "
                     "them. Name another field."
                 )
         self.titles = ["", *item_texts(dataset.catalogue, ["title"])]

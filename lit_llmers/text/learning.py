@@ -68,6 +68,7 @@ def learn(stage: Stage, learner: Learner, batches: TrainingBatches) -> Throughpu
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, last])
     resume_from = str(last.path) if last.path.is_file() else None
+    learner.train()  # pretrained models come without their dropout
     trainer.fit(learner, train_dataloaders=batches, ckpt_path=resume_from, weights_only=True)
     finish_loggers(trainer.loggers)
     learner.cpu().eval()

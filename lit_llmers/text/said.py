@@ -162,7 +162,7 @@ def said_vectors(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
     L.seed_everything(stage.seed, verbose=False)
     base, tokenizer = base_with_seed(stage), tokenizer_of(stage, dataset)
     said = Texts.of(texts, tokenizer, config.max_tokens, base.prompt)
-    model = load_causal(base, tokenizer)
+    model: Any = load_causal(base, tokenizer)
     longest = len(said.before) + 1 + len(said.after) + config.max_tokens
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
@@ -174,7 +174,8 @@ def said_vectors(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
     elif base.lora:
         model = with_lora(model, base.lora)
     learner = SoftTokens(stage, model, said, dataset.n_items)
-    throughput = learn(stage, learner, TextBatches(said, config.trainer.batch_size, stage.seed))  # type: ignore[arg-type, union-attr]
+    batches = TextBatches(said, stage.config.trainer.batch_size, stage.seed)  # type: ignore[arg-type]
+    throughput = learn(stage, learner, batches)
     table = np.zeros((dataset.n_items + 1, config.dim), np.float32)
     table[said.item] = learner.items.weight.detach().numpy()[said.item]
     tokens, seconds = throughput.rows * float(said.lengths.mean()), max(throughput.seconds, 1e-9)
@@ -187,5 +188,4 @@ def said_vectors(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
         "tokens": round(tokens),
         "train_seconds": throughput.seconds,
         "tokens_per_second": tokens / seconds,
-        "loss": float(learner.trainer.callback_metrics.get("loss", float("nan"))),
     }

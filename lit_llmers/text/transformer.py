@@ -1,4 +1,4 @@
-"""Text vectors of a pretrained language model, encoder or decoder, as it is: it is not trained here."""
+"""Text vectors of a pretrained language model, encoder or decoder."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -125,11 +125,14 @@ class TextEncoder:
             self.model = _adapted(self.model, _adapter(config.adapter))
         self.model.eval().requires_grad_(False)
         self.model.config.use_cache = False
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)  # type: ignore[arg-type]
+        self.place()
         self.width = int(self.model.config.hidden_size)
         self.revision = getattr(self.model.config, "_commit_hash", None)
         self._check()
+
+    def place(self) -> None:
+        """Move the model to where it encodes."""
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
 
     def _check(self) -> None:
         config, needs = self.config, {"eos": "eos_token_id", "cls": "cls_token_id"}
@@ -159,6 +162,24 @@ class TextEncoder:
     def _ids(self, texts: list[str], **cut: Any) -> list[list[int]]:
         return self.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"] if texts else []
 
+    def padded(self, tokens: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Texts as tokens, none of them empty, to `[B, L]`, and its mask."""
+        length = torch.tensor([len(ids) for ids in tokens])
+        padded = torch.full((len(tokens), int(length.max())), self.tokenizer.pad_token_id or 0)
+        for row, ids in enumerate(tokens):
+            padded[row, : len(ids)] = torch.tensor(ids)
+        return padded, torch.arange(padded.shape[1]) < length[:, None]
+
+    def pooled(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What `padded` gave, on the model's device, to `[B, D]` float32 of any length, with gradient."""
+        states = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, D]
+        length = mask.sum(1)
+        if self.config.pooling == "mean":
+            return (states * mask[..., None]).sum(1) / length[:, None]
+        if self.config.pooling == "cls":
+            return states[:, 0]
+        return states[torch.arange(len(states), device=states.device), length - 1]
+
     @torch.inference_mode()
     def vectors(self, tokens: Sequence[list[int]]) -> Tensor:
         """One batch: texts as tokens, none of them empty, to `[B, D]` float32 on the CPU.
@@ -166,19 +187,7 @@ class TextEncoder:
         Raises:
             UserError: a number is NaN or infinite.
         """
-        length = torch.tensor([len(ids) for ids in tokens])
-        padded = torch.full((len(tokens), int(length.max())), self.tokenizer.pad_token_id or 0)
-        for row, ids in enumerate(tokens):
-            padded[row, : len(ids)] = torch.tensor(ids)
-        mask = torch.arange(padded.shape[1]) < length[:, None]  # [B, L]
-        padded, mask, length = (each.to(self.device) for each in (padded, mask, length))
-        states = self.model(input_ids=padded, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, D]
-        if self.config.pooling == "mean":
-            vectors = (states * mask[..., None]).sum(1) / length[:, None]
-        elif self.config.pooling == "cls":
-            vectors = states[:, 0]
-        else:
-            vectors = states[torch.arange(len(tokens), device=self.device), length - 1]
+        vectors = self.pooled(*(each.to(self.model.device) for each in self.padded(tokens)))
         if self.config.normalise:
             vectors = F.normalize(vectors, dim=-1)
         if not torch.isfinite(vectors).all():

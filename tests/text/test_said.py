@@ -7,7 +7,6 @@ from tiny import by_name, small
 from tiny_text import save_model
 from torch.nn import functional as F
 
-from lit_llmers.conf.schema import EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import run
@@ -58,7 +57,9 @@ def learner_of(stage, texts: list[str], prompt: bool = False):
 @pytest.mark.parametrize("prompt", [False, True])
 def test_the_loss_is_that_of_each_text_alone_after_its_vector(stages, prompt):
     stage = prepared(stages())
-    learner, texts, tokenizer = learner_of(stage, ["A red book", "", "The long story of a very long winter, part 2", "x"], prompt)
+    learner, texts, tokenizer = learner_of(
+        stage, ["A red book", "", "The long story of a very long winter, part 2", "x"], prompt
+    )
     assert texts.item.tolist() == [1, 3, 4]
     assert tokenizer.decode(texts.tokens[0]) == "A red book</s>"
     assert len(texts.tokens[1]) == 12
@@ -129,6 +130,7 @@ def test_a_killed_stage_goes_on_bit_for_bit(stages, tmp_path, monkeypatch):
         patch.setattr(resume, "save", save_and_die)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             table(tmp_path / "killed")
+    assert saved[-1].is_file()
     assert (table(tmp_path / "killed") == whole).all()
 
 
@@ -165,6 +167,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(stages, overrides, model
         stages(*overrides, model=model)
 
 
-def test_too_few_positions_and_too_long_texts_are_refused():
-    with pytest.raises(UserError, match="vocabulary of the encode stage is 0"):
-        EncodeStage("said", model={"name": "tiny"}, vocabulary=0)
+def test_too_few_positions_are_refused(stages):
+    stage = stages("teacher.config.max_position_embeddings=13")["said"]
+    with pytest.raises(UserError, match="has 13 positions, but stage 'said' needs 14. Lower max_tokens"):
+        run([*stage.needs, stage], None)

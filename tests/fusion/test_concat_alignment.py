@@ -1,0 +1,34 @@
+"""PAD's second phase: the two views of an item in a `concat` are drawn together, and both learn."""
+
+import pytest
+import torch
+
+from lit_llmers.backbones.sasrec import SASRec
+from lit_llmers.callbacks.alignment import Alignment
+from lit_llmers.errors import UserError
+from lit_llmers.fusion.concat import Concat
+from lit_llmers.losses.alignment import multi_kernel_mmd
+from lit_llmers.students.sequential import SequentialRecommender
+
+
+def batch() -> dict[str, torch.Tensor]:
+    items = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    return {"items": items, "mask": items > 0, "target": torch.tensor([[0, 2, 6], [4, 5, 7]])}
+
+
+def test_the_two_views_of_the_targets_are_compared_and_both_learn():
+    torch.manual_seed(0)
+    student = SequentialRecommender(Concat(SASRec(9, 5, dim=8), torch.randn(10, 12), layers=2, dropout=0.0))
+    term = Alignment(kind="mmd", projector="none", share=1.0).build(student)
+    loss = term(student(batch()), batch())
+    ids = torch.tensor([2, 4, 5, 6, 7])
+    identity, text = student.backbone.id_table()[ids], student.backbone.text_table()[ids]
+    torch.testing.assert_close(loss, multi_kernel_mmd(identity, text) * student.reduce(torch.ones(5), batch()))
+    loss.backward()
+    assert student.backbone.inner.items.weight.grad.any()
+    assert all(parameter.grad.any() for parameter in student.backbone.text.parameters())
+
+
+def test_a_student_with_one_view_needs_another_stage():
+    with pytest.raises(UserError, match="Name a stage with item vectors in 'from'"):
+        Alignment(kind="mmd", projector="none").build(SequentialRecommender(SASRec(9, 5, dim=8)))
