@@ -100,11 +100,13 @@ class RankingTerm(Term):
     def _softmax(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         self._choose(lists, batch, drawn, 0)
         temperature = self.settings.temperature
+        if self.settings.weights:
+            labels = self._weights(lists)
+        else:
+            labels = losses.soft_targets(lists.scores, lists.valid, temperature).to(lists.listed.dtype)
         if self.settings.over == "list":
-            return losses.soft_top_k(lists.listed, lists.scores, lists.valid, temperature)
-        return losses.soft_top_k_of_all(
-            lists.user, lists.table, lists.items, lists.listed, lists.scores, lists.valid, temperature
-        )
+            return losses.soft_top_k(lists.listed, labels, lists.valid, temperature)
+        return losses.soft_top_k_of_all(lists.user, lists.table, lists.items, lists.listed, labels, temperature)
 
     def _pairwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         lists.score()
@@ -210,7 +212,8 @@ class RankingDistillation(Distillation):
         k: items that a step takes of each list; null is all of it, as always for `pairwise`.
         sampler: which k: the `top`; by `rank`, p ~ e^(-r / rank_temperature); by `discrepancy`, p ~ tanh(epsilon (r_S - r_T))
             where that is positive (DCD). `pairwise` has `popularity`, the only one it can.
-        weights: of `bce`: factors of `position`, `confidence`, `consistency`, `discrepancy`; none is 1 / k for each item.
+        weights: of `bce` and `softmax`: factors of `position`, `confidence`, `consistency`, `discrepancy`. Without any they
+            are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
         negatives: of `bce`: items off the list, and not in the row, to be scored low.
@@ -306,8 +309,10 @@ class RankingDistillation(Distillation):
             _choice("weight", name, WEIGHTS)
             if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
                 raise UserError(f"ranking_distillation: weights.{name} is {factor}. It must be a number above 0, or left out.")
+        if self.weights and self.loss not in ("bce", "softmax"):
+            raise UserError(f"ranking_distillation: weights belong to loss: bce or softmax, not to {self.loss}. Leave them out.")
         if self.loss != "bce":
-            for key in ("weights", "negatives", "dros", "official_negative_term", "official_dros_mean"):
+            for key in ("negatives", "dros", "official_negative_term", "official_dros_mean"):
                 if getattr(self, key):
                     raise UserError(f"ranking_distillation: {key} belongs to loss: bce, not to {self.loss}. Leave it out.")
         if self.overestimated and (self.loss, self.sampler) != ("listwise", "discrepancy"):

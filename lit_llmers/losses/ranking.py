@@ -315,25 +315,27 @@ def pairwise(better: Tensor, worse: Tensor, real: Tensor | None = None) -> Tenso
     return counted_mean(F.softplus(worse - better), real)
 
 
-def soft_top_k(listed: Tensor, teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy between teacher and student, both a softmax over the teacher's list at one temperature.
+def soft_top_k(listed: Tensor, labels: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy between soft labels and the student's softmax over the teacher's list.
 
-    ListNet's top-one loss: Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007.
+    With the teacher's softmax as labels (`soft_targets`) it is ListNet's top-one loss: Cao et al., "Learning to Rank: From
+    Pairwise Approach to Listwise Approach", ICML 2007.
 
     Args:
-        listed, teacher: `[T, K]` scores of student and teacher.
+        listed: `[T, K]` scores of the student.
+        labels: `[T, K]`, 0 where not `valid`.
         valid: `[T, K]`.
 
     Returns:
-        `[T]`; its least value is the entropy of the teacher's softmax.
+        `[T]`; its least value is the labels' entropy.
     """
-    return -(soft_targets(teacher, valid, temperature) * _masked(listed, valid, temperature).log_softmax(1)).sum(1)
+    return -(labels * _masked(listed, valid, temperature).log_softmax(1)).sum(1)
 
 
 def soft_top_k_of_all(
-    user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, teacher: Tensor, valid: Tensor, temperature: float
+    user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    """As `soft_top_k`, but the student's softmax is over the whole catalogue: `logsumexp(s / t) - sum_k p_k s_k / t`.
+    """As `soft_top_k`, but the student's softmax is over the whole catalogue: `sum_k p_k (logsumexp(s / t) - s_k / t)`.
 
     Args:
         user: `[T, d]`.
@@ -346,7 +348,7 @@ def soft_top_k_of_all(
     user, item_table = user.to(listed.dtype), item_table.to(listed.dtype)
     full = cross_entropy(user / temperature, item_table[1:], (items[:, 0] - 1).clamp(min=0))  # logsumexp - s_0
     gap = listed[:, :1] - listed
-    return full * valid[:, 0] + (soft_targets(teacher, valid, temperature) * gap).sum(1) / temperature
+    return full * labels.sum(1) + (labels * gap).sum(1) / temperature
 
 
 def soft_targets(teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_llmers.losses.ranking import counted_mean, soft_top_k
+from lit_llmers.losses.ranking import counted_mean, soft_targets, soft_top_k
 
 
 def soft_labels(teacher: Tensor, temperature: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -49,5 +49,5 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, valid: Tensor
     """
     valid = torch.ones_like(student, dtype=torch.bool) if valid is None else valid
     teacher = teacher.detach()
-    entropy = soft_top_k(teacher, teacher, valid, temperature)
-    return temperature**2 * (soft_top_k(student, teacher, valid, temperature) - entropy)
+    labels = soft_targets(teacher, valid, temperature)
+    return temperature**2 * (soft_top_k(student, labels, valid, temperature) - soft_top_k(teacher, labels, valid, temperature))

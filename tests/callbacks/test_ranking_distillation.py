@@ -41,6 +41,7 @@ METHODS = {
     "dcd from the list alone": {"loss": "listwise", "sampler": "discrepancy", "k": 4, "overestimated": 4, "uninteresting": 0},
     "unkd": {"loss": "pairwise", "pairs": 12, "rank_temperature": 20.0},
     "soft top-k": {"loss": "softmax", "temperature": 2.0},
+    "dllm2rec by softmax": {"loss": "softmax", "over": "catalogue", "weights": {"position": 0.3, "confidence": 0.5}},
     "soft top-k of all": {"loss": "softmax", "over": "catalogue", "k": 5},
 }
 
@@ -235,6 +236,20 @@ def test_dllm2rec_by_plain_sums():
             expected.append((weight / weight.sum() * -F.logsigmoid(scores[t, items])).sum())
     cut = batch | {key: batch[key][:, :5] for key in ("teacher_items", "teacher_scores")}
     torch.testing.assert_close(term(**settings)(output, cut), sum(expected) / 12, rtol=1e-6, atol=0)
+
+
+def test_weights_are_the_labels_of_a_softmax():
+    output, batch = case()
+    scores = output.user @ output.items.T
+    expected = []
+    for t, items, said in by_list(batch["teacher_items"], batch["teacher_scores"]):
+        if len(items):
+            position = torch.softmax(-torch.arange(len(items)).double(), 0)
+            confidence = torch.softmax(-(said[0] - said) / (said[0] - said[-1]), 0)
+            weight = 0.3 * position + 0.5 * confidence
+            expected.append((weight / weight.sum() * -scores[t, 1:].log_softmax(0)[items - 1]).sum())
+    settings = {"loss": "softmax", "over": "catalogue", "weights": {"position": 0.3, "confidence": 0.5}}
+    torch.testing.assert_close(term(**settings)(output, batch), sum(expected) / 12, rtol=1e-6, atol=0)
 
 
 def test_negatives_are_off_the_list_and_the_row():
@@ -434,7 +449,7 @@ def test_bf16_is_finite(tmp_path):
         ({"weights": {"position": "much"}}, "weights.position is much"),
         ({"combine": "mean"}, "Unknown combine"),
         ({"over": "all"}, "Unknown over"),
-        ({"loss": "listwise", "weights": {"position": 1.0}}, "weights belongs to loss: bce"),
+        ({"loss": "listwise", "weights": {"position": 1.0}}, "weights belong to loss: bce or softmax"),
         ({"loss": "softmax", "negatives": 1}, "negatives belongs to loss: bce"),
         ({"loss": "softmax", "dros": 1.0}, "dros belongs to loss: bce"),
         ({"overestimated": 3}, "overestimated belongs to loss: listwise"),

@@ -264,11 +264,12 @@ def test_pairs_that_do_not_count():
 def test_soft_top_k_equals_plain_sums_and_is_least_at_the_teacher():
     listed, teacher = draw(3, 4), draw(3, 4, seed=1)
     valid = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
-    loss = ranking.soft_top_k(listed, teacher, valid, temperature=2.0)
+    labels = ranking.soft_targets(teacher, valid, 2.0)
+    loss = ranking.soft_top_k(listed, labels, valid, temperature=2.0)
     for t, k in enumerate((4, 2, 0)):
         p, q = (torch.softmax(x[t, :k] / 2, 0) for x in (teacher, listed))
         assert loss[t].item() == pytest.approx(-(p * q.log()).sum().item())
-    at_teacher = ranking.soft_top_k(teacher.detach().clone().requires_grad_() + 7, teacher, valid, 2.0)
+    at_teacher = ranking.soft_top_k(teacher.detach().clone().requires_grad_() + 7, labels, valid, 2.0)
     assert (at_teacher <= loss + 1e-12).all()
 
 
@@ -278,7 +279,8 @@ def test_soft_top_k_of_all_equals_plain_sums():
     items[4] = 0
     teacher, valid = draw(7, 4, seed=3), items > 0
     listed = ranking.list_scores(user, table, items)
-    loss = ranking.soft_top_k_of_all(user, table, items, listed, teacher, valid, 0.5)
+    labels = ranking.soft_targets(teacher, valid, 0.5)
+    loss = ranking.soft_top_k_of_all(user, table, items, listed, labels, 0.5)
     full = (user @ table[1:].T / 0.5).log_softmax(1)
     plain = torch.zeros(7, dtype=torch.float64)
     for t in range(7):
@@ -311,7 +313,7 @@ def of_list(listed, teacher, valid):
         "product": ranking.list_bce(listed, ranking.combine(weights, factors, "product", False)),
         "dros": ranking.weighted_dros(ranking.dros(listed, torch.full_like(listed, 0.6), energy), summed),
         "listwise": ranking.relaxed_listwise(listed, listed[:, :1] - 1, valid),
-        "softmax": ranking.soft_top_k(listed, teacher, valid, 2.0),
+        "softmax": ranking.soft_top_k(listed, ranking.soft_targets(teacher, valid, 2.0), valid, 2.0),
     }
 
 
@@ -351,16 +353,16 @@ def test_gradient_reaches_the_student_alone():
 
 def test_gradients():
     user, table, items = inputs(rows=3, n_items=6)
-    valid, teacher, weight = items > 2, draw(3, 4, seed=2).detach(), draw(3, 4, seed=3).detach().abs()
+    valid, weight = items > 2, draw(3, 4, seed=3).detach().abs()
     checks = {
         "scores": lambda u, w: ranking.list_scores(u, w, items),
         "bce": lambda u, w: ranking.list_bce(ranking.list_scores(u, w, items), weight, ranking.shared_scores(u, w, items[:2])),
         "listwise": lambda u, w: ranking.relaxed_listwise(
             ranking.list_scores(u, w, items), ranking.shared_scores(u, w, items[:1]), valid
         ),
-        "softmax": lambda u, w: ranking.soft_top_k(ranking.list_scores(u, w, items), teacher, valid, 2.0),
+        "softmax": lambda u, w: ranking.soft_top_k(ranking.list_scores(u, w, items), weight * valid, valid, 2.0),
         "all": lambda u, w: ranking.soft_top_k_of_all(
-            u, w, items, ranking.list_scores(u, w, items), teacher, torch.ones_like(valid), 2.0
+            u, w, items, ranking.list_scores(u, w, items), weight, 2.0
         ),
         "dros": lambda u, w: ranking.dros(
             ranking.list_scores(u, w, items), weight, ranking.log_energy(u, w[1:], torch.full((6,), 0.7).double())
