@@ -105,7 +105,7 @@ def test_config_prints_what_the_recipe_composes_to(capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["trainer.max_epochs=1"], "No recipe given. Add recipe=NAME with one of: slmrec"),
+        (["trainer.max_epochs=1"], "No recipe given. Add recipe=NAME with one of: alpharec"),
         (["recipe="], "Unknown recipe ''"),
         (["recipe=slmrec", "data=nowhere"], "Unknown option of data 'nowhere'"),
         (["recipe=slmrec", "logger=csv", "stage=teachr"], "Unknown stage 'teachr'. Did you mean 'teacher'?"),

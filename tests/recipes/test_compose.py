@@ -24,6 +24,7 @@ OPTIONS = [f"{group}={name}" for group in recipes.GROUPS for name in recipes.opt
 # slmrec's terms are about the hidden states of each next item
 FITTED = ("llm", "sasrec", "gru4rec", "cl4srec")
 UNFIT = [f"student={name}" for name in recipes.options("student") if name not in FITTED]
+TEXT = {name: ["text=minilm"] for name in ("dllm2rec", "llm-esr", "rlmrec-con")}
 SHALLOW = """\
 # A recipe of one's own: one model, no LLM.
 defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
@@ -68,9 +69,21 @@ def test_there_are_recipes_and_options():
 
 FITTING = [
     (name, option)
-    for name in RECIPES
+    for name in ("slmrec", "student")
     for option in OPTIONS
-    if (name, option) != ("student", "student=llm") and (name != "slmrec" or option not in UNFIT)
+    if not option.startswith("text=")
+    and (name, option) != ("student", "student=llm")
+    and (name != "slmrec" or option not in UNFIT)
+]
+SEQUENTIAL = ("sasrec", "gru4rec", "cl4srec", "caser", "srgnn")  # students that train on each next item
+GRAPHS = ("lightgcn", "sgl", "simgcl", "mixgcf")
+OF_GRAPHS = ("llminit", "rlmrec-con", "rlmrec-gen")
+OWN = ("slmrec", "student", "alpharec")  # tested above, or a student of its own
+FAMILIES = [
+    (name, f"student={student}")
+    for name in RECIPES
+    if name not in OWN
+    for student in (GRAPHS if name in OF_GRAPHS else SEQUENTIAL)
 ]
 
 
@@ -87,6 +100,27 @@ def test_every_recipe_plans_with_every_option(name, option, no_files):
             find("backbones", stage.config.fit)
             for callback_name, _ in stage.config.terms:
                 find("callbacks", callback_name)
+
+
+@pytest.mark.parametrize(("name", "option"), FAMILIES)
+def test_every_method_takes_any_student_of_its_task(name, option, no_files):
+    planned = by_name(plan(recipes.compose(name, [option, "data=ml-1m", *TEXT.get(name, [])])))
+    student, control = planned["student"].config, planned["control"].config
+    assert student.fit == control.fit
+    assert student.optimizer == control.optimizer
+    assert student.trainer == control.trainer
+    assert student.sequences == control.sequences
+    assert (student.fusion, student.initial, student.callbacks) != ([], None, []), "the method adds something"
+    assert (control.fusion, control.initial, control.callbacks) == ([], None, []), "the control is without it"
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("dllm2rec", "student=bert4rec"), ("rlmrec-gen", "student=bpr-mf"), ("llm-esr", "student=lightgcn"), ("rd", "student=item-knn")],
+)
+def test_a_student_of_another_task_is_refused_before_anything_runs(name, option, no_files):
+    with pytest.raises(UserError, match="does not train on next items|does not fit|reads no history|counted and not trained"):
+        plan(recipes.compose(name, [option]))
 
 
 @pytest.mark.parametrize("option", UNFIT)
