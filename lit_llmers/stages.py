@@ -28,7 +28,7 @@ from lit_llmers.conf.schema import (
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import digest, read_json, sha256, write_json
 
-FORMAT = 1  # raised when an artefact's format changes, so that no old one is taken for new
+FORMAT = 2  # raised when an artefact's format changes, so that no old one is taken for new
 MODULES = {
     "prepare": "lit_llmers.prepare",
     "encode": "lit_llmers.encode",

@@ -25,11 +25,14 @@ class DualView(Fusion):
     `official_no_causal_mask` takes the mask off the cross attention (the backbone keeps its own): then only the read-out
     position may be trained, with examples=prefixes, unless `accept_visible_labels` says that labels may be seen.
 
-    We differ from the official code further: scale, positions and dropout of the backbone come after the cross attention and
-    not before; a hidden item (BERT4Rec's) takes no part in it; and e_se starts as large as e_co.
+    As there, an item enters the cross attention scaled by sqrt(d) and with its position: without them attention starts as a
+    plain mean of the history, forgets its order, and stays so. We differ from the official code further: the positions are
+    the fusion's own, counted from the right end, and the backbone adds its own after; its dropout comes after too; a hidden
+    item (BERT4Rec's) takes no part; and e_se starts as large as e_co.
 
     Args:
         items: `[n+1, D]` frozen text vectors.
+        max_length: longest history.
         hidden: width between the adapter's two layers; null takes half of D.
         heads: of the cross attention; they divide the backbone's dim.
         official_no_causal_mask: every position attends to the whole history, its future too.
@@ -45,6 +48,7 @@ class DualView(Fusion):
         self,
         backbone: Backbone,
         items: Tensor,
+        max_length: int,
         hidden: int | None = None,
         heads: int = 2,
         official_no_causal_mask: bool = False,
@@ -59,7 +63,9 @@ class DualView(Fusion):
         self.reads_ahead = official_no_causal_mask and not accept_visible_labels  # type: ignore[misc]
         adapter = Adapter(items.shape[-1], dim, hidden=hidden)
         self.text = TextView(items, backbone, adapter)
-        adapter.scale(self.text.sample(), item_scale(backbone))
+        size = item_scale(backbone)
+        adapter.scale(self.text.sample(), size)
+        self.positions = nn.Parameter(torch.randn(max_length + 1, dim) * size)  # one more for an item that is to be filled in
         self.n_items = len(items) - 1
         self.to_collaborative, self.to_semantic = CrossAttention(dim, heads), CrossAttention(dim, heads)
 
@@ -72,7 +78,7 @@ class DualView(Fusion):
                 "dual_view with official_no_causal_mask shows each position what it is to predict. Use "
                 "sequences.examples=prefixes, or accept_visible_labels: true to train so all the same."
             )
-        collaborative, semantic = x.chunk(2, 2)  # [B, L, d] each
+        collaborative, semantic = (part + self.positions[-x.shape[1] :] for part in x.chunk(2, 2))  # [B, L, d] each
         real = (mask & (items <= self.n_items))[..., None]  # [B, L, 1]
         length = torch.ones_like(mask[0]).diag()  # [L, L]
         visible = real.transpose(1, 2)
@@ -102,11 +108,12 @@ class DualView(Fusion):
 
 
 class CrossAttention(nn.Module):
-    """Heads of `softmax(Q K^T / sqrt(width of a head)) V` without residual or norm; only the output layer has a bias."""
+    """Heads of `softmax(d Q K^T / sqrt(width of a head)) V` without residual or norm; only the output layer has a bias."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.scale = dim * (dim / heads) ** -0.5  # as of queries and keys of items that are sqrt(d) as large
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.out = nn.Linear(dim, dim)
 
@@ -116,4 +123,5 @@ class CrossAttention(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, d/heads]
             for layer, x in ((self.query, asking), (self.key, asked), (self.value, asked))
         )
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale)
+        return self.out(mixed.transpose(1, 2).flatten(2))

@@ -41,7 +41,7 @@ FUSIONS = {
     "frozen_adapter": FrozenAdapter,
     "with_id": lambda backbone, text: FrozenAdapter(backbone, text, layers=3, activation="gelu", with_id=True),
     "add_projected": lambda backbone, text: AddProjected(backbone, text, epsilon=0.5),
-    "dual_view": DualView,
+    "dual_view": lambda backbone, text: DualView(backbone, text, MAX_LENGTH),
     "frequency": lambda backbone, text: Frequency(backbone, text, MAX_LENGTH, experts=3, dropout=0.0),
     "concat": lambda backbone, text: Concat(backbone, text, layers=2, dropout=0.0),
     "popularity_gate": lambda backbone, text: PopularityGate(backbone, text, POPULARITY, layers=2, dropout=0.0),
@@ -383,7 +383,7 @@ def test_a_chain_of_fusions_is_a_backbone(items):
     """A teacher that reads text and identity, and text besides at its input."""
     text = torch.randn(N_ITEMS + 1, TEXT)
     inner = FrozenAdapter(SASRec(N_ITEMS, MAX_LENGTH, DIM), text, with_id=True)
-    for model in (AddProjected(inner, text), DualView(inner, text), Frequency(AddProjected(inner, text), text, MAX_LENGTH)):
+    for model in (AddProjected(inner, text), DualView(inner, text, MAX_LENGTH), Frequency(AddProjected(inner, text), text, MAX_LENGTH)):
         assert isinstance(model, nn.Module)
         user = user_of(model.eval(), items)
         assert user.shape == (5, model.dim)

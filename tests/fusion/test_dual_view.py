@@ -11,8 +11,12 @@ from lit_llmers.fusion.dual_view import DualView
 
 def with_golden_weights(z: dict[str, Tensor], backbone: Whole, **arguments) -> DualView:
     """The mask token n+1 is one more item here; its text is zero, as that of padding."""
-    model = DualView(backbone, z["param.llm_item_emb.weight"], heads=int(z["hp.num_heads_cross"]), **arguments).eval()
+    length, heads = z["in.seq"].shape[1], int(z["hp.num_heads_cross"])
+    model = DualView(backbone, z["param.llm_item_emb.weight"], length, heads=heads, **arguments).eval()
+    for attention in (model.to_collaborative, model.to_semantic):
+        attention.scale = (model.inner.dim / heads) ** -0.5  # the official vectors come scaled, and with their positions
     with torch.no_grad():
+        model.positions.zero_()
         backbone.items.weight.copy_(z["param.id_item_emb.weight"])
         for weight, name in named(model):
             weight.copy_(z[f"param.{name}"])
@@ -100,7 +104,7 @@ def test_who_sees_the_future(official, accepted):
     text, items = torch.randn(11, 6), torch.randint(1, 11, (2, 5))
     later = items.clone()
     later[:, -1] = later[:, -1] % 10 + 1
-    model = DualView(SASRec(10, 5, dim=8, init_std=0.5), text, 4, 2, official, accepted).eval()
+    model = DualView(SASRec(10, 5, dim=8, init_std=0.5), text, 5, 4, 2, official, accepted).eval()
     refused = official and not accepted
     assert (model.reads_ahead, model.every_position) == (refused, not refused)
     if refused:
@@ -114,4 +118,4 @@ def test_who_sees_the_future(official, accepted):
 
 def test_wrong_heads_are_named():
     with pytest.raises(UserError, match="dim=8 into heads=3"):
-        DualView(SASRec(10, 5, dim=8), torch.randn(11, 6), heads=3)
+        DualView(SASRec(10, 5, dim=8), torch.randn(11, 6), 5, heads=3)
