@@ -19,7 +19,7 @@ from lit_llmers.files import digest
 from lit_llmers.models import load_dataset
 from lit_llmers.report import summary_table, write_report
 from lit_llmers.signals import SignalReader
-from lit_llmers.stages import describe, run
+from lit_llmers.stages import FORMAT, describe, run
 from lit_llmers.text.transformer import TextEncoder
 
 N, U = 40, 30
@@ -288,9 +288,9 @@ def test_settings_that_came_later_leave_old_names_alone(stages):
     planned = stages(more="  words: {encode: tfidf, dim: 8}\n")
     prepare, words = planned["prepare"], planned["words"]
     before = {"encode": "tfidf", "fields": ["title", "categories", "text"], "dim": 8}
-    assert words.fingerprint == digest([1, "encode", before, 0, {}, [prepare.fingerprint]])
+    assert words.fingerprint == digest([FORMAT, "encode", before, 0, {}, [prepare.fingerprint]])
     settings = {key: value for key, value in asdict(prepare.config).items() if key not in ("root", "path", "texts")}
-    assert prepare.fingerprint == digest([1, "prepare", settings, 0, prepare.content, []])
+    assert prepare.fingerprint == digest([FORMAT, "prepare", settings, 0, prepare.content, []])
 
 
 def test_the_model_s_content_names_the_stage_and_its_place_does_not(stages, model, tmp_path):

@@ -310,7 +310,9 @@ class RankingDistillation(Distillation):
             if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
                 raise UserError(f"ranking_distillation: weights.{name} is {factor}. It must be a number above 0, or left out.")
         if self.weights and self.loss not in ("bce", "softmax"):
-            raise UserError(f"ranking_distillation: weights belong to loss: bce or softmax, not to {self.loss}. Leave them out.")
+            raise UserError(
+                f"ranking_distillation: weights belong to loss: bce or softmax, not to {self.loss}. Leave them out."
+            )
         if self.loss != "bce":
             for key in ("negatives", "dros", "official_negative_term", "official_dros_mean"):
                 if getattr(self, key):

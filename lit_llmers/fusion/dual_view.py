@@ -78,7 +78,8 @@ class DualView(Fusion):
                 "dual_view with official_no_causal_mask shows each position what it is to predict. Use "
                 "sequences.examples=prefixes, or accept_visible_labels: true to train so all the same."
             )
-        collaborative, semantic = (part + self.positions[-x.shape[1] :] for part in x.chunk(2, 2))  # [B, L, d] each
+        end = len(self.positions) - (not self.causal and not every_position)  # BERT4Rec's next item is still to come
+        collaborative, semantic = (part + self.positions[end - x.shape[1] : end] for part in x.chunk(2, 2))  # [B, L, d] each
         real = (mask & (items <= self.n_items))[..., None]  # [B, L, 1]
         length = torch.ones_like(mask[0]).diag()  # [L, L]
         visible = real.transpose(1, 2)

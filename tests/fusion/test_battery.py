@@ -383,7 +383,11 @@ def test_a_chain_of_fusions_is_a_backbone(items):
     """A teacher that reads text and identity, and text besides at its input."""
     text = torch.randn(N_ITEMS + 1, TEXT)
     inner = FrozenAdapter(SASRec(N_ITEMS, MAX_LENGTH, DIM), text, with_id=True)
-    for model in (AddProjected(inner, text), DualView(inner, text, MAX_LENGTH), Frequency(AddProjected(inner, text), text, MAX_LENGTH)):
+    for model in (
+        AddProjected(inner, text),
+        DualView(inner, text, MAX_LENGTH),
+        Frequency(AddProjected(inner, text), text, MAX_LENGTH),
+    ):
         assert isinstance(model, nn.Module)
         user = user_of(model.eval(), items)
         assert user.shape == (5, model.dim)

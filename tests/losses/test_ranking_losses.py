@@ -361,9 +361,7 @@ def test_gradients():
             ranking.list_scores(u, w, items), ranking.shared_scores(u, w, items[:1]), valid
         ),
         "softmax": lambda u, w: ranking.soft_top_k(ranking.list_scores(u, w, items), weight * valid, valid, 2.0),
-        "all": lambda u, w: ranking.soft_top_k_of_all(
-            u, w, items, ranking.list_scores(u, w, items), weight, 2.0
-        ),
+        "all": lambda u, w: ranking.soft_top_k_of_all(u, w, items, ranking.list_scores(u, w, items), weight, 2.0),
         "dros": lambda u, w: ranking.dros(
             ranking.list_scores(u, w, items), weight, ranking.log_energy(u, w[1:], torch.full((6,), 0.7).double())
         ),

@@ -116,7 +116,12 @@ def test_every_method_takes_any_student_of_its_task(name, option, no_files):
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("dllm2rec", "student=bert4rec"), ("rlmrec-gen", "student=bpr-mf"), ("llm-esr", "student=lightgcn"), ("rd", "student=item-knn")],
+    [
+        ("dllm2rec", "student=bert4rec"),
+        ("rlmrec-gen", "student=bpr-mf"),
+        ("llm-esr", "student=lightgcn"),
+        ("rd", "student=item-knn"),
+    ],
 )
 def test_a_student_of_another_task_is_refused_before_anything_runs(name, option, no_files):
     with pytest.raises(UserError, match="does not train on next items|does not fit|reads no history|counted and not trained"):
