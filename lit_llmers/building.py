@@ -14,7 +14,8 @@ from torch import nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.callbacks.distillation import Distillation
-from lit_llmers.conf.schema import FitStage, RecordStage, check_type
+from lit_llmers.conf.schema import check_type
+from lit_llmers.conf.stages import FitStage, RecordStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 

@@ -349,7 +349,7 @@ def gather(runs: Sequence[PlannedRun], called: dict[tuple[str, str], str], refer
 
 
 def share(run: PlannedRun, root: Path) -> None:
-    """Link the stages that another run of this comparison has done, and its encoded texts: the same name is the same content."""
+    """Link the stages that other runs of this comparison have done, and encoded texts: the same name is the same content."""
     from lit_llmers.encode import RECORDS
 
     for record in [whole.parent.resolve() for whole in root.glob(f"*/*/{RECORDS}/*/manifest.json")]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llmers.conf.schema import EncodeStage
+from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write, digest

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lit_llmers.candidates import load_candidates, make_candidates, read_candidates, save_candidates
-from lit_llmers.conf.schema import EvaluateStage
+from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows

@@ -20,7 +20,7 @@ import torch
 from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.backbones.llm_decoder import LLMDecoder
 from lit_llmers.building import find
-from lit_llmers.conf.schema import ExportStage
+from lit_llmers.conf.stages import ExportStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows

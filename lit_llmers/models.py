@@ -9,7 +9,7 @@ import torch
 
 from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, build_backbone, build_fusions, find, references
-from lit_llmers.conf.schema import FitStage, InitialConfig
+from lit_llmers.conf.stages import FitStage, InitialConfig
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import SequenceDataModule

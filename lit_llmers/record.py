@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_llmers.callbacks.distillation import SignalSource
-from lit_llmers.conf.schema import RecordStage
+from lit_llmers.conf.stages import RecordStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import Batch, OrderedBatches, seen_before, windows

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import build_backbone, build_fusions, find
-from lit_llmers.conf.schema import FitStage, SequenceConfig
+from lit_llmers.conf.schema import SequenceConfig
+from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError
 from lit_llmers.exported import AGAIN, CONFIG, WEIGHTS
 from lit_llmers.fusion import Fusion

@@ -14,17 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import (
-    SECTIONS,
-    EncodeStage,
-    EvaluateStage,
-    ExportStage,
-    FitStage,
-    RecordStage,
-    TuneStage,
-    build,
-    fingerprinted,
-)
+from lit_llmers.conf.schema import SECTIONS, build, fingerprinted
+from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import digest, read_json, sha256, write_json
 

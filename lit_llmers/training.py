@@ -9,7 +9,7 @@ from lit_llmers.building import RECORDS, build_callbacks, references
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
-from lit_llmers.conf.schema import FitStage
+from lit_llmers.conf.stages import FitStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.files import atomic_write
 from lit_llmers.loggers import finish_loggers

@@ -7,7 +7,7 @@ import lightning as L
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
-from lit_llmers.conf.schema import GenerationConfig, TuneStage
+from lit_llmers.conf.stages import GenerationConfig, TuneStage
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import Stage

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_export import DIM, MAX_LENGTH, N_ITEMS, dataset, export_stage, finish
 
 from lit_llmers import export, onnx_graph
-from lit_llmers.conf.schema import ExportStage
+from lit_llmers.conf.stages import ExportStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_model
 from lit_llmers.serving import OnnxScorer, TorchScorer, inputs_of, load_exported, score_catalogue

@@ -10,7 +10,8 @@ import torch
 from lit_llmers import export
 from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.building import find
-from lit_llmers.conf.schema import ExportStage, FitStage, LossConfig, SequenceConfig
+from lit_llmers.conf.schema import LossConfig, SequenceConfig
+from lit_llmers.conf.stages import ExportStage, FitStage
 from lit_llmers.data import DataConfig
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
 from lit_llmers.files import write_json

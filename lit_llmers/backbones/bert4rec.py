@@ -42,7 +42,8 @@ class BERT4Rec(Backbone):
         init_std: standard deviation of the initial item and position embeddings.
 
     Raises:
-        UserError: `heads` does not divide `dim`, there is no layer, a probability is none, or a history is longer than `max_length`.
+        UserError: `heads` does not divide `dim`, there is no layer, a probability is none, or a history is longer than
+            `max_length`.
     """
 
     causal: ClassVar[bool] = False

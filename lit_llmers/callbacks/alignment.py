@@ -36,8 +36,8 @@ def two_views(backbone: Any) -> Views:
     """
     if not (hasattr(backbone, "id_table") and hasattr(backbone, "text_table")):
         raise UserError(
-            "alignment: there is nothing to align the items with. Name a stage with item vectors in 'from', or give the student "
-            "a fusion with two views of an item, such as concat."
+            "alignment: there is nothing to align the items with. Name a stage with item vectors in 'from', or give the "
+            "student a fusion with two views of an item, such as concat."
         )
     return lambda: (backbone.id_table(), backbone.text_table())
 

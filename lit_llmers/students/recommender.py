@@ -116,7 +116,7 @@ class Recommender(L.LightningModule):
         return target_ranks(user, items, batch["target"], batch.get("seen_row"), batch.get("seen_item"))
 
     def top_items(self, batch: Batch, k: int, tables: Any = None) -> tuple[Tensor, Tensor]:
-        """The k best items `[B, k]` of each row, without those seen before, and their scores; 0 and -inf where there are fewer."""
+        """The k best items `[B, k]` of each row without those seen before, and their scores; 0 and -inf where a list ends."""
         user, items = self.vectors(batch, self.tables() if tables is None else tables)
         return top_items(user, items, k, batch.get("seen_row"), batch.get("seen_item"))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lit_llmers.conf.schema import TuneStage
+from lit_llmers.conf.stages import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones.items import item_embedding
-from lit_llmers.conf.schema import EncodeStage, TuneStage
+from lit_llmers.conf.stages import EncodeStage, TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.errors import UserError

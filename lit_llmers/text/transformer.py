@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_llmers.conf.schema import EncodeStage
+from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.files import sha256
 from lit_llmers.teachers.base import DTYPES, BaseConfig, without_load_report

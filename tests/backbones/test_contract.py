@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.building import build_backbone, check, find
-from lit_llmers.conf.schema import FitStage, OptimizerConfig, SequenceConfig, build
+from lit_llmers.conf.schema import OptimizerConfig, SequenceConfig, build
+from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError
 from lit_llmers.onnx_graph import save_onnx, trace
 from lit_llmers.recipes import compose

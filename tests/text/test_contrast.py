@@ -7,7 +7,7 @@ from tiny import by_name, small
 from tiny_text import TITLES, save_model
 from torch.nn import functional as F
 
-from lit_llmers.conf.schema import ContrastConfig, EncodeStage
+from lit_llmers.conf.stages import ContrastConfig, EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import run
