@@ -13,37 +13,30 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import argparse
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from measure import Comparison, Cost, Stopwatch, alternate, mean, rewrite_section, table, timed, title, when
+from fits import FEW, QUICK, Fit, quiet
+from measure import Comparison, Cost, alternate, rewrite_section, table, timed, title, when
 
-from lit_llmers import recipes, record, stages, training
-from lit_llmers.building import build_callbacks
-from lit_llmers.callbacks.resume import SeedEachStep
+from lit_llmers import recipes, record, stages
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.environment import environment
 from lit_llmers.files import write_json
-from lit_llmers.models import build_model, data_module, load_dataset, load_model
+from lit_llmers.models import load_dataset, load_model
 from lit_llmers.stages import Stage
 
 HERE = Path(__file__).parent
 EXAMPLES = ("sequence", "last")
 STEPS = {"demo": 20, "ml-1m": 6, "amazon-beauty": 12}  # in a round
-WARM_UP = 2  # steps at the start of every round that do not count
-FEW = ["logger=csv", "trainer.max_epochs=1", "trainer.limit_train_batches=5"]
-QUICK = ["data.generator.users=600", "data.generator.items=200"]
 
 Planned = dict[str, Stage]
 
@@ -128,7 +121,7 @@ def step_costs(planned: Planned, examples: str, steps: int, rounds: int) -> list
     """A training step of the student and of its parts against the control's, on the same batches."""
     fits = {name: Fit(planned[name]) for name in ("control", "student", "feature", "deep", "whole")}
 
-    def training(fit: "Fit") -> Callable[[], Cost]:
+    def training(fit: Fit) -> Callable[[], Cost]:
         return lambda: fit.steps(steps)
 
     costs = alternate({name: training(fit) for name, fit in fits.items()}, rounds)
@@ -184,77 +177,6 @@ def large_record(folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-# ---- training under the stopwatch --------------------------------------------------------------------------------------
-
-
-class Fit:
-    """A fit stage, ready to train for a while again and again, from its first batch on."""
-
-    def __init__(self, stage: Stage) -> None:
-        config, dataset = stage.config, load_dataset(stage)
-        self.stage = stage
-        self.data = data_module(stage, dataset)
-        L.seed_everything(stage.seed, verbose=False)
-        self.model = build_model(stage, dataset)
-        records = [need for need in stage.needs if need.verb == "record"]
-        self.terms = build_callbacks(config, {need.name: record.open_signals(need, self.data.rows) for need in records})
-        stage.folder.mkdir(parents=True, exist_ok=True)
-
-    def steps(self, number: int) -> Cost:
-        """The mean step, from its first hook (the signals are read there) to its last."""
-        watch = Stopwatch()
-        self._fit([StepStart(watch), SeedEachStep(self.stage.seed), *self.terms, StepStop(watch)], number + WARM_UP, 0)
-        return mean(watch.laps[WARM_UP:])
-
-    def epoch(self) -> tuple[Cost, Cost]:
-        """One whole epoch and the validation pass after it, batches made and metrics computed."""
-        watch = EpochWatch()
-        self._fit([SeedEachStep(self.stage.seed), *self.terms, watch], 1.0, 1.0)
-        return watch.training.laps[0], watch.validation.laps[0]
-
-    def _fit(self, callbacks: list[L.Callback], train: float, validate: float) -> None:
-        trainer = training.make_trainer(self.stage, callbacks)
-        trainer.limit_train_batches, trainer.limit_val_batches = train, validate
-        trainer.fit(self.model, datamodule=self.data)
-
-
-class StepStart(L.Callback):
-    """Must be the first callback."""
-
-    def __init__(self, watch: Stopwatch) -> None:
-        self.watch = watch
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.watch.start()
-
-
-class StepStop(L.Callback):
-    """Must be the last callback."""
-
-    def __init__(self, watch: Stopwatch) -> None:
-        self.watch = watch
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.watch.stop()
-
-
-class EpochWatch(L.Callback):
-    """Times the training part of an epoch and its validation pass apart."""
-
-    def __init__(self) -> None:
-        self.training, self.validation = Stopwatch(), Stopwatch()
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self.training.start()
-
-    def on_validation_start(self, *_: Any) -> None:
-        self.training.stop()
-        self.validation.start()
-
-    def on_validation_end(self, *_: Any) -> None:
-        self.validation.stop()
-
-
 # ---- what is written ---------------------------------------------------------------------------------------------------
 
 
@@ -293,13 +215,6 @@ def large_body(large: dict[str, Any], machine: dict[str, Any]) -> str:
             f"{1e6 / large['written_rows_per_second']:.0f} s to write |",
         ]
     )
-
-
-def quiet() -> None:
-    """Leave the screen to the table."""
-    warnings.filterwarnings("ignore", module="lightning|torch|transformers")
-    for noisy in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
