@@ -15,7 +15,7 @@ from lit_llmers.record import open_signals
 from lit_llmers.stages import Stage
 
 WARM_UP = 2  # steps at the start of every round that do not count
-FEW = ["logger=csv", "trainer.max_epochs=1", "trainer.limit_train_batches=5"]  # what a model costs does not depend on what it knows
+FEW = ["logger=csv", "trainer.max_epochs=1", "trainer.limit_train_batches=5"]  # cost does not depend on knowledge
 QUICK = ["data.generator.users=600", "data.generator.items=200"]
 
 
@@ -34,21 +34,24 @@ class Fit:
         stage.folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self, number: int) -> Cost:
-        """The mean step, from its first hook (the signals are read there) to its last."""
+        """The mean step, from its first hook (the signals are read there) to its last; in as many epochs as it takes."""
         watch = Stopwatch()
-        self._fit([StepStart(watch), SeedEachStep(self.stage.seed), *self.terms, StepStop(watch)], number + WARM_UP, 0)
+        trainer = self._trainer([StepStart(watch), SeedEachStep(self.stage.seed), *self.terms, StepStop(watch)])
+        trainer.limit_val_batches, trainer.fit_loop.max_epochs = 0, -1
+        trainer.fit_loop.epoch_loop.max_steps = number + WARM_UP
+        trainer.fit(self.model, datamodule=self.data)
         return mean(watch.laps[WARM_UP:])
 
     def epoch(self) -> tuple[Cost, Cost]:
         """One whole epoch and the validation pass after it, batches made and metrics computed."""
         watch = EpochWatch()
-        self._fit([SeedEachStep(self.stage.seed), *self.terms, watch], 1.0, 1.0)
+        self._trainer([SeedEachStep(self.stage.seed), *self.terms, watch]).fit(self.model, datamodule=self.data)
         return watch.training.laps[0], watch.validation.laps[0]
 
-    def _fit(self, callbacks: list[L.Callback], train: float, validate: float) -> None:
+    def _trainer(self, callbacks: list[L.Callback]) -> L.Trainer:
         trainer = training.make_trainer(self.stage, callbacks)
-        trainer.limit_train_batches, trainer.limit_val_batches = train, validate
-        trainer.fit(self.model, datamodule=self.data)
+        trainer.limit_train_batches = 1.0
+        return trainer
 
 
 class StepStart(L.Callback):

@@ -1,0 +1,56 @@
+"""Every method's recipe from beginning to end, at its smallest: it trains, reports beside its control, and exports."""
+
+import json
+
+import pytest
+from tiny import COMMON, by_name
+
+from lit_llmers import recipes
+from lit_llmers.fit import main
+from lit_llmers.serving import load_exported
+from lit_llmers.stages import plan
+
+SMALL = {  # of recipes that hold more than students
+    "bigrec": ["stages.teacher.samples=64", "stages.teacher.trainer.max_epochs=1", "stages.lists.k=10"],
+    "said": ["stages.said.trainer.max_epochs=1", "stages.said.dim=16", "student.model.dim=16"],
+    "alpharec": ["stages.student.trainer.max_epochs=1", "stages.student.model.dim=16"],
+}
+RANKED = ("cd", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd")
+METHODS = sorted(set(recipes.available()) - {"slmrec", "student"})
+
+
+def overrides(name: str, folder) -> list[str]:
+    given = [each for each in COMMON if not each.startswith("trainer.max_epochs")]
+    given += [f"run.dir={folder}", "trainer.max_epochs=1", "stages.export.export=[safetensors]", *SMALL.get(name, [])]
+    if name not in ("bigrec", "said"):
+        given += ["text.dim=48", "student.model.dim=16"]
+    if "stages.teacher.model.dim" in recipes.find(name).read_text() or name in (*RANKED, "hint", "htd"):
+        given += ["stages.teacher.model.dim=24", "stages.teacher.model.layers=1"]
+    if name in RANKED:
+        given += ["stages.lists.k=60"]
+    return given
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_from_data_to_export(name, tmp_path):
+    given = overrides(name, tmp_path)
+    assert main([f"recipe={name}", *given]) == 0
+    stages = by_name(plan(recipes.compose(name, given)))
+    assert all(stage.done for stage in stages.values())
+    report = (stages["prepare"].run.folder / "report.md").read_text()
+    assert "student" in report
+    assert "control" in report
+    student = load_exported(stages["export"].folder)
+    assert student is not None
+    described = json.loads((stages["export"].folder / "config.json").read_text())
+    assert [entry["name"] for entry in described.get("fusion", [])] == [name for name, _ in stages["student"].config.fusions]
+
+
+def test_a_method_of_two_papers_parts_is_one_yaml(tmp_path):
+    given = overrides("dllm2rec", tmp_path)
+    recipe = str(recipes.PACKAGE.parent / "docs" / "dual-view-ranked.yaml")
+    given = [each for each in given if "export" not in each]
+    assert main([f"recipe={recipe}", *given]) == 0
+    stages = by_name(plan(recipes.compose(recipe, given)))
+    assert [name for name, _ in stages["student"].config.terms] == ["self_distillation", "ranking_distillation"]
+    assert (stages["prepare"].run.folder / "report.md").is_file()
