@@ -5,8 +5,8 @@ protocol: leave-one-out, the whole catalogue, ties counted half, HR@10 and NDCG@
 them competing. After each epoch it ranks the validation items. It stops when the student's own `trainer.patience` epochs
 brought no better NDCG@10 (masked), or before the epoch that would exceed the budget of processor time; the test figures are
 those after the best epoch. Ours is the command that users type, as it is shipped. The results of all runs are kept in
-`benchmarks/results/quality.json`, a row for each model, data set, subject and budget; `--record FILE` rewrites their section
-in a Markdown file.
+`benchmarks/results/quality.json`, a row for each model, data set, subject, budget and settings; `--record FILE` rewrites
+their section in a Markdown file.
 """
 
 import argparse
@@ -231,7 +231,7 @@ def kept() -> list[Row]:
 
 def keep(row: Row) -> None:
     """Put a row in place of an older one of the same kind, or after all others."""
-    same = ("model", "data", "who", "budget")
+    same = ("model", "data", "who", "budget", "settings")
     others = [each for each in kept() if any(each[key] != row[key] for key in same)]
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, {"rows": [*others, row]})
