@@ -5,7 +5,7 @@ ARGS   ?=
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python
 
-.PHONY: slmrec test lint bench bench-slmrec
+.PHONY: slmrec test lint bench bench-slmrec bench-methods
 
 slmrec: $(READY)
 	$(RUN) -m lit_llmers.fit recipe=slmrec $(ARGS)
@@ -23,6 +23,9 @@ bench: $(READY)
 
 bench-slmrec: $(READY)
 	$(RUN) benchmarks/slmrec_costs.py $(ARGS)
+
+bench-methods: $(READY)
+	$(RUN) benchmarks/method_costs.py $(ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -115,7 +115,13 @@ def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, option
             continue
         patience = own_patience if who == OURS or options.patience is None else options.patience
         row: Row = {"model": model, "data": data, "who": who, "version": each.version, "budget": options.budget}
-        row |= {"patience": patience, "settings": {}, "failed": each.failed, "runs": []}
+        row |= {
+            "patience": patience,
+            "every": options.every if who != OURS else 1,
+            "settings": {},
+            "failed": each.failed,
+            "runs": [],
+        }
 
         def start(seed: int, settings: dict[str, Any], who: str = who, each: Ready = each) -> Subject:
             own = Path(tempfile.mkdtemp(dir=folder))
@@ -278,8 +284,11 @@ def body(rows: list[Row], machine: dict[str, Any], options: argparse.Namespace) 
     """The section of all runs on one budget."""
     order = {pair: number for number, pair in enumerate(itertools.product(BATCH, ["ml-100k", "ml-1m", "amazon-beauty"]))}
     rows = sorted(rows, key=lambda row: order.get((row["model"], row["data"]), len(order)))
+    told = [row["environment"]["git"] for row in rows]
+    commits = sorted({git["commit"][:7] + " with changes" * git["dirty"] if git else "unknown" for git in told})
     opening = (
-        f"{when(machine)} `python benchmarks/quality.py --budget {options.budget:.0f}`: so many CPU-seconds to train one run. "
+        f"Written {when(machine)} The rows are of commit {', '.join(commits)}. "
+        f"`python benchmarks/quality.py --budget {options.budget:.0f}`: so many CPU-seconds to train one run. "
         "What has one seed is a lead. Settings after a name were chosen on validation with the first seed."
     )
     reached = "Processor time until the validation NDCG@10 first comes to a share of the highest (in brackets):"
