@@ -12,14 +12,9 @@ from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.grounding import GroundedRecommender
-from lit_llmers.teachers.instruct import (
-    InstructedModel,
-    build_language_model,
-    load_tuned,
-    load_wording,
-    save_language_model,
-)
+from lit_llmers.teachers.instruct import InstructedModel
 from lit_llmers.teachers.instructions import InstructionData
+from lit_llmers.teachers.language_model import build_language_model, load_tuned, load_wording, save_language_model
 from lit_llmers.training import make_trainer
 
 MONITORS = {"loss": "val/log_likelihood", "ranking": "val/NDCG@10"}

@@ -20,7 +20,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.ranking import Catalogue
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import load_causal
-from lit_llmers.teachers.instruct import base_of, build_language_model, load_tuned, load_wording, read
+from lit_llmers.teachers.language_model import base_of, build_language_model, load_tuned, load_wording, read
 from lit_llmers.teachers.wording import Wording, pad_left
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from lit_llmers.conf.stages import GenerationConfig
 from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.errors import UserError
 from lit_llmers.teachers.grounding import GroundedRecommender
-from lit_llmers.teachers.instruct import InstructedModel, read
+from lit_llmers.teachers.instruct import InstructedModel
 from lit_llmers.teachers.instructions import IGNORED, HeldOutBatches, InstructionBatches, InstructionRows
+from lit_llmers.teachers.language_model import read
 from lit_llmers.teachers.wording import pad_left, title_tokenizer
 
 HISTORIES = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11, 12, 13, 14, 15], [2, 4, 6]]

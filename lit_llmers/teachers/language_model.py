@@ -1,0 +1,86 @@
+"""A causal language model with its tokenizer, made for a stage that tunes it, and the tuned one read back."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_llmers.conf.stages import TuneStage
+from lit_llmers.data.dataset import Dataset
+from lit_llmers.errors import UserError
+from lit_llmers.stages import Stage
+from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer, without_load_report
+from lit_llmers.teachers.lora import with_lora
+from lit_llmers.teachers.wording import Wording, title_tokenizer
+
+TOKENIZER = "tokenizer"  # folder of the stage
+
+
+def read(model: Any, tokens: Tensor, mask: Tensor, **also: Any) -> Any:
+    """Run the model on left-padded tokens; padding is masked and not counted in positions."""
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(input_ids=tokens, attention_mask=mask.long(), position_ids=position, use_cache=False, **also)
+
+
+def base_of(stage: Stage) -> BaseConfig:
+    """The stage's base; one from scratch draws its weights from the stage's seed plus its own."""
+    base = BaseConfig.of(stage.config.base)
+    return replace(base, seed=base.seed + stage.seed)
+
+
+def load_wording(stage: Stage, dataset: Dataset) -> Wording:
+    """The base's tokenizer, or the one that is kept with the stage, trained on the titles the first time.
+
+    All titles of the catalogue shape that tokenizer; who chose them does not.
+    """
+    config: TuneStage = stage.config
+    tokenizer, folder = load_tokenizer(base_of(stage)), stage.folder / TOKENIZER
+    if tokenizer is None and (folder / "DONE").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    elif tokenizer is None:
+        tokenizer = title_tokenizer(dataset, config)
+        tokenizer.save_pretrained(folder)
+        (folder / "DONE").touch()
+    return Wording(tokenizer, dataset, config)
+
+
+def build_language_model(stage: Stage, wording: Wording) -> Any:
+    """The language model before its training, with adapters where the base has `lora`.
+
+    Raises:
+        UserError: the base cannot be had, or has too few positions for the stage's prompts.
+    """
+    config, base = stage.config, base_of(stage)
+    model = load_causal(base, wording.tokenizer)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.max_tokens > positions:
+        raise UserError(
+            f"The base '{base.name}' has {positions} positions, but max_tokens of stage '{stage.name}' is {config.max_tokens}. "
+            f"Choose {positions} or less."
+        )
+    return with_lora(model, base.lora) if base.lora else model
+
+
+def save_language_model(stage: Stage, model: Any, wording: Wording, folder: Path) -> None:
+    """Write what PEFT and transformers load by themselves: the weights, or with LoRA the adapter, and the tokenizer.
+
+    An adapter is of no use without its base, so that of one from scratch is written beside it, as `base`.
+    """
+    base = base_of(stage)
+    with without_load_report():
+        if base.lora and not base.path:
+            load_causal(base, wording.tokenizer).save_pretrained(folder / "base")
+            model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+        model.save_pretrained(folder)
+    wording.tokenizer.save_pretrained(folder)
+
+
+def load_tuned(model: Any, path: Path) -> None:
+    """Put the weights of a checkpoint into a language model as `build_language_model` makes it."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    saved = {name.removeprefix("model."): value for name, value in saved.items()}
+    model.load_state_dict(model.state_dict() | saved)
