@@ -119,6 +119,13 @@ def check(stage: FitStage, where: str) -> None:
         raise UserError(
             f"'{where}': {stage.fit} is counted and not trained, so nothing can be added to it. Choose another student."
         )
+    for kind, named in (("fusion", stage.fusions), ("callback", stage.terms)):
+        given = [name for name, _ in named]
+        for name in given:
+            if given.count(name) > 1:
+                raise UserError(
+                    f"'{where}' has the {kind} {name} twice. Give it once; a second would take the place of the first."
+                )
     for key in ("fusion", "objective", "callbacks"):
         for position, entry in enumerate(getattr(stage, key)):
             if not isinstance(entry, dict) or len(entry) != 1:

@@ -50,11 +50,13 @@ def build_model(stage: Stage, dataset: Dataset) -> Recommender:
     """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
     config: FitStage = stage.config
     offered = offers(stage, dataset)
+    sources = load_sources(stage, dataset, "fusion")
+    if sources:  # a model among them was built from its own stage's seed
+        L.seed_everything(stage.seed, verbose=False)
     backbone: Any = build_backbone(config, stage.seed, offered)
     if config.initial is not None:
         backbone.initialise(**_initial_tables(stage, config.initial, dataset, backbone))
     if config.fusion:
-        sources = load_sources(stage, dataset, "fusion")
         backbone = build_fusions(config, backbone, sources, offered)
     if isinstance(backbone, CountingBackbone):
         return CountingRecommender(backbone)

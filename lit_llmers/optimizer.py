@@ -12,7 +12,8 @@ from lit_llmers.conf.schema import OptimizerConfig
 def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
     """What `configure_optimizers` returns for the trainable parameters of the module."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    fused = not _clips_in_mixed_precision(module)
+    adam = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     warmup = config.warmup_steps
     if not warmup and config.schedule == "constant":
         return adam
@@ -29,3 +30,12 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
     return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _clips_in_mixed_precision(module: L.LightningModule) -> bool:
+    """Whether the Trainer clips gradients in mixed precision, which Lightning refuses with a fused optimiser."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # there is none
+        return False
+    return bool(trainer.gradient_clip_val) and "mixed" in str(trainer.precision)

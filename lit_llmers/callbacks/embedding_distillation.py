@@ -156,7 +156,8 @@ class EmbeddingTerm(Term):
             value = self._distance(output, ids).mean()
         else:
             counted = [distinct(each, len(self.items)) for each in sets]
-            value = torch.stack([self._distance(output, ids).dot(weight) for ids, weight in counted]).mean()
+            values = [(self._distance(output, ids), weight) for ids, weight in counted]
+            value = torch.stack([distance.dot(weight.to(distance)) for distance, weight in values]).mean()
         return self.reduce(value.expand(int((batch["target"] > 0).sum())), batch)
 
     def _distance(self, output: StudentOutput, ids: Tensor) -> Tensor:

@@ -23,10 +23,13 @@ def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
     Returns:
         `[T]` losses in nats.
     """
-    if not torch.is_grad_enabled() or not (user.requires_grad or item_table.requires_grad):
-        chunks = zip(user.split(_CHUNK), target.split(_CHUNK), strict=True)
-        return torch.cat([F.cross_entropy(u @ item_table.T, t, reduction="none") for u, t in chunks])
-    return _ChunkedCrossEntropy.apply(user, item_table, target)
+    kind = torch.promote_types(user.dtype, item_table.dtype)  # autocast may have made one of them smaller
+    user, item_table = user.to(kind), item_table.to(kind)
+    with torch.autocast(user.device.type, enabled=False):
+        if not torch.is_grad_enabled() or not (user.requires_grad or item_table.requires_grad):
+            chunks = zip(user.split(_CHUNK), target.split(_CHUNK), strict=True)
+            return torch.cat([F.cross_entropy(u @ item_table.T, t, reduction="none") for u, t in chunks])
+        return _ChunkedCrossEntropy.apply(user, item_table, target)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -136,6 +136,18 @@ def test_a_student_that_the_method_does_not_fit_is_refused_before_anything_runs(
         plan(recipes.compose("slmrec", [option]))
 
 
+@pytest.mark.parametrize(
+    ("key", "entry", "kind"),
+    [("callbacks", "{deep_supervision: {blocks: 2}}", "callback"), ("fusion", "{add_projected: {from: text}}", "fusion")],
+)
+def test_a_second_part_of_one_name_is_refused(tmp_path, key, entry, kind):
+    recipe = tmp_path / "twice.yaml"
+    text = SHALLOW.replace("model: {dim: 8}}", f"model: {{dim: 8}}, {key}: [{entry}, {entry}]}}")
+    recipe.write_text(text.replace("  model: {fit", "  text: {encode: tfidf}\n  model: {fit"))
+    with pytest.raises(UserError, match=f"has the {kind} .* twice"):
+        plan(recipes.compose(str(recipe), []))
+
+
 def test_an_llm_alone_lacks_the_item_vectors_of_another_stage(no_files):
     with pytest.raises(UserError, match="stages.student.items"):
         plan(recipes.compose("student", ["student=llm"]))

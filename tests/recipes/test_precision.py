@@ -1,0 +1,14 @@
+"""Mixed precision trains every kind of student, with gradients clipped as `trainer.gradient_clip_val` is by default."""
+
+import pytest
+from tiny import by_name, small
+
+from lit_llmers.stages import run
+
+
+@pytest.mark.parametrize("student", ["sasrec", "gru4rec", "bert4rec", "caser", "srgnn", "lightgcn"])
+def test_a_student_trains_in_bf16_mixed_with_clipped_gradients(tmp_path, student):
+    given = [f"student={student}", "student.model.dim=16", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"]
+    planned = small(tmp_path, *given, "trainer.max_epochs=1", recipe="student")
+    run(planned, "student")
+    assert by_name(planned)["student"].summary["best"]["val/NDCG@10"] >= 0
