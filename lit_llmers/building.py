@@ -80,7 +80,7 @@ def references(stage: FitStage) -> list[Reference]:
     for room, entries in (("fusion", stage.fusions), ("callbacks", stage.terms)):
         for name, arguments in entries:
             for parameter, (key, kind) in find(room, name).sources.items():
-                if key in arguments:
+                if arguments.get(key) is not None:
                     found.append(Reference(f"{room}.{name}.{key}", arguments[key], kind, f"{room}.{name}.{parameter}"))
     return found
 
@@ -180,7 +180,7 @@ def _check_sources(cls: Any, arguments: dict[str, Any], where: str) -> None:
     """What a callback or fusion is made with: stages that it names, and arguments of its own."""
     parameters = inspect.signature(cls).parameters
     for parameter, (key, kind) in cls.sources.items():
-        if key not in arguments and parameters[parameter].default is inspect.Parameter.empty:
+        if arguments.get(key) is None and parameters[parameter].default is inspect.Parameter.empty:
             verbs = " or ".join(KINDS[kind])
             what = f"a {verbs} stage (record: {RECORDS[kind]})" if kind in RECORDS else f"a {verbs} stage"
             raise UserError(f"'{where}.{key}' is missing: name {what} of the recipe.")
@@ -264,7 +264,11 @@ def _build(
     room: str, name: str, arguments: dict[str, Any], sources: dict[str, Any], offered: dict[str, Any], **also: Any
 ) -> Any:
     cls = find(room, name)
-    read = {parameter: sources[f"{room}.{name}.{parameter}"] for parameter, (key, _) in cls.sources.items() if key in arguments}
+    read = {
+        parameter: sources[f"{room}.{name}.{parameter}"]
+        for parameter, (key, _) in cls.sources.items()
+        if arguments.get(key) is not None
+    }
     return cls(**also, **read, **_taken(inspect.signature(cls).parameters, offered), **_own(cls, arguments))
 
 

@@ -153,7 +153,7 @@ def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, A
 def _fusion(name: str, arguments: dict[str, Any], fitted: Stage) -> dict[str, Any]:
     """How to build a fusion again: its own arguments, and how wide the text was that it read, by argument."""
     sources = find("fusion", name).sources
-    kept = {parameter: key for parameter, (key, kind) in sources.items() if kind == "items" and key in arguments}
+    kept = {parameter: key for parameter, (key, kind) in sources.items() if kind == "items" and arguments.get(key) is not None}
     width = {parameter: _width(fitted.need(arguments[key])) for parameter, key in kept.items()}
     dropped = {key for key, kind in sources.values() if kind != "items"}  # a trained model gave it weights at the start
     return {"name": name, "arguments": {key: arguments[key] for key in arguments if key not in dropped}, "text": width}

@@ -148,6 +148,16 @@ def test_a_second_part_of_one_name_is_refused(tmp_path, key, entry, kind):
         plan(recipes.compose(str(recipe), []))
 
 
+def test_a_source_of_null_is_one_that_is_not_given(tmp_path):
+    recipe = tmp_path / "null.yaml"
+    text = SHALLOW.replace("  model: {fit", "  text: {encode: tfidf}\n  model: {fit")
+    recipe.write_text(text.replace("model: {dim: 8}}", "model: {dim: 8}, fusion: [{concat: {from: text, id: null}}]}"))
+    assert by_name(plan(recipes.compose(str(recipe), [])))["model"].needs
+    recipe.write_text(text.replace("model: {dim: 8}}", "model: {dim: 8}, fusion: [{concat: {from: null}}]}"))
+    with pytest.raises(UserError, match="concat.from' is missing: name a fit or encode stage"):
+        plan(recipes.compose(str(recipe), []))
+
+
 def test_an_llm_alone_lacks_the_item_vectors_of_another_stage(no_files):
     with pytest.raises(UserError, match="stages.student.items"):
         plan(recipes.compose("student", ["student=llm"]))
