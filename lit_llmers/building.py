@@ -115,17 +115,10 @@ def check(stage: FitStage, where: str) -> None:
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
     _check_fit(stage, backbone, where)
-    if issubclass(backbone, CountingBackbone) and (stage.initial or stage.fusion or stage.terms):
+    if issubclass(backbone, CountingBackbone) and (stage.initial or stage.fusion or stage.objective or stage.callbacks):
         raise UserError(
             f"'{where}': {stage.fit} is counted and not trained, so nothing can be added to it. Choose another student."
         )
-    for kind, named in (("fusion", stage.fusions), ("callback", stage.terms)):
-        given = [name for name, _ in named]
-        for name in given:
-            if given.count(name) > 1:
-                raise UserError(
-                    f"'{where}' has the {kind} {name} twice. Give it once; a second would take the place of the first."
-                )
     for key in ("fusion", "objective", "callbacks"):
         for position, entry in enumerate(getattr(stage, key)):
             if not isinstance(entry, dict) or len(entry) != 1:
@@ -135,6 +128,13 @@ def check(stage: FitStage, where: str) -> None:
                     _check_fusion(name, arguments or {}, backbone, stage, f"{where}.{key}.{name}")
                 else:
                     _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
+    for kind, named in (("fusion", stage.fusions), ("callback", stage.terms)):
+        given = [name for name, _ in named]
+        for name in given:
+            if given.count(name) > 1:
+                raise UserError(
+                    f"'{where}' has the {kind} {name} twice. Give it once; a second would take the place of the first."
+                )
 
 
 def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
