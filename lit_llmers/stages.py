@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS, build, fingerprinted
+from lit_llmers.conf.schema import SECTIONS, SHARDED, build, fingerprinted
 from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import digest, read_json, sha256, write_json
@@ -32,11 +32,12 @@ MODULES = {
 TRAINING = ("sequences", "optimizer", "trainer")
 SHARED = {"fit": TRAINING, "tune": TRAINING, "record": ("signals",), "evaluate": ("evaluation",)}
 GATHERING = ("evaluate", "export")  # run once, over all seeds
+PLACE = {"accelerator", "strategy", "devices", "num_nodes"}
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
-    "encode": {"model", "adapter", "accelerator", "checkpoint_every", "log_every"},  # checksums of the first two are too
-    "fit": {"accelerator", "checkpoint_every", "log_every"},
-    "tune": {"accelerator", "checkpoint_every", "log_every", "generation"},  # the last is in `content` of those that ask
+    "encode": PLACE | {"model", "adapter", "checkpoint_every", "log_every"},  # checksums of the first two are too
+    "fit": PLACE | {"checkpoint_every", "log_every"},
+    "tune": PLACE | {"checkpoint_every", "log_every", "generation"},  # the last is in `content` of those that ask
 }
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,13 @@ class Stage:
     def summary(self) -> dict[str, Any]:
         """What the stage reported when it was done."""
         return read_json(self.folder / "DONE")["summary"]
+
+    @property
+    def processes(self) -> int:
+        """How many processes run it together; a teacher is recorded by as many as have trained it."""
+        config = self.need(self.config.of).config if self.verb == "record" else self.config
+        trainer = getattr(config, "trainer", None)
+        return 1 if trainer is None else trainer.processes
 
     def need(self, name: str) -> "Stage":
         """The stage of that name that this one needs."""
@@ -235,7 +243,11 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         entry = {**entry, "mask_history": ranked["mask_history"]}
     trains = verb == "encode" and (entry["encode"] == "said" or entry.get("contrast") is not None)
     for section in ("optimizer", "trainer") if trains else SHARED.get(verb, ()):  # the run's own, with the stage's on top
-        own: Any = build(SECTIONS[section], {**config[section], **entry.get(section, {})}, f"{where}.{section}")
+        said = entry.get(section, {})
+        settings = {**config[section], **said}
+        if section == "trainer" and not _shares(settings["strategy"], verb, entry):
+            settings |= {"strategy": "auto", "devices": 1, "num_nodes": 1} | said
+        own: Any = build(SECTIONS[section], settings, f"{where}.{section}")
         entry = {**entry, section: own}
     classes = {
         "encode": EncodeStage,
@@ -266,6 +278,16 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
             raise UserError(f"There is no file {file}. Set evaluation.candidates to an npy or a parquet file, or to null.")
         return typed, {"candidates": sha256(Path(file))}
     return typed, {}
+
+
+def _shares(strategy: str, verb: str, entry: dict[str, Any]) -> bool:
+    """Whether the run's strategy is of use to a stage: nothing small is sharded, and what is counted has no gradients."""
+    if strategy in SHARDED:
+        return verb == "tune" or "base" in (entry.get("model") or {})
+    from lit_llmers.backbones import CountingBackbone
+    from lit_llmers.building import find
+
+    return verb != "fit" or not issubclass(find("backbones", entry["fit"]), CountingBackbone)
 
 
 def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ SCHEDULES = ("constant", "cosine")
 SIGNAL_DTYPES = ("float16", "float32")
 LOGGERS = ("wandb", "tensorboard", "csv")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+STRATEGIES = ("auto", "ddp", "zero2", "zero3", "zero3-offload", "fsdp2")
+SHARDED = ("zero2", "zero3", "zero3-offload", "fsdp2")  # cut a large model over processes; no gain for a small one
 LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 
 # of a setting that came after runs had been made without it: at its default it stays out of fingerprints, so theirs hold
@@ -172,7 +174,11 @@ class TrainerConfig:
 
     Attributes:
         accelerator, precision: as Lightning names them.
-        batch_size: training rows per micro-batch.
+        strategy: how processes share the work: `auto` is one process, `ddp` copies the model, the others shard it. Said of the
+            whole run, `ddp` holds for every stage that trains with gradients and the sharded ones for language models.
+        devices: processes on each machine.
+        num_nodes: machines.
+        batch_size: training rows per micro-batch, over all processes together: their number changes no result.
         accumulate_grad_batches: micro-batches per optimiser step.
         max_epochs: epochs at most.
         patience: epochs without a better validation NDCG@10 before training stops; 0 never stops early.
@@ -184,6 +190,9 @@ class TrainerConfig:
 
     accelerator: str = "auto"
     precision: str = "32-true"
+    strategy: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
     batch_size: int = 128
     accumulate_grad_batches: int = 1
     max_epochs: int = 40
@@ -194,13 +203,38 @@ class TrainerConfig:
     limit_train_batches: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate_grad_batches", "max_epochs", "checkpoint_every", "log_every"):
+        for name in (
+            "devices",
+            "num_nodes",
+            "batch_size",
+            "accumulate_grad_batches",
+            "max_epochs",
+            "checkpoint_every",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}. It must be at least 1.")
         if self.precision not in PRECISIONS:
             raise unknown("precision (trainer.precision)", self.precision, PRECISIONS)
+        if self.strategy not in STRATEGIES:
+            raise unknown("strategy (trainer.strategy)", self.strategy, STRATEGIES)
+        if self.strategy == "auto" and self.processes > 1:
+            raise UserError(
+                f"trainer.devices={self.devices} trainer.num_nodes={self.num_nodes} asks for {self.processes} processes. Say "
+                "how they share the work: trainer=ddp, or trainer=zero3 for a large language model."
+            )
+        if self.batch_size % self.processes:
+            raise UserError(
+                f"trainer.batch_size={self.batch_size} counts the rows of all processes together and cannot be divided by "
+                f"{self.processes} (trainer.devices={self.devices} x trainer.num_nodes={self.num_nodes}). Choose a multiple of "
+                f"{self.processes}."
+            )
         if self.patience < 0:
             raise UserError(f"trainer.patience is {self.patience}. It must be 0 (never stop early) or more.")
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.num_nodes
 
 
 @dataclass(frozen=True)
