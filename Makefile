@@ -5,13 +5,16 @@ ARGS   ?=
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python
 
-.PHONY: slmrec test lint bench bench-slmrec bench-methods
+.PHONY: slmrec test test-cluster lint bench bench-slmrec bench-methods
 
 slmrec: $(READY)
 	$(RUN) -m lit_llmers.fit recipe=slmrec $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)
+
+test-cluster: $(READY)
+	$(RUN) -m pytest tests/cluster $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

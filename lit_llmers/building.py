@@ -14,8 +14,8 @@ from torch import nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.callbacks.distillation import Distillation
-from lit_llmers.conf.schema import check_type
-from lit_llmers.conf.stages import FitStage, RecordStage
+from lit_llmers.conf.schema import SHARDED, TrainerConfig, check_type
+from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.teachers.base import BaseConfig
 
@@ -128,6 +128,7 @@ def check(stage: FitStage, where: str) -> None:
                     _check_fusion(name, arguments or {}, backbone, stage, f"{where}.{key}.{name}")
                 else:
                     _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
+    _check_processes(stage, where)
     for kind, named in (("fusion", stage.fusions), ("callback", stage.terms)):
         given = [name for name, _ in named]
         for name in given:
@@ -135,6 +136,49 @@ def check(stage: FitStage, where: str) -> None:
                 raise UserError(
                     f"'{where}' has the {kind} {name} twice. Give it once; a second would take the place of the first."
                 )
+
+
+def _check_processes(stage: FitStage, where: str) -> None:
+    """What is trained must be possible with the stage's strategy and its number of processes."""
+    check_base_of(stage.trainer, stage.model.get("base"), where)
+    if stage.trainer.processes == 1:
+        return
+    if stage.model.get("sparse"):
+        raise UserError(f"'{where}': model.sparse=true trains in one process. Use model.sparse=false, or trainer.devices=1.")
+    for name, arguments in stage.terms:
+        if find("callbacks", name).compares_rows(arguments):
+            raise UserError(
+                f"'{where}': {name} puts all rows of a batch beside each other, but each of {stage.trainer.processes} "
+                f"processes has its own. Train this stage in one: {where}.trainer={{strategy: auto, devices: 1, num_nodes: 1}}."
+            )
+
+
+def check_base_of(trainer: TrainerConfig, base: Any, where: str) -> None:
+    """A sharded strategy cuts up a base.
+
+    Args:
+        base: settings of the stage's base, None if it has none.
+
+    Raises:
+        UserError: there is none, or its weights have a precision that DeepSpeed does not mix with the rest's.
+    """
+    if trainer.strategy not in SHARDED:
+        return
+    if base is None:
+        raise UserError(
+            f"'{where}' has no language model that trainer.strategy={trainer.strategy} could cut up. Use ddp or auto."
+        )
+    if trainer.compile:
+        raise UserError(f"'{where}': trainer.compile does not go with trainer.strategy={trainer.strategy}. Leave it out.")
+    if trainer.strategy.startswith("zero"):
+        dtype, precision = BaseConfig.of(base).dtype, trainer.precision
+        fitting = {"float32": ("32-true", "bf16-mixed", "16-mixed"), "bfloat16": ("bf16-mixed", "bf16-true")}
+        known = fitting.get(dtype, ("16-mixed", "16-true"))
+        if precision not in known:
+            raise UserError(
+                f"'{where}': trainer.strategy={trainer.strategy} has one precision for all weights, but the base's are {dtype} "
+                f"and trainer.precision is {precision}. Use trainer.precision={known[0]}, or another dtype of the base."
+            )
 
 
 def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
@@ -193,40 +237,6 @@ def _own(cls: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in keys}
 
 
-def check_blocks(stages: dict[str, Any]) -> None:
-    """Check that every depth can be cut into the blocks that callbacks and records ask for.
-
-    Args:
-        stages: typed settings of all stages, by name.
-
-    Raises:
-        UserError: one cannot.
-    """
-    for name, stage in stages.items():
-        asked: list[tuple[str, int]] = []
-        if isinstance(stage, RecordStage) and stage.record == "block_states":
-            asked = [(stage.of, stage.blocks)]
-        elif isinstance(stage, FitStage):
-            for callback, given in stage.terms:
-                if "signals" in find("callbacks", callback).sources:
-                    asked.append((name, stages[given["from"]].blocks))
-                if "blocks" in (parameters := inspect.signature(find("callbacks", callback)).parameters):
-                    asked.append((name, given.get("blocks", parameters["blocks"].default)))
-        for model, blocks in asked:
-            layers = _layers(stages[model])
-            if blocks < 1 or layers % blocks:
-                raise UserError(
-                    f"The {layers} layers of stage '{model}' cannot be cut into the {blocks} equal blocks that stage "
-                    f"'{name}' asks for. Choose stages.{model}.model.layers divisible by them, or other blocks."
-                )
-
-
-def _layers(stage: FitStage) -> int:
-    backbone = find("backbones", stage.fit)
-    argument = inspect.signature(backbone).parameters.get("layers")
-    return int(stage.model.get("layers", backbone.layers if argument is None else argument.default))
-
-
 def build_backbone(stage: FitStage, seed: int, offered: dict[str, Any]) -> nn.Module:
     """Make the stage's backbone.
 
@@ -247,7 +257,7 @@ def build_fusions(stage: FitStage, backbone: Backbone, sources: dict[str, Any], 
     """Wrap the backbone in the stage's fusions.
 
     Args:
-        sources: what each reference of the fusions reads, by its `argument`.
+        sources: what each reference of the fusions reads, by its `argument`; one that is left out is as if it were not given.
         offered: as in `build_backbone`.
     """
     for name, arguments in stage.fusions:
@@ -265,9 +275,7 @@ def _build(
 ) -> Any:
     cls = find(room, name)
     read = {
-        parameter: sources[f"{room}.{name}.{parameter}"]
-        for parameter, (key, _) in cls.sources.items()
-        if arguments.get(key) is not None
+        parameter: sources[f"{room}.{name}.{parameter}"] for parameter in cls.sources if f"{room}.{name}.{parameter}" in sources
     }
     return cls(**also, **read, **_taken(inspect.signature(cls).parameters, offered), **_own(cls, arguments))
 

@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llmers import fit, recipes
+from lit_llmers import fit, preemption, recipes
 from lit_llmers.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ELSEWHERE = {  # arguments of `lit_llmers.fit` that have no place here, and what to do instead
     "recipe": "Here it is recipes=[NAME, ...].",
     "stage": "A run that stops at a stage has nothing to compare. Leave it out.",
+    "only": "One stage alone has nothing to compare. Leave it out.",
 }
 TAIL = 8192  # bytes of a run's messages that are searched for its error
 
@@ -38,7 +39,11 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare and return the exit status: 0 done, 1 some runs failed, 2 something in the command that the user can mend."""
+    """Compare and return the exit status.
+
+    That is 0 when it is done, 1 when some runs failed, 2 for something in the command that the user can mend, 3 when it was
+    stopped by SIGUSR1 and 143 when by SIGTERM.
+    """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
@@ -48,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
+    except preemption.Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -71,7 +79,7 @@ def help_text() -> str:
             "",
             "often used:",
             "  data=ml-1m seeds=[0,1,2]         as in lit_llmers.fit; every override holds for every run",
-            "  trainer.max_epochs=N             wins over what a student's own file says",
+            "  trainer.max_epochs=N             at most N epochs in every training stage",
             "  reference=NAME                   what all are tested against; by default their control, else the best",
             "  run.name=NAME run.dir=FOLDER     where the results go (runs/compare/<name>; the name is else the data set's)",
             "",
@@ -315,6 +323,7 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
                 log.info("%s done before, skipped (%s)", where, run.folder)
                 continue
             log.info("%s starts (%s)", where, run.folder)
+            preemption.stop_if_asked()
             share(run, root)
             started = time.monotonic()
             error = start(run.arguments)
@@ -350,7 +359,7 @@ def gather(runs: Sequence[PlannedRun], called: dict[tuple[str, str], str], refer
 
 def share(run: PlannedRun, root: Path) -> None:
     """Link the stages that other runs of this comparison have done, and encoded texts: the same name is the same content."""
-    from lit_llmers.encode import RECORDS
+    from lit_llmers.locks import RECORDS
 
     for record in [whole.parent.resolve() for whole in root.glob(f"*/*/{RECORDS}/*/manifest.json")]:
         own = run.folder / RECORDS / record.name
@@ -369,15 +378,24 @@ def share(run: PlannedRun, root: Path) -> None:
 
 
 def start(arguments: Sequence[str]) -> str | None:
-    """Run `lit_llmers.fit` in a process of its own, with its messages passed on; return its error, None when it is done."""
+    """Run `lit_llmers.fit` in a process of its own, with its messages passed on; return its error, None when it is done.
+
+    What asks this process to stop asks that one, and this one stops after it.
+
+    Raises:
+        Stopped: the run was stopped.
+    """
     command = [sys.executable, "-m", "lit_llmers.fit", *arguments]
     tail = b""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_die_with_parent()) as process:
         assert process.stderr is not None
-        while chunk := os.read(process.stderr.fileno(), 65536):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.flush()
-            tail = (tail + chunk)[-TAIL:]
+        with preemption.passing_on_to(process.pid):
+            while chunk := os.read(process.stderr.fileno(), 65536):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+                tail = (tail + chunk)[-TAIL:]
+    if (by := preemption.by_status(process.returncode)) is not None:
+        raise preemption.Stopped(by)
     return _error(process.returncode, tail.decode(errors="replace")) if process.returncode else None
 
 
@@ -400,4 +418,5 @@ def _error(status: int, messages: str) -> str:
 
 
 if __name__ == "__main__":
+    preemption.listen()
     sys.exit(main(sys.argv[1:]))

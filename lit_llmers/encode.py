@@ -10,17 +10,19 @@ from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write, digest
+from lit_llmers.locks import RECORDS
 from lit_llmers.models import TABLE, USER_TABLE, load_dataset
+from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
 from lit_llmers.text.contrast import tune_by_contrast
 from lit_llmers.text.prompts import history_texts, item_texts
 from lit_llmers.text.reduction import mean_of_histories
 from lit_llmers.text.said import said_vectors
+from lit_llmers.text.tables import has_vector
 from lit_llmers.text.tfidf import tfidf_svd
 from lit_llmers.text.transformer import TextEncoder
 from lit_llmers.text.vectors import Projection, Recorder
 
-RECORDS = "encoded"  # folder of the run with what language models made of texts
 log = logging.getLogger(__name__)
 
 
@@ -43,13 +45,14 @@ def run(stage: Stage) -> dict[str, Any]:
         table[1:] = table[1:][random.permutation(len(texts))]
         users = None if users is None else users[random.permutation(len(users))]
     if config.users == "mean":
-        pairs, filled = dataset.training_pairs, np.flatnonzero(table.any(axis=1))
-        users = mean_of_histories(table, pairs[np.isin(pairs[:, 1], filled)], dataset.n_users)
+        users = mean_of_histories(table, dataset.training_pairs, dataset.n_users)
+    if not Processes.here().of(stage).first:
+        return {}
     _save(stage.folder / TABLE, table)
-    summary = {"items": len(texts), "dim": table.shape[1], "without_text": int((~table[1:].any(1)).sum())} | summary
+    summary = {"items": len(texts), "dim": table.shape[1], "without_text": int((~has_vector(table[1:])).sum())} | summary
     if users is not None:
         _save(stage.folder / USER_TABLE, users)
-        summary |= {"users": len(users), "users_without_vector": int((~users.any(1)).sum())}
+        summary |= {"users": len(users), "users_without_vector": int((~has_vector(users)).sum())}
     return summary | ({"leaking": leaking} if leaking else {})
 
 
@@ -85,9 +88,9 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
     settings: list[Any] = [config.pooling, config.max_tokens, config.normalise]
     tuned = tune_by_contrast(stage, dataset, encoder) if config.contrast else {}
     identity = digest([encoder.base.name, encoder.revision, stage.content, *settings, *([stage.fingerprint] if tuned else [])])
-    record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label)
+    record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label, Processes.here().of(stage), stage.folder)
     vectors = record(texts)
-    filled = np.any(vectors, axis=1)
+    filled = has_vector(vectors)
     if not filled.any():
         raise UserError(
             f"The {len(texts)} item texts hold no word. Name text columns in the stage's fields, or encode other data."

@@ -14,9 +14,10 @@ from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
-from lit_llmers.files import atomic_write, write_json
+from lit_llmers.files import atomic_write, read_json, write_json
 from lit_llmers.metrics import KS, Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
+from lit_llmers.preemption import stop_if_asked
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.grounding import GroundedRecommender
@@ -28,47 +29,64 @@ log = logging.getLogger(__name__)
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Write `evaluation.json`, each model's ranks and the groups of the test rows."""
+    """Write `evaluation.json`, each model's ranks and the groups of the test rows.
+
+    The file grows with each model, and what a language model says is kept beside it, so that a pass which was interrupted goes
+    on with the model at hand, after what was said.
+    """
     config: EvaluateStage = stage.config
-    dataset = load_dataset(stage)
-    models = []
+    dataset, path = load_dataset(stage), stage.folder / "evaluation.json"
     candidates, candidates_hash = _candidates(stage, dataset)
-    for fitted in (need for need in stage.needs if need.verb in ("fit", "tune")):
-        rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length, config.evaluation.users)
-        model = load_model(fitted, dataset)
-        ranks, seconds = rank_all(model, rows, config, candidates)
-        shown = coverage(model, rows, config) if candidates is None else {}
-        ranks_file = f"ranks-{fitted.name}-seed{fitted.seed}.npy"
-        with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
-            np.save(file, ranks.astype(np.float32), allow_pickle=False)
-        groups = row_groups(dataset, rows)
-        metrics = {name: _metrics(ranks, inside, rows.user) for name, inside in _named_groups(groups).items()}
-        metrics["all"] |= shown
-        summary = fitted.summary
-        models.append(
-            {
-                "name": fitted.name,
-                "seed": fitted.seed,
-                "metrics": metrics,
-                "popularity": _by_popularity(ranks, groups["popularity"], rows.user),
-                "parameters": summary["parameters"] | {"layers": summary["layers"], "width": summary["width"]},
-                "training": {
-                    "seconds": summary["train_seconds"],
-                    "rows_per_second": summary["rows_per_second"],
-                    "epochs": summary["epochs"],
-                },
-                "inference": {"seconds": seconds, "users_per_second": len(rows) / seconds},
-                "ranks": ranks_file,
-            }
-        )
-        figures = models[-1]["metrics"]["all"]
-        log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
+    rows = EvaluationRows(dataset, "test", 1, config.evaluation.users)
+    groups = row_groups(dataset, rows)
     with atomic_write(stage.folder / "groups.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **groups)  # type: ignore[arg-type]
     protocol = _protocol(stage, dataset, len(rows), candidates_hash)
-    write_json(stage.folder / "evaluation.json", {"protocol": protocol, **_legend(), "models": models})
+    models: list[dict[str, Any]] = read_json(path)["models"] if path.is_file() else []
+    before = {(model["name"], model["seed"]) for model in models}
+    for fitted in (need for need in stage.needs if need.verb in ("fit", "tune")):
+        if (fitted.name, fitted.seed) in before:
+            log.info("%-24s evaluated before", fitted.label)
+            continue
+        models.append(_evaluate(fitted, stage, dataset, candidates, groups))
+        write_json(path, {"protocol": protocol, **_legend(), "models": models})
+        figures = models[-1]["metrics"]["all"]
+        log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
     best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
     return {"models": len(models), "best": best["name"], "NDCG@10": best["metrics"]["all"]["NDCG@10"]}
+
+
+def _evaluate(
+    fitted: Stage, stage: Stage, dataset: Dataset, candidates: np.ndarray | None, groups: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Write the ranks of one trained model; its entry in `evaluation.json`."""
+    config: EvaluateStage = stage.config
+    rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length, config.evaluation.users)
+    model, name = load_model(fitted, dataset), f"{fitted.name}-seed{fitted.seed}"
+    if isinstance(model, GroundedRecommender):
+        model.keep(stage.folder / f"said-{name}.jsonl")
+    ranks, seconds = rank_all(model, rows, config, candidates)
+    shown = coverage(model, rows, config) if candidates is None else {}
+    ranks_file = f"ranks-{name}.npy"
+    with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
+        np.save(file, ranks.astype(np.float32), allow_pickle=False)
+    metrics = {name: _metrics(ranks, inside, rows.user) for name, inside in _named_groups(groups).items()}
+    metrics["all"] |= shown
+    summary = fitted.summary
+    return {
+        "name": fitted.name,
+        "seed": fitted.seed,
+        "metrics": metrics,
+        "popularity": _by_popularity(ranks, groups["popularity"], rows.user),
+        "parameters": summary["parameters"] | {"layers": summary["layers"], "width": summary["width"]},
+        "training": {
+            "seconds": summary["train_seconds"],
+            "rows_per_second": summary["rows_per_second"],
+            "epochs": summary["epochs"],
+        },
+        "inference": {"seconds": seconds, "users_per_second": len(rows) / seconds},
+        "ranks": ranks_file,
+    }
 
 
 @torch.inference_mode()
@@ -81,7 +99,8 @@ def rank_all(
         candidates: `[R, N]` items that compete with the target, or None for the whole catalogue.
 
     Returns:
-        ranks `[R]`, 0 is best, ties count half; and the seconds that encoding and ranking took.
+        ranks `[R]`, 0 is best, ties count half; and the seconds that encoding and ranking took, in an interrupted
+        pass too.
     """
     device = _placed(model)
     tables = model.tables()
@@ -91,10 +110,12 @@ def rank_all(
         model.ranks(_on(device, next(iter(batches))), tables)  # warm up
     started = time.perf_counter()
     for batch in batches:
+        stop_if_asked()
         index = batch["row"].numpy()
         competing = None if candidates is None else torch.from_numpy(candidates[index]).long().to(device)
         ranks[index] = model.ranks(_on(device, batch), tables, competing).cpu().numpy()
-    return ranks, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return ranks, seconds + (model.work.before if isinstance(model, GroundedRecommender) else 0.0)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,42 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Where a folder is while a newer one takes its place."""
+    return path.with_name(f"{path.name}.previous")
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Let a folder that is written whole take the place of `path`, a folder or nothing.
+
+    Renaming puts no folder in the place of a full one, so the old one makes room first; `recover` finds it if nothing follows.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+    remove(previous(path))
+    if path.exists():
+        os.replace(path, previous(path))
+    os.replace(temporary, path)
+    remove(previous(path))
+
+
+def recover(path: Path) -> None:
+    """Undo what a killed `replace_folder` left: the old folder goes where there is no new one."""
+    if previous(path).exists() and not path.exists():
+        os.replace(previous(path), path)
+    remove(previous(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _disk_is_full(error: Exception) -> bool:

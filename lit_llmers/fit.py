@@ -1,5 +1,10 @@
 """`python -m lit_llmers.fit recipe=NAME [override ...]`: compose a recipe, check it, run its stages, write the report."""
 
+from lit_llmers import preemption
+
+if __name__ == "__main__":
+    preemption.listen()  # before anything that takes time is imported
+
 import logging
 import os
 import shlex
@@ -8,19 +13,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llmers import recipes
+from lit_llmers import processes, recipes
 from lit_llmers.allocator import keep_memory
 from lit_llmers.errors import UserError
 
+PATIENCE = 600  # seconds that a process waits while another one of the same run writes the report
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a recipe and return the exit status: 0 done, 2 something that the user can mend."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    """Run a recipe and return the exit status.
+
+    That is 0 when it is done, 2 for something that the user can mend, 1 when a process of a group died, 3 when it was
+    stopped by SIGUSR1 and 143 when by SIGTERM: it then goes on when the same command is given again.
+    """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
         return 0
     keep_memory()
     try:
+        here = processes.Processes.here()
+        logging.basicConfig(format="%(message)s", level=logging.INFO if here.first else logging.ERROR, stream=sys.stderr)
         name = _recipe_name(arguments)
         config = recipes.compose(name, [a for a in arguments if not a.startswith("recipe=") and a != "--config"])
         if "--config" in arguments:
@@ -28,35 +40,79 @@ def main(arguments: Sequence[str]) -> int:
 
             print(OmegaConf.to_yaml(config))
             return 0
-        fit(config, arguments)
+        fit(config, arguments, here)
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return _failed(2, str(error))
+    except processes.RankFailed as error:
+        return _failed(1, str(error))
+    except preemption.Stopped as stopped:
+        if not processes.conducted():
+            print(f"\n{stopped}", file=sys.stderr)
+        return stopped.status
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not isinstance(error if isinstance(error, KeyboardInterrupt) else error.__context__, KeyboardInterrupt):
+            raise
+        if not processes.conducted():
+            print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
+    except Exception as error:
+        processes.report_failure(1, f"{type(error).__name__}: {error}")
+        raise
     return 0
 
 
-def fit(config: dict[str, Any], arguments: Sequence[str]) -> None:
-    """Run a composed recipe: its stages in order, then the report."""
-    quiet()
-    from lit_llmers.loggers import finish_loggers
-    from lit_llmers.report import publish, summary_table, write_report
-    from lit_llmers.stages import alone, plan, run
+def _failed(status: int, message: str) -> int:
+    """Say what is wrong, once for all processes of a group where somebody collects what they say."""
+    if not processes.report_failure(status, message):
+        here = processes.Processes.here()
+        rank = "" if here.world == 1 else f" (rank {here.rank} of {here.world})"
+        print(f"\nerror{rank}: {message}", file=sys.stderr)
+    return status
 
-    stages = plan(config)
+
+def fit(config: dict[str, Any], arguments: Sequence[str], here: processes.Processes) -> None:
+    """Run a composed recipe: its stages in order, or one alone, then the report."""
+    quiet()
+    preemption.stop_if_asked()
+    from lit_llmers.locks import alone, sweep
+    from lit_llmers.report import summary_table
+    from lit_llmers.requeue import refuse_changed_settings
+    from lit_llmers.stages import check_needs_done, plan, run, select
+
+    stages, only = plan(config), config["only"]
+    preemption.stop_if_asked()
     folder = stages[0].run.folder
-    with alone(folder):
-        describe_run(folder, config, arguments, stages)
-        run(stages, config["stage"])
+    selected = select(stages, config["stage"], only)
+    here.check([stage for stage in selected if not stage.done])
+    if only is not None:
+        check_needs_done(selected)
+        refuse_changed_settings(selected)
+    if here.first:
+        with alone(folder, patience=PATIENCE, deep=False):
+            describe_run(folder, config, arguments, stages)
+        sweep(folder)
+    run(stages, config["stage"], only, arguments)
+    reported = [stage for stage in stages if stage.verb == "evaluate"]
+    if not here.first or (only is not None and not all(stage.done for stage in reported)):
+        return  # the stage that the report is about comes later
+    with alone(folder, patience=PATIENCE, deep=False):
         describe_run(folder, config, arguments, stages)  # the data are prepared now
-        report = write_report(folder)
-        loggers = stages[0].run.loggers(folder / "report", "report", config)
-        publish(folder, loggers)
-        finish_loggers(loggers)
-    print(summary_table(folder))
-    print(f"\nReport: {report}")
+        report = report_run(stages[0].run, config)
+    if not processes.conducted():
+        print(summary_table(folder))
+        print(f"\nReport: {report}")
+
+
+def report_run(run: Any, config: dict[str, Any]) -> Path:
+    """Write the report and show it in W&B; return its path."""
+    from lit_llmers.loggers import finish_loggers
+    from lit_llmers.report import publish, write_report
+
+    report = write_report(run.folder)
+    loggers = run.loggers(run.folder / "report", "report", config)
+    publish(run.folder, loggers)
+    finish_loggers(loggers)
+    return report
 
 
 def help_text() -> str:
@@ -78,7 +134,9 @@ def help_text() -> str:
             "  data=local data.path=FOLDER      your own interactions.parquet and items.parquet",
             "  seeds=[0,1,2]                    repeat the student and its control, with a paired test",
             "  stage=NAME                       stop after this stage",
+            "  only=NAME                        this stage alone; what it needs must be done",
             "  trainer.max_epochs=N             at most N epochs in every training stage",
+            "  stages.NAME.trainer.max_epochs=N in this one, whatever is said of all",
             "  scale=paper                      the settings of the paper, for a cluster",
             "  run.name=NAME run.dir=FOLDER     where the results go (runs/<recipe>/<name>)",
             "  --config                         print the composed configuration and stop",
@@ -126,6 +184,9 @@ def quiet() -> None:
     """Keep libraries from talking over the progress lines; their errors still come through."""
     import warnings
 
+    import torch  # noqa: F401  (by itself, as the two take seconds each)
+
+    preemption.stop_if_asked()
     import lightning  # noqa: F401  (sets its loggers up when it is imported)
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -135,4 +196,4 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    processes.as_program(main)

@@ -11,7 +11,7 @@ from lit_llmers.errors import UserError
 
 
 class Journal:
-    """Appends lines to a `metrics.jsonl` and flushes each one.
+    """Appends lines to a file such as a `metrics.jsonl` and flushes each one.
 
     A line that a killed process left half-written is cut off when the file is opened. A line that cannot be written
     whole is taken back before the error is raised.
@@ -35,7 +35,7 @@ class Journal:
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}). Mend that and give the same command again: "
-                "training goes on from its last checkpoint."
+                "it goes on where it was."
             ) from error
 
     def _open(self) -> IO[bytes]:
@@ -73,10 +73,22 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a `metrics.jsonl`, one dict per step, in order of the steps.
+    """Read a `metrics.jsonl`, one dict per step, in order of the steps; see `read_journal`.
 
     A resumed run logs again what it had logged after its last checkpoint: lines of the same step are merged and the
-    later value wins. A torn last line is left out. A file that is not there is an empty one.
+    later value wins.
+
+    Raises:
+        UserError: a line before the last is not JSON.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in read_journal(path):
+        steps.setdefault(int(entry["step"]), {}).update(entry)
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Read what a `Journal` wrote, in order. A torn last line is left out. A file that is not there is an empty one.
 
     Raises:
         UserError: a line before the last is not JSON.
@@ -85,11 +97,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    steps: dict[int, dict[str, Any]] = {}
+    entries = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"Line {number} of {path} is not JSON ({error}). Remove that line.") from error
-        steps.setdefault(int(entry["step"]), {}).update(entry)
-    return [steps[step] for step in sorted(steps)]
+    return entries

@@ -2,16 +2,22 @@
 
 W&B is never in the way: it asks nothing, works offline when nobody is logged in, and when it fails, one warning says so
 and training goes on. Nothing is lost by that, for everything it would show is in `metrics.jsonl` and the report.
+
+A stage is one W&B run however often it is stopped: what W&B lacks of the steps before is told to it from `metrics.jsonl`, and
+a step that is trained again is not told twice.
 """
 
 import importlib.util
 import logging
+import math
 import netrc
 import os
 import re
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,11 @@ __all__ = [
     "read_metrics",
 ]
 
-INIT_SECONDS = 30  # that W&B's server may take to answer before the stage goes on offline
+LIMITS = {  # seconds that W&B's server may keep a stage waiting: for an answer, and for what is left to upload at its end
+    "init_timeout": 15,
+    "finish_timeout": 60,
+}
+STEP = "trainer/global_step"  # as Lightning names it
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +88,15 @@ class JsonlLogger(Logger):
 
 
 class QuietWandbLogger(WandbLogger):
-    """Lightning's WandbLogger around a run of ours, which training survives: its first failure is its last."""
+    """Lightning's WandbLogger around a run of ours, which training survives: its first failure is its last.
 
-    def __init__(self, run: Any, project: str, save_dir: Path) -> None:
+    Args:
+        earlier: what the stage logged before it was stopped, in order of the steps; W&B may have some of it or nothing.
+    """
+
+    def __init__(self, run: Any, project: str, save_dir: Path, earlier: list[dict[str, Any]]) -> None:
         super().__init__(experiment=run, project=project, save_dir=str(save_dir), log_model=False)
+        self.earlier = earlier
         self.failed = False
 
     def attempt(self, action: Callable[[], Any]) -> None:
@@ -90,13 +105,32 @@ class QuietWandbLogger(WandbLogger):
             return
         try:
             action()
-        except _wandb_failures() as error:
+        except Exception as error:  # W&B raises much that its documents do not name, its service's errors among them
             self.failed = True
             _warn("stopped taking metrics", error)
 
+    def catch_up(self, until: float = math.inf) -> None:
+        """Log what the stage had logged for the steps before `until`."""
+        earlier, self.earlier = self.earlier, []
+        for entry in earlier:
+            if entry["step"] < until:
+                values = {key: math.nan if value is None else value for key, value in entry.items()}
+                self._log({key: value for key, value in values.items() if key not in ("step", "time")}, entry["step"])
+
+    def _log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if step >= self.experiment.starting_step:  # W&B has those before it, when it goes on in a run
+            self.experiment.log({**metrics, STEP: step}, step=step)
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.attempt(lambda: super(QuietWandbLogger, self).log_metrics(metrics, step))
+        def log_all() -> None:
+            if step is None:  # images and tables
+                self.experiment.log(dict(metrics))
+            else:
+                self.catch_up(step)
+                self._log(metrics, step)
+
+        self.attempt(log_all)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -145,11 +179,13 @@ def _start_wandb(
 ) -> QuietWandbLogger | None:
     """Start the stage's run: online if somebody is logged in and the server answers, else offline, else not at all."""
     os.environ.setdefault("WANDB_SILENT", "true")  # wandb then neither prints nor prompts
+    earlier = read_metrics(folder / "metrics.jsonl")
+    limits: dict[str, Any] = {key: seconds for key, seconds in LIMITS.items() if f"WANDB_{key.upper()}" not in os.environ}
     try:
         import wandb
 
         arguments: dict[str, Any] = {
-            "mode": _wandb_mode(wandb),
+            "mode": wandb_mode(wandb),
             "project": project,
             "group": group,
             "name": name,
@@ -158,9 +194,9 @@ def _start_wandb(
             "resume": "allow",
             "dir": str(folder),
             "config": dict(settings),
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS),
+            "settings": wandb.Settings(silent=True, console="off", **limits),
         }
-        wandb.finish()
+        _leave(wandb)
         try:
             run = wandb.init(**arguments)
         except (wandb.errors.Error, OSError) as error:
@@ -168,19 +204,41 @@ def _start_wandb(
                 raise
             _warn("could not be reached, going on offline", error)
             os.environ["WANDB_MODE"] = "offline"  # the later stages of this command need not wait for it again
+            wandb.teardown()  # its service holds on to the id
             run = wandb.init(**{**arguments, "mode": "offline"})
-        run.define_metric("trainer/global_step")
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+        if arguments["mode"] != "disabled":
+            _remove_copies(folder, run)
     except ImportError as error:
         _warn("is not installed", error)
         return None
-    except _wandb_failures() as error:
+    except Exception as error:  # see QuietWandbLogger.attempt
         _warn("does not work here", error)
         return None
-    return QuietWandbLogger(run, project, folder)
+    return QuietWandbLogger(run, project, folder, earlier)
 
 
-def _wandb_mode(wandb: Any) -> str:
+def _leave(wandb: Any) -> None:
+    """End the run of a stage that failed, and W&B's service where it is dead."""
+    try:
+        wandb.finish()
+    except Exception:  # see QuietWandbLogger.attempt; that run has had its warning
+        with suppress(Exception):
+            wandb.teardown()
+
+
+def _remove_copies(folder: Path, run: Any) -> None:
+    """Remove what W&B wrote in the stage's folder before it was stopped: it will all be in the new copy.
+
+    Two copies of one run would be uploaded one over the other.
+    """
+    for copy in (folder / "wandb").glob("*run-*"):
+        if copy != Path(run.settings.sync_dir):
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def wandb_mode(wandb: Any) -> str:
     """`WANDB_MODE` where it is set, else online if there are credentials, else offline."""
     known = wandb.setup().settings
     if known.mode in ("disabled", "offline", "dryrun"):
@@ -193,15 +251,6 @@ def _wandb_mode(wandb: Any) -> str:
     except (OSError, netrc.NetrcParseError):
         return "offline"
     return "online" if any(logins.authenticators(host) for host in hosts) else "offline"
-
-
-def _wandb_failures() -> tuple[type[Exception], ...]:
-    """What W&B raises: its own errors; OSError for its service, files and time-outs; ValueError for its settings."""
-    try:
-        from wandb.errors import Error
-    except ImportError:
-        return OSError, ValueError
-    return Error, OSError, ValueError
 
 
 def _warn(what: str, error: Exception) -> None:
@@ -238,6 +287,8 @@ def log_table(loggers: Iterable[Logger], name: str, columns: list[str], rows: li
 def finish_loggers(loggers: Iterable[Logger], summary: Mapping[str, Any] | None = None) -> None:
     """End a stage's loggers, with its results in W&B's summary, so that the next stage gets a run of its own."""
     loggers = list(loggers)
+    for wandb_logger in _wandb_loggers(loggers):
+        wandb_logger.attempt(wandb_logger.catch_up)
     if summary:
         log_summary(loggers, summary)
     for logger in loggers:

@@ -23,6 +23,7 @@ from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import load_grounded
 from lit_llmers.text.reduction import mean_of_histories, reduce_table
+from lit_llmers.text.tables import has_vector
 
 TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
 USER_TABLE = "user_table.npy"  # the user vectors that an encode stage may leave, [U, d] float32
@@ -38,19 +39,42 @@ def load_item_table(stage: Stage) -> torch.Tensor | None:
 
     With several tables, each is scaled to the root mean square of the first, so that none drowns the others' part of the
     dot product.
+
+    Raises:
+        UserError: a table has no vector at all.
     """
-    tables = [np.load(stage.need(name).folder / TABLE, allow_pickle=False) for name in stage.config.items]
+    tables = [_load_table(stage.need(name), TABLE) for name in stage.config.items]
     if not tables:
         return None
-    size = [float(np.sqrt(np.mean(np.square(table[1:])))) or 1.0 for table in tables]
+    size = [float(np.sqrt(np.mean(np.square(table[has_vector(table)])))) for table in tables]
     return torch.from_numpy(np.concatenate([table * (size[0] / own) for table, own in zip(tables, size, strict=True)], 1))
 
 
-def build_model(stage: Stage, dataset: Dataset) -> Recommender:
-    """The untrained model of a fit stage; its random weights depend on the stage's seed alone."""
+def _load_table(source: Stage, file: str) -> np.ndarray:
+    """The vectors that a stage left, `[n+1, d]` or `[U, d]`; a row of zeros is none.
+
+    Raises:
+        UserError: there is not one vector among them.
+    """
+    table: np.ndarray = np.load(source.folder / file, allow_pickle=False)
+    if not has_vector(table).any():
+        raise UserError(
+            f"Stage '{source.name}' leaves no vector: all {len(table)} rows of its {file} are zero. Give it text to encode "
+            "(fields, data.texts), or name another stage."
+        )
+    return table
+
+
+def build_model(stage: Stage, dataset: Dataset, trained: bool = False) -> Recommender:
+    """The model of a fit stage before its training; its random weights depend on the stage's seed alone.
+
+    Args:
+        trained: its weights come from a checkpoint next, so the models that it started from are not read. (For those of an LLM
+            they are: a checkpoint lacks what is frozen.)
+    """
     config: FitStage = stage.config
     offered = offers(stage, dataset)
-    sources = load_sources(stage, dataset, "fusion")
+    sources = load_sources(stage, dataset, "fusion", models=not trained or "base" in config.model)
     if sources:  # a model among them was built from its own stage's seed
         L.seed_everything(stage.seed, verbose=False)
     backbone: Any = build_backbone(config, stage.seed, offered)
@@ -81,15 +105,15 @@ def offers(stage: Stage, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def load_sources(stage: Stage, dataset: Dataset, room: str) -> dict[str, Any]:
-    """The tables and models of other stages that the fusions or callbacks of a fit stage read, by reference.
+def load_sources(stage: Stage, dataset: Dataset, room: str, models: bool = True) -> dict[str, Any]:
+    """The tables of other stages that the fusions or callbacks of a fit stage read and, if asked, the models, by reference.
 
     What record stages left is not among them: `lit_llmers.record.open_signals`.
     """
     return {
         reference.argument: _load_source(stage.need(reference.stage), reference.kind, dataset)
         for reference in references(stage.config)
-        if reference.argument.startswith(f"{room}.") and reference.kind not in RECORDS
+        if reference.argument.startswith(f"{room}.") and reference.kind not in RECORDS and (models or reference.kind != "model")
     }
 
 
@@ -100,16 +124,16 @@ def _load_source(source: Stage, kind: str, dataset: Dataset) -> Any:
     if not path.is_file():
         cure = "Set users: mean, history or profile in that stage." if kind == "users" else "Name another stage."
         raise UserError(f"Stage '{source.name}' leaves no vectors of {kind}. {cure}")
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+    return torch.from_numpy(_load_table(source, path.name))
 
 
 def _initial_tables(stage: Stage, config: InitialConfig, dataset: Dataset, backbone: Any) -> dict[str, torch.Tensor]:
-    """What a backbone's tables start from."""
-    table = np.load(stage.need(config.items).folder / TABLE, allow_pickle=False).astype(np.float32)
+    """What a backbone's tables start from; a row of zeros where there is nothing to start from."""
+    table = _load_table(stage.need(config.items), TABLE).astype(np.float32)
     if config.reduce is not None and table.shape[1] != backbone.dim:
         table = reduce_table(table, backbone.dim, config.reduce, dataset.popularity(), stage.seed)
     if config.std is not None:
-        table = table * (config.std / max(float(table[1:].std()), 1e-12))
+        table = table * (config.std / max(float(table[has_vector(table)].std()), 1e-12))
     tables = {"items": table}
     if isinstance(backbone, CollaborativeBackbone) and config.users:
         tables["users"] = mean_of_histories(table, dataset.training_pairs, dataset.n_users)
@@ -137,7 +161,7 @@ def load_model(stage: Stage, dataset: Dataset) -> Recommender:
     if stage.verb == "tune":
         return load_grounded(stage, dataset)
     L.seed_everything(stage.seed, verbose=False)
-    model = build_model(stage, dataset)
+    model = build_model(stage, dataset, trained=True)
     load_weights(model, path)
     return model.eval()
 

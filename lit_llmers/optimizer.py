@@ -13,7 +13,7 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
     """What `configure_optimizers` returns for the trainable parameters of the module."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fused = not _clips_in_mixed_precision(module)
-    adam = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    adam = torch.optim.AdamW(_groups(trainable), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     warmup = config.warmup_steps
     if not warmup and config.schedule == "constant":
         return adam
@@ -30,6 +30,13 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
     return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _groups(parameters: list[torch.nn.Parameter]) -> list[Any]:
+    """Parameters in shards apart from whole ones: they cannot be stepped together."""
+    sharded = [each for each in parameters if hasattr(each, "placements")]
+    whole = [each for each in parameters if not hasattr(each, "placements")]
+    return [{"params": sharded}, {"params": whole}] if sharded and whole else parameters
 
 
 def _clips_in_mixed_precision(module: L.LightningModule) -> bool:

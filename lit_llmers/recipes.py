@@ -57,6 +57,10 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     `scale=NAME` stands for the overrides that the recipe lists under `scales: NAME`; overrides given beside it win.
 
+    What an override says of the whole run wins over the student's own file and, of `trainer.*` alone, over what a stage of the
+    recipe has for itself: how long and in which batches to train is the user's to choose, while a stage has its own learning
+    rate or examples because its method needs them. An override of the student or of the stage wins over both.
+
     Raises:
         UserError: unknown recipe, group option, scale or key, or a malformed override.
     """
@@ -79,9 +83,8 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         group, _, option = override.partition("=")
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
-    chosen = [*_scale_overrides(path, scale), *given]
-    of_stages = [override for override in chosen if _STAGE_KEY.match(override)]
-    others = [_open(override) for override in chosen if override not in of_stages]
+    layers = [_scale_overrides(path, scale), given]
+    others = [_open(override) for layer in layers for override in layer if not _STAGE_KEY.match(override)]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
 
         def composed(arguments: list[str]) -> Any:
@@ -104,14 +107,17 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
                     ) from error
             raise UserError(f"Recipe '{name}' does not compose: {str(error).splitlines()[0]}") from error
     OmegaConf.set_struct(config, False)
-    for override in others:  # what is said of the whole run wins over the student's own file
-        section, _, key = override.partition("=")[0].lstrip("+~").partition(".")
-        own = OmegaConf.select(config, f"student.{section}") if section in SECTIONS else None
-        if own is not None and key in own:
-            own.pop(key)
+    for number, layer in enumerate(layers):
+        of_student = {_key(override) for later in layers[number:] for override in later}
+        for section, _, key in (_key(override).partition(".") for override in layer):
+            own = OmegaConf.select(config, f"student.{section}") if section in SECTIONS else None
+            if own is not None and key in own and f"student.{section}.{key}" not in of_student:
+                own.pop(key)
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        plain = _with_stage_overrides(plain, of_stages)
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        for layer in layers:
+            _silence_trainers(plain.get("stages"), layer)
+            plain = _with_stage_overrides(plain, [override for override in layer if _STAGE_KEY.match(override)])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"Recipe '{name}' does not resolve: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
@@ -119,21 +125,53 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     return {"recipe": path.stem, **{str(key): value for key, value in plain.items()}}
 
 
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _silence_trainers(stages: Any, overrides: Sequence[str]) -> None:
+    """Take out of the stages' own `trainer` what overrides say of the whole run's."""
+    said = [_key(override).removeprefix("trainer.") for override in overrides if _key(override).startswith("trainer.")]
+    entries = stages.values() if isinstance(stages, dict) else ()
+    for own in [entry["trainer"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("trainer"), dict)]:
+        for key in said:
+            own.pop(key, None)
+
+
 def _split_scale(overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     scales = [override.partition("=")[2] for override in overrides if override.startswith("scale=")]
     return (scales[-1] if scales else None), [o for o in overrides if not o.startswith("scale=")]
 
 
-def _scale_overrides(path: Path, scale: str | None) -> list[str]:
-    """`scales: NAME: {key: value}` of a recipe as overrides. The file as it stands is the `laptop` scale."""
+def scale_settings(path: Path, scale: str) -> dict[str, Any]:
+    """`scales: NAME: {key: value}` of a recipe. The file as it stands is the `laptop` scale.
+
+    `like: OTHER` there stands for the settings in `lit_llmers/conf/scale/OTHER.yaml`, which several recipes share; the recipe's
+    own win over them.
+
+    Raises:
+        UserError: there is no such scale.
+    """
     from omegaconf import OmegaConf
 
-    if scale in (None, "laptop"):
-        return []
-    scales: Any = OmegaConf.select(OmegaConf.load(path), "scales") or {}
+    if scale == "laptop":
+        return {}
+    scales: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    scales = (scales or {}).get("scales") or {}
     if scale not in scales:
-        raise unknown(f"scale of {path.stem}", str(scale), ["laptop", *scales])
-    return [f"{key}={_grammar(value)}" for key, value in scales[scale].items()]
+        raise unknown(f"scale of {path.stem}", scale, ["laptop", *scales])
+    own = dict(scales[scale])
+    if (other := own.pop("like", None)) is None:
+        return own
+    if other not in options("scale"):
+        raise unknown(f"scale in 'scales.{scale}.like'", other, options("scale"))
+    shared: Any = OmegaConf.to_container(OmegaConf.load(CONF / "scale" / f"{other}.yaml"), resolve=False)
+    return {**shared, **own}
+
+
+def _scale_overrides(path: Path, scale: str | None) -> list[str]:
+    """The settings of a scale as overrides."""
+    return [f"{key}={_grammar(value)}" for key, value in scale_settings(path, scale or "laptop").items()]
 
 
 def _grammar(value: Any) -> str:

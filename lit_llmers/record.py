@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,14 +22,19 @@ from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import Batch, OrderedBatches, seen_before, windows
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
+from lit_llmers.files import read_json
 from lit_llmers.losses.feature import block_boundaries
 from lit_llmers.models import load_dataset, load_model
+from lit_llmers.preemption import stop_if_asked
+from lit_llmers.processes import Processes
 from lit_llmers.ranking import Catalogue, top_items
 from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import GroundedRecommender
+
+SHARDS_EACH = 4  # of a process among several, at least, as far as there are rows
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +97,7 @@ def open_signals(stage: Stage, rows: Any) -> SignalSource | RecordedRanking:
         split = rows.fingerprint if config.per == "target" else rows.dataset.fingerprint
         items, scores = (SignalReader(stage.folder / name, teacher=teacher.fingerprint, split=split) for name in Rankings.names)
         return RecordedRanking(items, scores, config.per)
-    if config.signals.online:
+    if config.online:
         model = _sequential(load_model(teacher, rows.dataset), config)
         return OnlineTeacher(model, _boundaries(model, config))
     return RecordedStates(SignalReader(stage.folder / config.record, teacher=teacher.fingerprint, split=rows.fingerprint))
@@ -151,20 +157,10 @@ class Rankings:
         if config.per == "user":
             self.rows, self.split = dataset.n_users, dataset.fingerprint
         else:
-            self._check_targets(config)
             self.targets = TrainingRows(dataset, teacher.config.sequences)
             self.rows, self.split = self.targets.targets, self.targets.fingerprint
         shape = (config.k,)
         self.signals = dict(zip(self.names, ((shape, "int32"), (shape, "float32")), strict=True))
-
-    def _check_targets(self, config: RecordStage) -> None:
-        if isinstance(self.model, GroundedRecommender):
-            return
-        if not isinstance(self.model, SequentialRecommender) or not self.model.backbone.causal:
-            raise UserError(
-                f"Stage '{config.of}' cannot rank after each training target: it does not read a history up to there. "
-                "Record it with per: user."
-            )
 
     def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
         if self.targets is None:
@@ -216,39 +212,64 @@ QUESTIONS: dict[str, Any] = {"block_states": BlockStates, "ranking": Rankings}
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Record the teacher, shard by shard; whole shards of an interrupted pass are kept."""
+    """Record the teacher, shard by shard, several processes each its own; whole shards of an interrupted pass are kept."""
     config: RecordStage = stage.config
     teacher = stage.need(config.of)
     dataset = load_dataset(stage)
     accelerated = torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu"
-    device = torch.device("cuda" if accelerated else "cpu")
+    mine = Processes.here().of(stage)
+    device = torch.device("cuda", mine.local_rank) if accelerated else torch.device("cpu")
     model = load_model(teacher, dataset).to(device)
+    if isinstance(model, GroundedRecommender):  # a shard may take it hours
+        model.keep(stage.folder / f"said-{mine.rank}.jsonl")
     question: Question = QUESTIONS[config.record](model, config, teacher, dataset)
-    if config.signals.online and config.record == "block_states":
+    if config.online:
         return {"rows": question.rows, "bytes": 0, "online": True}
     writers: dict[str, SignalWriter] = {}
-    shard_rows = config.signals.shard_rows
-    for name, (shape, dtype) in question.signals.items():
-        spec = SignalSpec(name, question.rows, shape, dtype, teacher.fingerprint, question.split, shard_rows)
-        shard_rows = spec.rows_per_shard  # the same for all
-        writers[name] = SignalWriter(stage.folder / name, spec)
-    started, recorded = time.perf_counter(), 0
-    missing = {rows.start: rows for writer in writers.values() for rows in writer.missing()}
-    for _, rows in sorted(missing.items()):
+    with mine.first_goes_first():
+        shard_rows = config.signals.shard_rows or _shard_rows(stage.folder, question, mine.world)
+        for name, (shape, dtype) in question.signals.items():
+            spec = SignalSpec(name, question.rows, shape, dtype, teacher.fingerprint, question.split, shard_rows)
+            shard_rows = spec.rows_per_shard  # the same for all
+            writers[name] = SignalWriter(stage.folder / name, spec)
+    started = time.perf_counter()
+    recorded = sum(map(len, _missing(writers, Processes())))
+    missing = _missing(writers, mine)
+    for rows in missing:
         with ExitStack() as stack:
             shards = {name: stack.enter_context(writer.shard(rows)) for name, writer in writers.items()}
             for number, answers in question.answers(rows, device):
                 inside = (number >= rows.start) & (number < rows.stop)
                 for name, values in answers.items():
                     shards[name].write(number[inside], values.cpu()[inside])
-        recorded += len(rows)
         log.info("%-24s %d of %d rows", stage.label, rows.stop, question.rows)
+        stop_if_asked()
+    if not mine.first:
+        return {}
+    mine.wait(stage.folder, lambda: not _missing(writers, Processes()), "the shards of the others")
     for writer in writers.values():
         writer.finish()
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for writer in writers.values() for path in writer.folder.glob("*.npy"))
     summary = {"rows": question.rows, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
     return summary | (model.work.summary if isinstance(model, GroundedRecommender) else {})
+
+
+def _missing(writers: dict[str, SignalWriter], mine: Processes) -> list[range]:
+    """The rows of the shards that are still to be filled, by these processes' number."""
+    found = {rows.start: rows for writer in writers.values() for rows in writer.missing(mine.rank, mine.world)}
+    return [rows for _, rows in sorted(found.items())]
+
+
+def _shard_rows(folder: Path, question: Question, world: int) -> int | None:
+    """Rows of a shard where nobody said so: as the record was begun; else None, or so few that every process has its share."""
+    begun = folder / next(iter(question.signals)) / "spec.json"
+    if begun.is_file():
+        return read_json(begun)["rows_per_shard"]
+    if world == 1:
+        return None
+    sizes = (SignalSpec(name, question.rows, *signal, "", "").rows_per_shard for name, signal in question.signals.items())
+    return min(-(-question.rows // (SHARDS_EACH * world)), *filter(None, sizes))
 
 
 def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from lit_llmers.files import atomic_write, read_json
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.plots import write_plots
 from lit_llmers.reporting.results import METRIC, Results
+from lit_llmers.reporting.summary import figures
 from lit_llmers.reporting.verdict import leak_warnings, teacher_warnings, verdict
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def write_report(run: Path) -> Path:
     """
     results = Results(run)
     plots = write_plots(results)
-    parts = [_title(results), sections.data_line(results), *leak_warnings(results), _state(results)]
+    parts = [_title(results), sections.data_line(results), *leak_warnings([results]), _state(results)]
     if results.models:
         parts += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
     elif any(stage.done for stage in results.stages if stage.verb in ("fit", "tune")):
@@ -61,14 +62,14 @@ def summary_table(run: Path) -> str:
     parts = [tables.terminal_table(results)]
     if results.generated:
         parts.append(f"The data set {results.data['name']} is generated: the figures say nothing about real users.")
-    parts += leak_warnings(results)
+    parts += leak_warnings([results])
     if results.models:
         parts += [verdict(results), *teacher_warnings(results)]
     return "\n\n".join(part.replace("**", "").replace("> ", "") for part in parts if part)
 
 
 def publish(run: Path, loggers: "Iterable[Logger]") -> None:
-    """Put the report's plots and its main table into W&B, where one of `loggers` is for W&B."""
+    """Put the report's plots, its main table and its figures into W&B, where one of `loggers` is for W&B."""
     from lit_llmers.loggers import log_images, log_summary, log_table
 
     results = Results(run)
@@ -82,11 +83,7 @@ def publish(run: Path, loggers: "Iterable[Logger]") -> None:
             for model in models
         ]
         log_table(loggers, "report/models", ["model", "seed", *names], rows)
-        gains = {f"{first} - {second}": results.compare(first, second) for first, second in results.comparisons}
-        log_summary(
-            loggers,
-            {f"gain/{name}/{key}": value for name, gain in gains.items() for key, value in (gain or {}).items()},
-        )
+        log_summary(loggers, figures(results))
 
 
 # ---- the head of the report ------------------------------------------------------------------------------------------

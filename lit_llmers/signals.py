@@ -107,9 +107,10 @@ class SignalWriter:
         else:
             write_json(begun, wanted)
 
-    def missing(self) -> list[range]:
-        """The rows of every shard that is not yet whole, in order."""
-        return [rows for number, rows in enumerate(self.spec.shards) if self._sidecar(number) is None]
+    def missing(self, rank: int = 0, world: int = 1) -> list[range]:
+        """The rows of every shard that is not yet whole, in order; of those that one of `world` processes is to fill."""
+        numbers = range(rank, len(self.spec.shards), world)
+        return [self.spec.shards[number] for number in numbers if self._sidecar(number) is None]
 
     @contextmanager
     def shard(self, rows: range) -> Iterator["Shard"]:

@@ -8,16 +8,19 @@ exactly the stages that it affects.
 import importlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS, SHARDED, build, fingerprinted
+from lit_llmers.conf.schema import SECTIONS, SHARDED, TrainerConfig, build, fingerprinted
 from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError, nearest, unknown
-from lit_llmers.files import digest, read_json, sha256, write_json
+from lit_llmers.files import digest, previous, read_json, remove, sha256, write_json
+from lit_llmers.locks import alone
+from lit_llmers.preemption import stop_if_asked
+from lit_llmers.processes import Processes, launch
 
 FORMAT = 2  # raised when an artefact's format changes, so that no old one is taken for new
 MODULES = {
@@ -32,7 +35,7 @@ MODULES = {
 TRAINING = ("sequences", "optimizer", "trainer")
 SHARED = {"fit": TRAINING, "tune": TRAINING, "record": ("signals",), "evaluate": ("evaluation",)}
 GATHERING = ("evaluate", "export")  # run once, over all seeds
-PLACE = {"accelerator", "strategy", "devices", "num_nodes"}
+PLACE = {"accelerator", "strategy", "devices", "num_nodes", "compile"}
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
     "encode": PLACE | {"model", "adapter", "checkpoint_every", "log_every"},  # checksums of the first two are too
@@ -117,9 +120,13 @@ class Stage:
     @property
     def processes(self) -> int:
         """How many processes run it together; a teacher is recorded by as many as have trained it."""
+        return 1 if self.trainer is None else self.trainer.processes
+
+    @property
+    def trainer(self) -> TrainerConfig | None:
+        """Where and how it trains; of a record, where and how its teacher did; None for what does neither."""
         config = self.need(self.config.of).config if self.verb == "record" else self.config
-        trainer = getattr(config, "trainer", None)
-        return 1 if trainer is None else trainer.processes
+        return getattr(config, "trainer", None)
 
     def need(self, name: str) -> "Stage":
         """The stage of that name that this one needs."""
@@ -176,9 +183,11 @@ def plan(config: dict[str, Any]) -> list[Stage]:
         planned[name] = [
             Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
         ]
-    from lit_llmers.building import check_blocks
+    from lit_llmers.compatibility import check_blocks, check_targets
 
-    check_blocks({name: stages[0].config for name, stages in planned.items()})
+    settings = {name: stages[0].config for name, stages in planned.items()}
+    check_targets(settings)
+    check_blocks(settings)
     return [stage for stages in planned.values() for stage in stages]
 
 
@@ -263,9 +272,11 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
 
         check(typed, where)
     if verb == "tune":
+        from lit_llmers.building import check_base_of
         from lit_llmers.teachers.base import BaseConfig
 
         BaseConfig.of(typed.base)
+        check_base_of(typed.trainer, typed.base, where)
     if verb == "encode":
         from lit_llmers.text.prompts import check_prompt
         from lit_llmers.text.transformer import identity
@@ -283,7 +294,7 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
 def _shares(strategy: str, verb: str, entry: dict[str, Any]) -> bool:
     """Whether the run's strategy is of use to a stage: nothing small is sharded, and what is counted has no gradients."""
     if strategy in SHARDED:
-        return verb == "tune" or "base" in (entry.get("model") or {})
+        return verb == "tune" or (verb == "fit" and "base" in (entry.get("model") or {}))
     from lit_llmers.backbones import CountingBackbone
     from lit_llmers.building import find
 
@@ -345,67 +356,114 @@ def _of_seed(planned: dict[str, list[Stage]], wanted: list[str], seed: int, verb
 # ---- running -----------------------------------------------------------------------------------------------------------------
 
 
-def run(stages: list[Stage], until: str | None) -> list[Stage]:
-    """Run the stages in order, those that are done excepted, up to the stage named `until`.
+def run(stages: list[Stage], until: str | None, only: str | None = None, arguments: Sequence[str] = ()) -> list[Stage]:
+    """Run the stages in order, those that are done excepted.
+
+    Args:
+        until: name of the stage to stop after.
+        only: name of the stage to run alone, for all its seeds; what it needs must be done.
+        arguments: of the command, which processes are started with for a stage that needs several.
 
     Returns:
         the stages that are done now.
+
+    Raises:
+        UserError: there is no such stage, or it is for another number of processes than there are.
+        Stopped: the process was asked to stop, and the command goes on from here when it is given again.
     """
-    names = list(dict.fromkeys(stage.name for stage in stages))
-    if until is not None and until not in names:
-        raise unknown("stage", until, names)
-    selected = stages if until is None else [s for s in stages if names.index(s.name) <= names.index(until)]
+    selected = select(stages, until, only)
+    here = Processes.here()
+    todo = [stage for stage in selected if not stage.done]
+    here.check(todo)
+    check_machine(todo)
     for stage in selected:
+        stop_if_asked()
         if stage.done:
             log.info("%-24s done before, skipped (%s)", stage.label, stage.folder.name)
+            if here.first:
+                _tidy(stage)  # a process that was killed between `DONE` and this
+        elif stage.processes > here.world:
+            log.info("%-24s on %d processes", stage.name, stage.processes)
+            launch(stage.name, stage.processes, arguments)
+        elif stage.processes == 1 and not here.first:
+            here.wait_for(stage)
         else:
-            _run_one(stage)
+            with alone(stage.folder) if here.first else nullcontext():
+                _run_one(stage, here)
     return selected
 
 
-def _run_one(stage: Stage) -> None:
-    log.info("%-24s %s (%s)", stage.label, "goes on" if stage.folder.is_dir() else "starts", stage.folder.name)
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
-    write_json(stage.folder / "config.json", settings)
+def check_machine(stages: list[Stage]) -> None:
+    """Every stage's strategy must be one that this machine can run; see `lit_llmers.strategies`."""
+    settings = [stage.trainer for stage in stages if stage.trainer is not None and stage.trainer.strategy != "auto"]
+    if settings:
+        from lit_llmers import strategies
+
+        for trainer in settings:
+            strategies.check_machine(trainer)
+
+
+def select(stages: list[Stage], until: str | None, only: str | None = None) -> list[Stage]:
+    """The stages that `run` runs or finds done."""
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    if until is not None and only is not None:
+        raise UserError(f"stage={until} stops after a stage and only={only} runs one alone. Leave one of them out.")
+    for name in (until, only):
+        if name is not None and name not in names:
+            raise unknown("stage", name, names)
+    if only is not None:
+        return [stage for stage in stages if stage.name == only]
+    return stages if until is None else [stage for stage in stages if names.index(stage.name) <= names.index(until)]
+
+
+def check_needs_done(selected: list[Stage]) -> None:
+    """What stages that are run alone read must be there.
+
+    Raises:
+        UserError: a stage that one of them needs is not done.
+    """
+    for stage in selected:
+        missing = [need for need in stage.needs if not need.done]
+        if missing and not stage.done:
+            labels = ", ".join(need.label for need in missing)
+            raise UserError(
+                f"Stage '{stage.label}' (only={stage.name}) needs {labels}: not done in {stage.run.folder} with these "
+                f"settings. Run only={missing[0].name} first, or leave only={stage.name} out."
+            )
+
+
+def _run_one(stage: Stage, here: Processes) -> None:
+    """Run a stage by this process, or by each of a group."""
+    if stage.done:  # by another command, before this one had the lock
+        return
+    if here.first:
+        begun = (stage.folder / "config.json").is_file()
+        log.info("%-24s %s (%s)", stage.label, "goes on" if begun else "starts", stage.folder.name)
+        settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
+        write_json(stage.folder / "config.json", settings)
     started = time.monotonic()
-    summary = importlib.import_module(MODULES[stage.verb]).run(stage)
+    module = importlib.import_module(MODULES[stage.verb])
+    with here.sign_of_life(stage.folder):
+        with here.group() if stage.processes > 1 else nullcontext():
+            summary = module.run(stage)
+        if not here.first:
+            here.wait_for(stage)
+            return
     seconds = time.monotonic() - started
     if stage.verb not in ("fit", "tune"):  # which log while they train
         from lit_llmers.loggers import finish_loggers
 
         finish_loggers(stage.loggers(), {"seconds": seconds, **summary})
     write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary})
-    (stage.folder / "last.ckpt").unlink(missing_ok=True)  # only now is it of no more use
+    _tidy(stage)
     log.info("%-24s done in %.1f s", stage.label, seconds)
 
 
-@contextmanager
-def alone(run_folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process, and remove what a killed one left half-written.
-
-    Raises:
-        UserError: the folder may not be written, or another process works in it.
-    """
-    import fcntl
-
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run_folder / ".lock", "w")  # noqa: SIM115  (closed by the `with` below)
-    except OSError as error:
-        raise UserError(
-            f"The run folder {run_folder} cannot be written ({error.strerror}). Choose another with run.dir=FOLDER."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"Another process is working in {run_folder}. Wait for it, or start a second run with run.name=OTHER."
-            ) from error
-        for leftover in run_folder.rglob(".*.tmp"):  # of a killed process
-            leftover.unlink()
-        yield
+def _tidy(stage: Stage) -> None:
+    """Remove the checkpoint that is of no more use once the stage is done."""
+    last = stage.folder / "last.ckpt"
+    for path in (last, previous(last)):
+        remove(path)
 
 
 def describe(stages: list[Stage]) -> list[dict[str, Any]]:

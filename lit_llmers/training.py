@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 
 from lit_llmers.building import RECORDS, build_callbacks, references
+from lit_llmers.callbacks.preemption import StopWhenAsked, leave_signals_alone
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
@@ -25,27 +26,37 @@ from lit_llmers.models import (
 )
 from lit_llmers.record import open_signals
 from lit_llmers.stages import Stage
+from lit_llmers.strategies import construction, make_strategy
 
 MONITOR = "val/NDCG@10"
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Train the model of a fit stage and leave `best.ckpt`, `item_table.npy` and `metrics.jsonl` in its folder."""
+    """Train the model of a fit stage and leave `best.ckpt`, `item_table.npy` and `metrics.jsonl` in its folder.
+
+    Returns:
+        what the stage's `DONE` says; of several processes the first one alone has something to say.
+    """
     config: FitStage = stage.config
     dataset = load_dataset(stage)
     L.seed_everything(stage.seed, verbose=False)
-    data, model = data_module(stage, dataset), build_model(stage, dataset)
+    data = data_module(stage, dataset)
+    with construction(config.trainer):
+        model: Any = build_model(stage, dataset)
     terms = build_callbacks(config, _sources(stage, dataset, data), offers(stage, dataset))
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
-    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
+    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), *terms, best, last])
-    resume_from = str(last.path) if last.path.is_file() else None
     L.seed_everything(stage.seed, verbose=False)  # what callbacks add starts the same, whatever the signals' source drew
+    if config.trainer.compile:
+        model.backbone.compile(dynamic=True)  # batches differ in length
     if any(parameter.requires_grad for parameter in model.parameters()):
-        trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        trainer.fit(model, datamodule=data, ckpt_path=last.found(), weights_only=True)
     else:  # it was counted when it was built
         trainer.validate(model, datamodule=data, verbose=False)
+    if not trainer.is_global_zero:
+        return {}
     model = load_model(stage, dataset)
     if (table := model.item_table()) is not None:
         with atomic_write(stage.folder / TABLE) as temporary, open(temporary, "wb") as file:
@@ -76,21 +87,27 @@ def _sources(stage: Stage, dataset: Dataset, data: Any) -> dict[str, Any]:
 def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's Trainer with the stage's settings."""
     settings = stage.config.trainer
-    return L.Trainer(
+    last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
+    trainer = L.Trainer(
         accelerator=settings.accelerator,
-        devices=1,
+        strategy=make_strategy(settings),
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
         precision=settings.precision,
         max_epochs=settings.max_epochs,
+        check_val_every_n_epoch=settings.validate_every,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
         limit_train_batches=settings.limit_train_batches,
         log_every_n_steps=settings.log_every,
         num_sanity_val_steps=0,
         logger=stage.loggers(),
-        callbacks=callbacks,
+        callbacks=[*callbacks, StopWhenAsked(last)],
         enable_checkpointing=False,  # LastCheckpoint and BestCheckpoint
         enable_progress_bar=False,  # Progress
         enable_model_summary=False,
         use_distributed_sampler=False,  # the loader shards itself
         default_root_dir=stage.folder,
     )
+    leave_signals_alone(trainer)
+    return trainer

@@ -7,10 +7,12 @@ import lightning as L
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
+from lit_llmers.conf.schema import SHARDED
 from lit_llmers.conf.stages import GenerationConfig, TuneStage
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import Stage
+from lit_llmers.strategies import construction
 from lit_llmers.teachers.grounding import GroundedRecommender
 from lit_llmers.teachers.instruct import InstructedModel
 from lit_llmers.teachers.instructions import InstructionData
@@ -22,22 +24,30 @@ MODEL = "model"  # folder of the stage that PEFT and transformers load
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Tune the stage's base and leave `best.ckpt`, `metrics.jsonl` and the folder `model` in the stage's folder."""
+    """Tune the stage's base and leave `best.ckpt`, `metrics.jsonl` and the folder `model` in the stage's folder.
+
+    Returns:
+        what the stage's `DONE` says; of several processes the first one alone has something to say.
+    """
     config: TuneStage = stage.config
     dataset = load_dataset(stage)
     L.seed_everything(stage.seed, verbose=False)
     wording = load_wording(stage, dataset)
-    model = build_language_model(stage, wording)
+    with construction(config.trainer):
+        model = build_language_model(stage, wording)
     data, ranker = InstructionData(stage, dataset, wording), None
     if config.validate == "ranking":
         ranker = GroundedRecommender(model, wording, GenerationConfig(num_beams=1, embedder="tuned"))
     module = InstructedModel(model, config, ranker)
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITORS[config.validate], config.trainer.patience)
-    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer.checkpoint_every)
+    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), best, last])
-    resume_from = str(last.path) if last.path.is_file() else None
-    trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=last.found(), weights_only=True)
+    if not trainer.is_global_zero:
+        return {}
+    if config.trainer.strategy in SHARDED:  # the one that was trained is in parts
+        model = build_language_model(stage, wording)
     load_tuned(model, best.path)
     save_language_model(stage, model, wording, stage.folder / MODEL)
     parameters = list(model.parameters())

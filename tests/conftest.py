@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.register_assert_rewrite("battery")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -132,6 +133,24 @@ def test_what_is_written(folders, tmp_path, monkeypatch):
     finish_loggers(loggers)
     media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
     assert sorted(name.rpartition(".")[2] for name in media) == ["json", "png"]
+
+
+def test_a_text_that_may_betray_held_out_items_is_warned_of_at_the_head(folders, tmp_path):
+    runs = {name: shutil.copytree(run, tmp_path / name) for name, run in folders.items()}
+    assert "WARNING" not in comparison_report.summary_table(students(runs))
+    for name in ("sasrec", "caser"):
+        about = json.loads((runs[name] / "run.json").read_text())
+        about["stages"].append({"name": "text", "seed": 0, "verb": "encode", "folder": "text-1", "fingerprint": "1"})
+        (runs[name] / "run.json").write_text(json.dumps(about | {"run": name}))
+        (runs[name] / "text-1").mkdir()
+        done = {"seconds": 1.0, "summary": {"leaking": ["llm_user_profile"]}}
+        (runs[name] / "text-1" / "DONE").write_text(json.dumps(done))
+    comparison, recipe = students(runs), about["recipe"]
+    text = comparison_report.write_report(tmp_path, comparison, [], {}, "").read_text()
+    warning = f"held-out items may have been seen.** Stage 'text' of {recipe}/caser, {recipe}/sasrec encodes `llm_user_profile`"
+    assert text.count("WARNING") == 1
+    assert text.index(warning) < text.index("| model")
+    assert warning.replace("**", "") in comparison_report.summary_table(comparison)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

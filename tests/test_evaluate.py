@@ -259,7 +259,7 @@ def test_a_sample_is_a_number_and_not_beside_the_users_of_a_file():
         EvaluationConfig(users=5, candidates="mine.npy")
 
 
-def test_evaluation_goes_on_after_a_fault(whole, tmp_path, monkeypatch):
+def test_evaluation_goes_on_after_a_fault_with_the_model_at_hand(whole, tmp_path, monkeypatch):
     planned = stages_of(whole, "evaluation.batch_size=11")
     rank_all, calls = evaluate.rank_all, []
 
@@ -269,13 +269,19 @@ def test_evaluation_goes_on_after_a_fault(whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return rank_all(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "rank_all", fail_at_third)
-        with pytest.raises(KeyboardInterrupt):
-            run(list(planned.values()), "evaluate")
-    assert not (planned["evaluate"].folder / "evaluation.json").exists()
+    monkeypatch.setattr(evaluate, "rank_all", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(list(planned.values()), "evaluate")
+    ranked = read(planned["evaluate"])["models"]
+    assert len(ranked) == 2
     run(list(planned.values()), "evaluate")
-    assert len(read(planned["evaluate"])["models"]) == 6
+    models = read(planned["evaluate"])["models"]
+    assert len(calls) == 7, "two, the one that failed, and four more"
+    assert models[:2] == ranked, "the seconds that they took among them"
+    expected = read(by_name(whole)["evaluate"])["models"]
+    assert [(model["name"], model["seed"]) for model in models] == [(model["name"], model["seed"]) for model in expected]
+    for ours, theirs in zip(models, expected, strict=True):
+        np.testing.assert_array_equal(ranks_of(planned["evaluate"], ours), ranks_of(by_name(whole)["evaluate"], theirs))
 
 
 # ---- several held-out interactions for a user ------------------------------------------------------------------------

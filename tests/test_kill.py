@@ -5,7 +5,6 @@ other. Some die at a chosen file, just before or after it is renamed into place,
 random time.
 """
 
-import json
 import os
 import signal
 import time
@@ -14,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import arguments, by_name, small, weights
+from runs import assert_same_run, ended, fork, results
+from tiny import arguments
 
 from lit_llmers import fit
-from lit_llmers.journal import read_metrics
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 FEW = ["signals.shard_rows=300", "stages.export.export=[safetensors]"]
@@ -44,20 +43,18 @@ KILLS = [  # file that is renamed into place, which time, and whether the proces
 
 def run_in_a_process(folder: Path, kill: tuple[str, int, str] | None, seconds: float | None = None) -> int | None:
     """Run the recipe in a forked process until it ends or is killed; return its exit status, None when it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            if kill:
-                die_at(*kill)
-            status = fit.main(["recipe=slmrec", *arguments(folder, *FEW)])
-        except BaseException:  # a forked pytest must never go on as pytest
-            status = 70
-        os._exit(status)
+
+    def run_to_the_kill() -> int:
+        if kill:
+            die_at(*kill)
+        return fit.main(["recipe=slmrec", *arguments(folder, *FEW)])
+
+    child = fork(run_to_the_kill)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    status = ended(child)
+    return None if status < 0 else status
 
 
 def die_at(name: str, times: int, moment: str) -> None:
@@ -75,61 +72,11 @@ def die_at(name: str, times: int, moment: str) -> None:
     os.replace = replace_or_die
 
 
-def results(folder: Path) -> dict:
-    """All that a run worked out, timings left out."""
-    stages = by_name(small(folder, *FEW))
-    assert all(stage.done for stage in stages.values())
-    evaluated = json.loads((stages["evaluate"].folder / "evaluation.json").read_text())
-    fits = [stage for stage in stages.values() if stage.verb == "fit"]
-    return {
-        "losses": {stage.name: logged(stage, "loss") for stage in fits},
-        "protocol": evaluated["protocol"],
-        "models": [{key: m[key] for key in ("name", "seed", "metrics", "popularity")} for m in evaluated["models"]],
-        "ranks": [np.load(stages["evaluate"].folder / m["ranks"]).tolist() for m in evaluated["models"]],
-        "weights": {stage.name: weights(stage) for stage in fits},
-        "tables": {stage.name: (stage.folder / "item_table.npy").read_bytes() for stage in [*fits, stages["text"]]},
-        "shards": {path.name: path.read_bytes() for path in stages["signals"].folder.rglob("*.npy")},
-        "validation": {stage.name: logged(stage, "val/") for stage in fits},
-        "export": (stages["export"].folder / "model.safetensors").read_bytes(),
-        "best": {stage.name: stage.summary["best"] for stage in fits},
-        "epochs": {stage.name: stage.summary["epochs"] for stage in fits},
-    }
-
-
-def logged(stage, prefix: str) -> dict[int, dict]:
-    """What a stage logged at each step under this prefix."""
-    entries = {entry["step"]: entry for entry in read_metrics(stage.folder / "metrics.jsonl")}
-    named = {step: {k: v for k, v in entry.items() if k.startswith(prefix)} for step, entry in entries.items()}
-    return {step: entry for step, entry in named.items() if entry}
-
-
-def assert_same(ours, theirs, where: str = "") -> None:
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key, value in theirs.items():
-            assert_same(ours[key], value, f"{where}/{key}")
-    elif isinstance(theirs, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    else:
-        assert ours == theirs, where
-
-
-def assert_same_run(folder: Path, whole: dict, kills: int) -> None:
-    ours = results(folder)
-    for name, steps in whole["losses"].items():
-        # a step is logged after the checkpoint that it may end with, so a kill may lose that line, and no other
-        lost = steps.keys() - ours["losses"][name].keys()
-        assert len(lost) <= kills, name
-        assert ours["losses"][name] == {step: entry for step, entry in steps.items() if step not in lost}, name
-    assert_same(ours | {"losses": None}, whole | {"losses": None})
-    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert fit.main(["recipe=slmrec", *arguments(folder, *FEW)]) == 0
-    return results(folder)
+    return results(folder, *FEW)
 
 
 def test_killed_at_many_files_and_run_to_the_end(whole, tmp_path):
@@ -140,7 +87,7 @@ def test_killed_at_many_files_and_run_to_the_end(whole, tmp_path):
         died += status is None
     assert died > len(KILLS) - 4, "the files have other names now: hardly any process was killed"
     assert run_in_a_process(tmp_path, None) == 0
-    assert_same_run(tmp_path, whole, died)
+    assert_same_run(tmp_path, whole, died, *FEW)
 
 
 def test_killed_at_random_times_and_run_to_the_end(whole, tmp_path):
@@ -148,4 +95,4 @@ def test_killed_at_random_times_and_run_to_the_end(whole, tmp_path):
     for seconds in random.uniform(0.3, 2.5, 4):
         assert run_in_a_process(tmp_path, None, float(seconds)) in (0, None)
     assert run_in_a_process(tmp_path, None) == 0
-    assert_same_run(tmp_path, whole, 4)
+    assert_same_run(tmp_path, whole, 4, *FEW)

@@ -1,12 +1,11 @@
 """Metrics reach `metrics.jsonl` whatever happens; W&B is offline, one run per stage, and never stops a training."""
 
 import json
-import struct
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from wandb_files import read_wandb
 
 from lit_llmers.conf.schema import LoggerConfig
 from lit_llmers.errors import UserError
@@ -98,50 +97,6 @@ def test_an_unwritable_folder_is_an_error(tmp_path):
 # ---- W&B ------------------------------------------------------------------------------------------------------------
 
 
-def read_wandb(folder: Path) -> dict:
-    """Read the one offline run in a folder, once it is whole: W&B's service writes on for a moment after the end."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 20
-    while not (out := parse_wandb(path.read_bytes()))["exited"]:
-        assert time.monotonic() < deadline, f"{path} is not whole"
-        time.sleep(0.05)
-    return out
-
-
-def parse_wandb(content: bytes) -> dict:
-    """The content of a .wandb file: a LevelDB log of protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    position, buffer = 7, b""
-    out: dict = {"history": [], "summary": {}, "config": {}, "exited": False}
-    while position + 7 <= len(content):
-        if (left := 32768 - position % 32768) < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        data = content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if len(data) < length:
-            break
-        buffer = data if kind in (1, 2) else buffer + data
-        if kind not in (1, 4):
-            continue
-        record = wandb_internal_pb2.Record.FromString(buffer)
-        key = lambda item: item.key or "/".join(item.nested_key)  # noqa: E731
-        if record.HasField("history"):
-            out["history"].append({key(item): json.loads(item.value_json) for item in record.history.item})
-        elif record.HasField("summary"):
-            out["summary"] |= {key(item): json.loads(item.value_json) for item in record.summary.update}
-        elif record.HasField("run"):
-            run = record.run
-            out |= {"id": run.run_id, "project": run.project, "group": run.run_group, "job_type": run.job_type}
-            out["name"] = run.display_name
-            out["config"] |= {key(item): json.loads(item.value_json) for item in run.config.update}
-        elif record.HasField("exit"):
-            out["exited"] = True
-    return out
-
-
 def test_each_stage_is_one_offline_run_in_the_same_group(tmp_path, capfd):
     from matplotlib.image import imsave
 
@@ -215,7 +170,7 @@ def test_online_that_cannot_be_reached_goes_on_offline(tmp_path, monkeypatch, ca
 
     modes, init = [], wandb.init
     monkeypatch.setenv("WANDB_MODE", "online")  # what is set here, the fixture takes back
-    monkeypatch.setattr("lit_llmers.loggers._wandb_mode", lambda _: "online")
+    monkeypatch.setattr("lit_llmers.loggers.wandb_mode", lambda _: "online")
 
     def unreachable(**arguments):
         modes.append(arguments["mode"])
@@ -231,7 +186,7 @@ def test_online_that_cannot_be_reached_goes_on_offline(tmp_path, monkeypatch, ca
     assert "timed out" in caplog.text
 
 
-def test_wandb_mode_is_respected(tmp_path, monkeypatch):
+def testwandb_mode_is_respected(tmp_path, monkeypatch):
     import wandb
 
     wandb.teardown()  # its settings are read from the environment once
@@ -246,20 +201,20 @@ def test_wandb_mode_is_respected(tmp_path, monkeypatch):
 def test_a_login_is_found_without_asking(tmp_path, monkeypatch):
     import wandb
 
-    from lit_llmers.loggers import _wandb_mode
+    from lit_llmers.loggers import wandb_mode
 
     wandb.teardown()
-    assert _wandb_mode(wandb) == "offline"
+    assert wandb_mode(wandb) == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password none\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert _wandb_mode(wandb) == "online"
+    assert wandb_mode(wandb) == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")  # credentials for another server do not count
     wandb.teardown()
-    assert _wandb_mode(wandb) == "offline"
+    assert wandb_mode(wandb) == "offline"
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     wandb.teardown()
-    assert _wandb_mode(wandb) == "offline"
+    assert wandb_mode(wandb) == "offline"
 
 
 # ---- the others -----------------------------------------------------------------------------------------------------

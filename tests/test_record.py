@@ -10,6 +10,7 @@ from tiny import assert_equal_weights, by_name, losses, small, weights
 from lit_llmers import record as record_stage
 from lit_llmers.building import build_callbacks
 from lit_llmers.callbacks.feature_distillation import KEY
+from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
@@ -162,16 +163,12 @@ def test_a_record_that_failed_in_a_shard_goes_on_to_the_same_bits(teachers, tmp_
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["stages.student.sequences.max_length=5", "stages.student.sequences.examples=last"],
-)
-def test_a_student_on_other_sequences_is_refused_before_it_trains(teachers, override):
-    planned = stages(teachers("sequence"), "sequence", override)
+@pytest.mark.parametrize("other", [SequenceConfig(5), SequenceConfig(8, "last")], ids=["shorter", "last"])
+def test_a_record_of_other_targets_is_refused(teachers, other):
+    planned = stages(teachers("sequence"), "sequence")
+    run(list(planned.values()), "signals")
     with pytest.raises(UserError, match="is of another split.*run the stage that records it again"):
-        run(list(planned.values()), "student")
-    assert not (planned["student"].folder / "best.ckpt").exists()
-    assert not (planned["student"].folder / "DONE").exists()
+        open_signals(planned["signals"], TrainingRows(load_dataset(planned["signals"]), other))
 
 
 def test_the_record_of_another_teacher_is_refused(teachers, tmp_path):
@@ -314,9 +311,8 @@ def test_a_users_list_is_read_at_each_of_his_targets(ranked):
 
 def test_a_graph_has_no_list_for_a_target(tmp_path):
     (tmp_path / "lists.yaml").write_text(RANKING.replace("of: graph, k: 7, per: user", "of: graph, k: 7"))
-    planned = small(tmp_path, "trainer.max_epochs=1", recipe=str(tmp_path / "lists.yaml"))
-    with pytest.raises(UserError, match="'graph' cannot rank after each training target.*per: user"):
-        run(planned, None)
+    with pytest.raises(UserError, match="'graph' cannot answer 'graph_users' after each training target.*per: user"):
+        small(tmp_path, recipe=str(tmp_path / "lists.yaml"))
 
 
 def test_a_callback_refuses_a_record_of_another_kind(tmp_path):

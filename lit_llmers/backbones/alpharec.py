@@ -10,6 +10,7 @@ from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.backbones.graph import Edges, propagate
 from lit_llmers.errors import UserError
 from lit_llmers.text.reduction import mean_of_histories
+from lit_llmers.text.tables import has_vector
 
 
 class AlphaRec(CollaborativeBackbone):
@@ -56,10 +57,9 @@ class AlphaRec(CollaborativeBackbone):
         edges = Edges.of(training_pairs, n_users, n_items)
         self.graph = edges.graph()
         table = item_table.numpy()
-        filled = (table != 0).any(1)
-        if not filled[1:].any():
+        if not has_vector(table)[1:].any():
             raise UserError("No item has a text vector, so nothing can be learned. Name other fields in the encode stage.")
-        pairs = np.stack([edges.user, edges.item], 1)[filled[edges.item]]
+        pairs = np.stack([edges.user, edges.item], 1)
         users = torch.from_numpy(mean_of_histories(table, pairs, n_users))
         self.register_buffer("features", torch.cat([users, item_table]), persistent=False)
         width = item_table.shape[1]

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from lit_llmers.errors import UserError
+from lit_llmers.text.tables import has_vector
 
 
 def item_embedding(n_items: int, dim: int, init_std: float) -> nn.Embedding:
@@ -19,6 +20,9 @@ def item_embedding(n_items: int, dim: int, init_std: float) -> nn.Embedding:
 def copy_table(table: Tensor, values: Tensor, what: str = "items") -> None:
     """Copy initial vectors into a table; the padding row of items stays zero.
 
+    A row of zeros is no vector: that item or user keeps its random start, as one of whom nothing is known. From zero it would
+    score the same for everyone, and all that have no text would start as one and the same.
+
     Raises:
         UserError: they have another shape.
     """
@@ -27,6 +31,7 @@ def copy_table(table: Tensor, values: Tensor, what: str = "items") -> None:
             f"The initial table of the {what} is {list(values.shape)}, but the model needs {list(table.shape)}. Make it from "
             "the same dataset, and cut it to the model's width with initial.reduce."
         )
-    table.data.copy_(values)
+    filled = has_vector(values)
+    table.data[filled] = values[filled].to(table)
     if what == "items":
         table.data[0] = 0

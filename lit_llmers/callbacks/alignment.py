@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
-from lit_llmers.callbacks.embedding_distillation import check_share, distinct, drawn, item_sets, two_layers
+from lit_llmers.callbacks.embedding_distillation import check_share, distinct, drawn, item_sets, two_layers, with_signal
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
 from lit_llmers.students.output import StudentOutput
+from lit_llmers.text.tables import has_vector
 
 KINDS = ("info_nce", "soft_clip", "mmd", "cosine")
 NEGATIVES = ("batch", "all", "bank")
@@ -70,15 +71,43 @@ class Bank(nn.Module):
         return rest.to(vectors)
 
 
+class Known(nn.Module):
+    """The entities that have a signal. They alone are pairs, and they alone compete.
+
+    Args:
+        signals: `[N, D]`; a row of zeros is none.
+
+    Attributes:
+        mask: `[N]` bool, whether an entity is one of them.
+        place: `[N]` its number among them.
+    """
+
+    mask: Tensor
+    place: Tensor
+
+    def __init__(self, signals: Tensor) -> None:
+        super().__init__()
+        mask = has_vector(signals)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("place", mask.cumsum(0) - 1, persistent=False)
+        missing = int((~mask).sum())
+        self.first = missing if mask[missing:].all() else None  # the only ones without stand before it: padding
+
+    def rows(self, table: Tensor) -> Tensor:
+        """Their rows of a table `[N, d]`, `[M, d]`."""
+        return table.index_select(0, self.mask.nonzero().squeeze(1)) if self.first is None else table[self.first :]
+
+
 class AlignmentTerm(Term):
     """The mean over a batch's targets of how far the student's vectors are from the signals, each entity being there once.
 
     `item`, `negative` and `user` in the log are the parts, which add up: a batch of pairs has negatives and users beside
-    its targets.
+    its targets. One without a signal adds nothing.
 
     Args:
-        items: `[n+1, D]` signals, row 0 zero; or what makes the student's two tables at each step, its own and that of text.
+        items: `[n+1, D]` signals; or what makes the student's two tables at each step, its own and that of text.
         users: `[U, D]` or None.
+        texts: `[n+1, D]`, whose rows of zeros say which items have no signal; those of `users` do so themselves.
         kind, negatives, symmetric: see `Alignment`.
         temperature: to start with, or to keep.
         learn_temperature: whether it is trained.
@@ -95,6 +124,7 @@ class AlignmentTerm(Term):
         self,
         items: Tensor | Views,
         users: Tensor | None,
+        texts: Tensor,
         kind: str,
         negatives: str,
         symmetric: bool,
@@ -110,6 +140,7 @@ class AlignmentTerm(Term):
         self.views = None if isinstance(items, Tensor) else items
         self.register_buffer("items", items if isinstance(items, Tensor) else None, persistent=False)
         self.register_buffer("users", users, persistent=False)
+        self.known_items, self.known_users = Known(texts), None if users is None else Known(users)
         self.kind, self.negatives, self.symmetric = kind, negatives, symmetric
         self.of_signal, self.of_student, self.banks = of_signal, of_student, nn.ModuleList(banks)
         self.share, self.reduce = share, reduce
@@ -128,23 +159,27 @@ class AlignmentTerm(Term):
         parts = {}
         table, signals = (output.items, self.items) if self.views is None else self.views()
         assert signals is not None
-        for name, index in zip(("item", "negative"), item_sets(batch), strict=False):
-            index = drawn(index, self.share, DRAWN)
-            parts[name] = self._aligned(table, signals, index, self.negatives, padding=1)
+        sets = item_sets(batch, self.known_items.mask)
+        for name, (index, found) in zip(("item", "negative"), sets, strict=False):
+            parts[name] = found * self._aligned(table, signals, index, self.known_items, self.negatives)
         if self.users is not None:
-            index = drawn(batch["user"], self.share, DRAWN)
-            parts["user"] = self._aligned(output.users, self.users, index, "all")  # type: ignore[attr-defined]
+            known: Any = self.known_users
+            index, found = with_signal(batch["user"], known.mask)
+            parts["user"] = found * self._aligned(output.users, self.users, index, known, "all")  # type: ignore[attr-defined]
         total = torch.stack(list(parts.values())).sum()
         self.parts = {name: value.detach() for name, value in parts.items()}
         if self.log_temperature is not None:
             self.parts["temperature"] = self.log_temperature.detach().exp()
         return self.reduce(total.expand(int((batch["target"] > 0).sum())), batch)
 
-    def _aligned(self, table: Tensor, signals: Tensor, index: Tensor, negatives: str, padding: int = 0) -> Tensor:
-        """The mean over the rows `index` `[K]` of a table `[N, d]`, of which the first `padding` rows are none; a scalar."""
-        ids, weight = distinct(index, len(signals))
+    def _aligned(self, table: Tensor, signals: Tensor, index: Tensor, known: Known, negatives: str) -> Tensor:
+        """The mean over the rows `index` `[K]` of a table `[N, d]`, all of them `known`, or over a share of them; a scalar."""
+        if not len(index):  # every parameter gets a gradient of zero: without one, training on several devices stops
+            student, signal = self._promoted(table[:0], signals[:0])
+            return (student.sum() + signal.sum()) / self.temperature
+        ids, weight = distinct(drawn(index, self.share, DRAWN), len(signals))
         if self.kind == "info_nce" and negatives == "all":
-            values = self._against_all(table[padding:], signals[padding:], ids - padding)
+            values = self._against_all(known.rows(table), known.rows(signals), known.place[ids])
         else:
             student, signal = self._promoted(table.index_select(0, ids), signals.index_select(0, ids))
             if self.kind == "mmd":
@@ -196,9 +231,10 @@ class Alignment(Distillation):
     2,048 pairs is so short that items cost 35 to 50 % of it, and all of 6,040 users through an MLP three times a step.
 
     Args:
-        items: `[n+1, D]` the items' signals, row 0 zero. None aligns the two tables of a student whose fusion has them, its
-            own items' and that of their text (`concat`, `dual_view`), both of which learn: PAD's second phase.
-        users: `[U, D]` the users' signals; of use to a collaborative student alone.
+        items: `[n+1, D]` the items' signals; an item whose row is zero has none: it is no pair and no negative. None aligns the
+            two tables of a student whose fusion has them, its own items' and that of their text (`concat`, `dual_view`), both
+            of which learn: PAD's second phase.
+        users: `[U, D]` the users' signals, zero for one without; of use to a collaborative student alone.
         kind: `info_nce` (cosines), `soft_clip` (dot products), `mmd` (equal distributions) or `cosine` (equal directions).
         negatives: of `info_nce`: which items compete: those of the `batch`, `all`, or those of the batch and of a `bank` of the
             vectors that were last met.
@@ -261,6 +297,10 @@ class Alignment(Distillation):
         self.symmetric, self.temperature, self.learn_temperature = symmetric, temperature, learn_temperature
         self.projector, self.project, self.share = projector, project, share
 
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return arguments.get("kind") != "cosine" and arguments.get("negatives") != "all"
+
     def build(self, student: Any) -> AlignmentTerm:
         items: Tensor | Views | None = self.items
         if items is None:
@@ -288,6 +328,7 @@ class Alignment(Distillation):
         return AlignmentTerm(
             items,
             users,
+            student.backbone.text.source.vectors if self.items is None else self.items,
             self.kind,
             self.negatives,
             self.symmetric,

@@ -66,6 +66,11 @@ class Distillation(L.Callback):
             raise UserError(f"{self.name}: decay_epochs is {decay_epochs}. It must be 0 (constant weight) or more.")
         self.weight, self.decay_epochs = weight, decay_epochs
 
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        """Whether the term, with these arguments, puts rows of a batch beside each other, so that one process must have all."""
+        return False
+
     def build(self, student: Any) -> Term:
         """Check that the student and the signals fit together and return the term.
 

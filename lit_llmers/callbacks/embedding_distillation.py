@@ -18,6 +18,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.embedding import entity_topology, expert_weights, group_topology, gumbel_like, squared_distance
 from lit_llmers.students.output import StudentOutput
+from lit_llmers.text.tables import has_vector
 
 KINDS = ("hint", "experts", "topology")
 MAPS = ("none", "linear", "mlp")
@@ -42,11 +43,18 @@ def drawn(index: Tensor, share: float | None, most: int) -> Tensor:
     return index[torch.randperm(len(index), device=index.device)[:number]] if number < len(index) else index
 
 
-def item_sets(batch: Batch) -> list[Tensor]:
-    """The items that a batch is about: its targets `[T]` and, where it brings them, its negatives `[B N]`."""
+def with_signal(index: Tensor, known: Tensor) -> tuple[Tensor, float]:
+    """Those of the entities `[K]` that are `known`, `[N]` bool, and their share: the others add nothing to a mean over all."""
+    found = index[known[index]]
+    return found, len(found) / max(1, len(index))
+
+
+def item_sets(batch: Batch, known: Tensor) -> list[tuple[Tensor, float]]:
+    """The items that a batch is about: its targets `[T]` and, where it brings them, its negatives `[B N]`, as `with_signal`."""
     target = batch["target"]
     sets = [target if target.dim() == 1 else target[target > 0]]
-    return [*sets, batch["negatives"].flatten()] if "negatives" in batch else sets
+    sets += [batch["negatives"].flatten()] if "negatives" in batch else []
+    return [with_signal(each, known) for each in sets]
 
 
 def distinct(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -131,10 +139,10 @@ class Topology(nn.Module):
 
 
 class EmbeddingTerm(Term):
-    """The mean of a distance over the items of a batch.
+    """The mean of a distance over the items of a batch; it is 0 for an item that the teacher has no vector of.
 
     Args:
-        items: `[n+1, D]` the teacher's vectors, row 0 zero.
+        items: `[n+1, D]` the teacher's vectors; a row of zeros, such as row 0, is none.
         distance: `[M]` of the student's vectors `[M, d]` and the teacher's `[M, D]` of M different items.
         once: an item counts once in a batch, however often it is in it; otherwise once for each target, and half where the
             batch brings negatives, whose mean is the other half.
@@ -143,21 +151,23 @@ class EmbeddingTerm(Term):
     """
 
     items: Tensor
+    known: Tensor
 
     def __init__(self, items: Tensor, distance: nn.Module, once: bool, share: float | None, reduce: Reduce) -> None:
         super().__init__()
         self.register_buffer("items", items, persistent=False)
+        self.register_buffer("known", has_vector(items), persistent=False)
         self.distance, self.once, self.share, self.reduce = distance, once, share, reduce
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
-        sets = [drawn(each, self.share, DRAWN) for each in item_sets(batch)]
+        sets = [(drawn(each, self.share, DRAWN), found) for each, found in item_sets(batch, self.known)]
         if self.once:
-            ids, _ = distinct(torch.cat(sets), len(self.items))
-            value = self._distance(output, ids).mean()
+            ids, _ = distinct(torch.cat([each for each, _ in sets]), len(self.items))
+            value = self._distance(output, ids).sum() / max(1, len(ids)) * sum(found for _, found in sets) / len(sets)
         else:
-            counted = [distinct(each, len(self.items)) for each in sets]
-            values = [(self._distance(output, ids), weight) for ids, weight in counted]
-            value = torch.stack([distance.dot(weight.to(distance)) for distance, weight in values]).mean()
+            counted = [(*distinct(each, len(self.items)), found) for each, found in sets]
+            values = [(self._distance(output, ids), weight, found) for ids, weight, found in counted]
+            value = torch.stack([distance.dot(weight.to(distance)) * found for distance, weight, found in values]).mean()
         return self.reduce(value.expand(int((batch["target"] > 0).sum())), batch)
 
     def _distance(self, output: StudentOutput, ids: Tensor) -> Tensor:
@@ -179,7 +189,7 @@ class EmbeddingDistillation(Distillation):
     one core for a hint and 5 to 8 % for 5 experts or groups; 30 add 30 %.
 
     Args:
-        items: `[n+1, D]` the teacher's item vectors, row 0 zero.
+        items: `[n+1, D]` the teacher's item vectors; an item whose row is zero has none, and teaches nothing.
         kind: `hint`, `experts` or `topology`.
         map: of `hint`: `none`, `linear`, or `mlp` with one inner layer of the mean width.
         experts: of `experts` and `topology`: how many maps, or groups; 30 in the papers.
@@ -227,6 +237,10 @@ class EmbeddingDistillation(Distillation):
         self.items, self.kind, self.map, self.experts = items, kind, map, experts
         self.temperature, self.final_temperature = temperature, final_temperature
         self.balance, self.share = balance, share
+
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return arguments.get("kind") == "topology"  # of the groups that are in a batch
 
     def build(self, student: Any) -> EmbeddingTerm:
         dim, width = student.backbone.dim, self.items.shape[1]

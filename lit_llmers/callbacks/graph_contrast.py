@@ -181,6 +181,10 @@ class GraphContrast(Distillation):
                 raise UserError(f"graph_contrast: {key} is {value}. It must be positive.")
         self.view, self.ratio, self.noise, self.against, self.temperature = view, ratio, noise, against, temperature
 
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return arguments.get("against") == "batch"
+
     def build(self, student: Any) -> GraphContrastTerm:
         backbone = student.backbone
         if self.view == "noise":

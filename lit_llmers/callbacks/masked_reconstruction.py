@@ -13,6 +13,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.losses.alignment import info_nce
 from lit_llmers.students.collaborative import TableOutput
+from lit_llmers.text.tables import has_vector
 
 KEY = "masked_nodes"
 
@@ -55,15 +56,16 @@ class MaskedReconstruction(Distillation):
 
     As in the official code the student has one pass over the graph in a training step, the one with hidden nodes: its own loss
     scores pairs with that pass too. What is penalised are the true embeddings. Validation and export see all nodes. We differ
-    in that LightGCN's layers are averaged and not summed, and that no edges are dropped.
+    in that LightGCN's layers are averaged and not summed, that no edges are dropped, and that a node without text, which has
+    none to tell, is never hidden.
 
     Cost: hidden nodes compete with each other, so it grows with the square of `ratio`. On one core a step on 2,048 pairs of
     6,040 users and 3,706 items takes 3.3 times as long at 0.15, 1.5 times at 0.05.
 
     Args:
-        items: `[n+1, D]` the items' signals, row 0 zero.
-        users: `[U, D]` the users' signals.
-        ratio: of all users and items, hidden, drawn anew at each step; one node at least.
+        items: `[n+1, D]` the items' signals; a row of zeros, such as row 0, is none.
+        users: `[U, D]` the users' signals, zero for one without.
+        ratio: of all users and items with a signal, hidden, drawn anew at each step; one node at least.
         temperature: divides the cosines (tau).
         weight: factor of the term in the student's loss.
         decay_epochs: see `Distillation`; nodes are hidden also where the weight is zero.
@@ -96,6 +98,7 @@ class MaskedReconstruction(Distillation):
                 "Encode both with the same encoder."
             )
         self.items, self.users, self.ratio, self.temperature = items, users, ratio, temperature
+        self.known = has_vector(torch.cat([users, items])).nonzero().squeeze(1)  # nodes, [U + n] at most
 
     def build(self, student: Any) -> MaskedReconstructionTerm:
         backbone = student.backbone
@@ -108,10 +111,10 @@ class MaskedReconstruction(Distillation):
         return MaskedReconstructionTerm(self.items, self.users, backbone.dim, self.temperature)
 
     def draw(self, backbone: LightGCN) -> Tensor:
-        """`[M]` nodes to hide, never the padding."""
-        number = backbone.n_users + backbone.n_items
-        drawn = torch.randperm(number, device=backbone.nodes.device)[: max(1, int(self.ratio * number))]
-        return drawn + (drawn >= backbone.n_users)
+        """`[M]` nodes to hide, of those with a signal: never the padding."""
+        device, number = backbone.nodes.device, len(self.known)
+        drawn = torch.randperm(number, device=device)[: max(1, int(self.ratio * number))]
+        return self.known.to(device)[drawn]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         student: Any = pl_module

@@ -1,23 +1,64 @@
 """Training that can be killed at any moment and goes on as if nothing had happened."""
 
+import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
+from lit_llmers.conf.schema import SHARDED, TrainerConfig
 from lit_llmers.errors import UserError
-from lit_llmers.files import atomic_write
+from lit_llmers.files import atomic_write, previous, read_json, recover, replace_folder
+from lit_llmers.processes import Processes
+from lit_llmers.strategies import whole_state
+
+ABOUT = "about.json"  # in a checkpoint's folder: what it was written by
 
 log = logging.getLogger(__name__)
 
 
 def save(trainer: L.Trainer, path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    with atomic_write(path) as temporary:
-        trainer.save_checkpoint(temporary, weights_only=False)  # with optimiser and loops
+    """Write a checkpoint, with optimiser and loops, whole or not at all: a file, or under a sharded strategy a folder.
+
+    All processes must call it.
+    """
+    if getattr(trainer.strategy, "in_folders", False):
+        temporary = path.with_name(trainer.strategy.broadcast(f".{path.name}.{os.getpid()}.tmp"))
+        trainer.save_checkpoint(temporary, weights_only=False)
+        if trainer.is_global_zero:
+            last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
+            (temporary / ABOUT).write_text(json.dumps(last.about))
+            replace_folder(temporary, path)
+        trainer.strategy.barrier()
+    elif trainer.is_global_zero:
+        with atomic_write(path) as temporary:
+            trainer.save_checkpoint(temporary, weights_only=False)
+    else:
+        trainer.save_checkpoint(path, weights_only=False)  # the first process alone writes
+
+
+def save_weights(trainer: L.Trainer, path: Path) -> None:
+    """Write the trained weights of a sharded model as one file such as `save` writes for one process.
+
+    All processes must call it.
+
+    Raises:
+        RuntimeError: a tensor would be saved without its content.
+    """
+    state = whole_state(trainer)
+    if trainer.is_global_zero:
+        checkpoint = {"state_dict": state, "epoch": trainer.current_epoch, "global_step": trainer.global_step}
+        empty = [name for name, value in state.items() if not value.numel()]
+        if empty:
+            raise RuntimeError(f"{len(empty)} tensors of {path} have no content, the first of them '{empty[0]}'.")
+        trainer.lightning_module.on_save_checkpoint(checkpoint)
+        with atomic_write(path) as temporary:
+            torch.save(checkpoint, temporary)
+    trainer.strategy.barrier()
 
 
 class SeedEachStep(L.Callback):
@@ -40,11 +81,44 @@ class LastCheckpoint(L.Callback):
     Args:
         path: the checkpoint to write and to go on from.
         fingerprint: of the stage; a checkpoint that bears another one is refused.
-        every_n_batches: batches lost at most.
+        settings: of the stage's trainer: how often to write; and a checkpoint of another strategy, or of another number of
+            processes, is refused.
     """
 
-    def __init__(self, path: Path, fingerprint: str, every_n_batches: int) -> None:
-        self.path, self.fingerprint, self.every = path, fingerprint, every_n_batches
+    def __init__(self, path: Path, fingerprint: str, settings: TrainerConfig) -> None:
+        self.path, self.fingerprint, self.every = path, fingerprint, settings.checkpoint_every
+        self.about: dict[str, Any] = {"stage": fingerprint, "strategy": settings.strategy, "world": settings.processes}
+
+    def found(self) -> str | None:
+        """The checkpoint to go on from, if there is one.
+
+        Raises:
+            UserError: another strategy or another number of processes wrote it.
+        """
+        here = Processes.here() if self.about["world"] > 1 else Processes()
+        if here.first:
+            recover(self.path)
+        else:
+            here.wait(self.path.parent, lambda: not previous(self.path).exists(), f"the recovery of {self.path}")
+        if self.path.is_dir():
+            self._check(read_json(self.path / ABOUT))
+        elif self.path.is_file() and self.about["strategy"] in SHARDED:
+            self._check(torch.load(self.path, map_location="cpu", weights_only=True, mmap=True))
+        return str(self.path) if self.path.exists() else None
+
+    def _check(self, about: dict[str, Any]) -> None:
+        if about.get("stage") != self.fingerprint:
+            raise UserError(
+                f"{self.path} was written by stage {about.get('stage', 'unknown')}, not by {self.fingerprint}: it is the "
+                "checkpoint of another model. Remove the folder to train this stage anew."
+            )
+        strategy, world = about.get("strategy", "auto"), about.get("world", 1)
+        if (strategy, world) != (self.about["strategy"], self.about["world"]):
+            raise UserError(
+                f"{self.path} was written with trainer.strategy={strategy} on {world} processes and cannot be read with "
+                f"trainer.strategy={self.about['strategy']} on {self.about['world']}: every process has its own part of it, or "
+                "its own random numbers. Go on as it was begun, or remove the file or folder to train this stage anew."
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,23 +133,22 @@ class LastCheckpoint(L.Callback):
         save(trainer, self.path)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["stage"] = self.fingerprint
+        checkpoint |= self.about
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("stage") != self.fingerprint:
-            raise UserError(
-                f"{self.path} was written by stage {checkpoint.get('stage', 'unknown')}, not by {self.fingerprint}: it is the "
-                "checkpoint of another model. Remove the folder to train this stage anew."
-            )
+        self._check(checkpoint)
 
 
 class BestCheckpoint(L.Callback):
     """Keeps the weights of the best validation epoch in `best.ckpt` and stops when `patience` epochs bring nothing better.
 
+    It is a file under every strategy: shards are put together each time, so there is nothing left to do when training ends.
+
     Args:
         path: the checkpoint to write.
         monitor: a logged validation metric, the higher the better.
-        patience: epochs without improvement before training stops; 0 trains to the last epoch.
+        patience: epochs without improvement before training stops; 0 trains to the last epoch. Where not every epoch is
+            validated, those between two validations count.
     """
 
     def __init__(self, path: Path, monitor: str, patience: int) -> None:
@@ -85,12 +158,12 @@ class BestCheckpoint(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        score = float(trainer.callback_metrics[self.monitor])
+        score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))  # one decision for all processes
         if score > self.score:
             self.score, self.epoch, self.waited = score, trainer.current_epoch, 0
-            save(trainer, self.path)
+            (save_weights if getattr(trainer.strategy, "in_folders", False) else save)(trainer, self.path)
         else:
-            self.waited += 1
+            self.waited += trainer.check_val_every_n_epoch or 1
         trainer.should_stop = trainer.should_stop or self._exhausted
 
     @property

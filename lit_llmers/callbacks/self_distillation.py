@@ -14,6 +14,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import soft_clip
 from lit_llmers.students.output import StudentOutput
+from lit_llmers.text.tables import has_vector
 
 KINDS = ("mse", "soft_clip")
 PICKED, ITEMS, MASK = "retrieved_rows", "retrieved_items", "retrieved_mask"
@@ -39,8 +40,7 @@ def nearest_users(users: Tensor, number: int) -> Tensor:
         users: `[U, D]`.
         number: M.
     """
-    unit = F.normalize(users.float(), dim=1)
-    silent = ~unit.any(1)
+    unit, silent = F.normalize(users.float(), dim=1), ~has_vector(users)
     parts = []
     for rows in torch.arange(len(unit), device=unit.device).split(_CHUNK):
         cosine = (unit[rows] @ unit.T).masked_fill_(silent, -torch.inf)
@@ -157,6 +157,10 @@ class SelfDistillation(Distillation):
         self.neighbours, self.among, self.share, self.length = neighbours, among, share, length
         self.kind, self.temperature = kind, temperature
         self.nearest = torch.empty(0)  # [U, M], found in `build`
+
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return True  # the mean is over those rows of a batch that have neighbours
 
     def build(self, student: Any) -> SelfDistillationTerm:
         if not student.backbone.causal:

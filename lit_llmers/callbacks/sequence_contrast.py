@@ -80,6 +80,10 @@ class SequenceContrast(Distillation):
             raise UserError(f"sequence_contrast: temperature is {temperature}. It must be positive.")
         self.crop, self.hide, self.reorder, self.temperature = crop, hide, reorder, temperature
 
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return True
+
     def build(self, student: Any) -> SequenceContrastTerm:
         if not student.backbone.causal:
             raise UserError(

@@ -1,19 +1,31 @@
-"""How fast a model trains, validation and checkpoints not counted."""
+"""How fast a model trains, validation and checkpoints not counted, and how much memory that takes."""
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+
+GB = 1e9
+PROCESS = Path("/proc/self")  # on Linux
 
 
 class Throughput(L.Callback):
-    """Adds up epochs, rows and the seconds of the training steps, over restarts.
+    """Adds up epochs, rows and the seconds of the training steps, over restarts, and logs the peak of the memory.
 
     A step is timed from its first hook to its last, on an accelerator until its work is queued and the loss was read.
+
+    Logs at the end of every epoch: `rows_per_second`, of all processes, and `peak_memory_gb` (10^9 bytes), of this process
+    since the training started, validation included: allocated on a GPU, else resident.
     """
 
     def __init__(self) -> None:
         self.epochs, self.rows, self.seconds, self.started = 0, 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        start_peak(pl_module.device)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self.started = time.perf_counter()
@@ -22,14 +34,38 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.seconds += time.perf_counter() - self.started
-        self.rows += len(batch["row"]) * trainer.world_size
+        self.rows += batch.get("rows", len(batch["row"]))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.epochs += 1
         pl_module.log("rows_per_second", self.rows / max(self.seconds, 1e-9))
+        if (peak := peak_memory(pl_module.device)) is not None:
+            pl_module.log("peak_memory_gb", peak / GB)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "rows": self.rows, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs, self.rows, self.seconds = state_dict["epochs"], state_dict["rows"], state_dict["seconds"]
+
+
+def start_peak(device: torch.device) -> None:
+    """Forget the peak so far: earlier stages of the same process had their own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            (PROCESS / "clear_refs").write_text("5")  # the peak of the resident set, see proc(5)
+        except OSError:
+            return  # not Linux, or a container that forbids it: the peak is then the process's
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that were in use at most: allocated on a GPU, else resident on the host; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

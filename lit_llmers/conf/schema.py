@@ -5,7 +5,7 @@ A room's own settings (a data source's, an LLM base's, a backbone's arguments) l
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -116,6 +116,13 @@ class SequenceConfig:
         if self.targets_per_user is not None and self.targets_per_user < 0:
             raise UserError(f"sequences.targets_per_user is {self.targets_per_user}. It must be 0 (all), more, or null.")
 
+    @property
+    def most_targets(self) -> int:
+        """Training targets of a user at most, the latest ones; 0 is all. What is equal for two stages numbers targets alike."""
+        if self.examples == "last":
+            return 1
+        return self.max_length if self.targets_per_user is None else self.targets_per_user
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -181,11 +188,13 @@ class TrainerConfig:
         batch_size: training rows per micro-batch, over all processes together: their number changes no result.
         accumulate_grad_batches: micro-batches per optimiser step.
         max_epochs: epochs at most.
+        validate_every: epochs between two validations, from which the best epoch is chosen.
         patience: epochs without a better validation NDCG@10 before training stops; 0 never stops early.
         gradient_clip_val: largest gradient norm; null does not clip.
         checkpoint_every: batches between two `last.ckpt`, the most that a killed run loses.
         log_every: optimiser steps between two log lines.
         limit_train_batches: batches per epoch at most, for a trial run; null takes all.
+        compile: run the backbone through torch.compile; the first step then takes up to a minute.
     """
 
     accelerator: str = "auto"
@@ -201,17 +210,12 @@ class TrainerConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     limit_train_batches: int | None = None
+    validate_every: int = field(default=1, metadata=ADDED)
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "devices",
-            "num_nodes",
-            "batch_size",
-            "accumulate_grad_batches",
-            "max_epochs",
-            "checkpoint_every",
-            "log_every",
-        ):
+        counts = ("batch_size", "accumulate_grad_batches", "max_epochs", "validate_every", "checkpoint_every", "log_every")
+        for name in ("devices", "num_nodes", *counts):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}. It must be at least 1.")
         if self.precision not in PRECISIONS:
@@ -228,6 +232,11 @@ class TrainerConfig:
                 f"trainer.batch_size={self.batch_size} counts the rows of all processes together and cannot be divided by "
                 f"{self.processes} (trainer.devices={self.devices} x trainer.num_nodes={self.num_nodes}). Choose a multiple of "
                 f"{self.processes}."
+            )
+        if self.validate_every > self.max_epochs:
+            raise UserError(
+                f"trainer.validate_every={self.validate_every} is more than trainer.max_epochs={self.max_epochs}: no epoch "
+                "would ever be chosen. Lower it."
             )
         if self.patience < 0:
             raise UserError(f"trainer.patience is {self.patience}. It must be 0 (never stop early) or more.")

@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_llmers.conf.schema import (
     ADDED,
+    SHARDED,
     EvaluationConfig,
     LossConfig,
     OptimizerConfig,
@@ -28,6 +29,9 @@ EMBEDDERS = ("base", "tuned")
 @dataclass(frozen=True)
 class InitialConfig:
     """What the item table (and the users') of a backbone starts from, in place of random numbers.
+
+    An item without a vector keeps its random start, and so does a user none of whose items has one: from a zero vector all of
+    them would start as one and the same. They count neither in the reduction nor in the deviation.
 
     Attributes:
         items: the stage whose item table is copied.
@@ -205,6 +209,14 @@ class EncodeStage:
             )
         if self.train_base and self.encode != "said":
             raise UserError(f"encode: {self.encode} does not take train_base. Use encode: said for it.")
+        if self.trainer is not None and self.trainer.strategy in SHARDED:
+            raise UserError(f"trainer.strategy={self.trainer.strategy} does not train an encode stage. Use ddp or auto.")
+        if self.contrast and self.trainer is not None and self.trainer.processes > 1:
+            raise UserError(
+                "contrast of the encode stage puts all rows of a batch beside each other, but each of "
+                f"{self.trainer.processes} processes has its own. Train this stage in one, with trainer: {{strategy: auto, "
+                "devices: 1, num_nodes: 1}."
+            )
         if (self.users == "profile") != (self.profile is not None):
             raise UserError(
                 "users: profile of the encode stage goes with profile: NAME, a text of users among data.texts such as "
@@ -284,6 +296,11 @@ class TuneStage:
             raise unknown("method of the tune stage (tune)", self.tune, TUNINGS)
         if self.validate not in VALIDATIONS:
             raise unknown("validation of the tune stage (validate)", self.validate, VALIDATIONS)
+        if self.validate == "ranking" and self.trainer.strategy in SHARDED:
+            raise UserError(
+                f"validate: ranking asks each process for other titles, for which trainer.strategy={self.trainer.strategy} "
+                "would have to run its parts together. Use validate: loss, or trainer.strategy=ddp."
+            )
         for name in ("history", "samples", "max_tokens", "vocabulary", "validation_users"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UserError(f"{name} of the tune stage is {number}. It must be at least 1.")
@@ -300,7 +317,7 @@ class RecordStage:
         blocks: of `block_states`: equal blocks that its layers are cut into.
         k: of `ranking`: items in a list.
         per: of `ranking`: one list for each training `target`, after the history before it, or for each `user`, after all of
-            his training history. A collaborative teacher knows users alone.
+            his training history. A collaborative teacher or student knows users alone.
         batch_size: rows at a time.
     """
 
@@ -321,6 +338,16 @@ class RecordStage:
             raise UserError(f"k of the record stage is {self.k}. It must be at least 1.")
         if self.per not in ("target", "user"):
             raise unknown("row of the record (per)", self.per, ["target", "user"])
+
+    @property
+    def of_targets(self) -> bool:
+        """Whether the teacher answers for each training target, and not for each user."""
+        return self.record == "block_states" or self.per == "target"
+
+    @property
+    def online(self) -> bool:
+        """Whether nothing is recorded, for the teacher answers the student's own batches."""
+        return self.record == "block_states" and self.signals.online
 
 
 @dataclass(frozen=True)

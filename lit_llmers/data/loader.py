@@ -2,21 +2,25 @@
 
 No worker processes and no per-sample Python: a batch is a handful of numpy index operations (measured: a worker pool or
 per-sample lists cost 5-9 ms a step, this costs well under one).
+
+Several processes share every batch: process r of w takes rows r, r + w, r + 2 w and so on, which are of like lengths. What it
+gets then has two keys more, both plain numbers: `rows`, of the whole batch, and `weight`, `own rows x w / rows`. A mean over a
+process's rows, times its weight and averaged over the processes, is the mean over the whole batch. Where a batch has fewer rows
+than there are processes, some get a row of another with weight 0, in which nothing counts: so all take equally many steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 
 from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and with several processes the numbers `rows` and `weight`
 _POOL = 16  # batches whose rows are sorted by length together
 
 
@@ -51,6 +55,21 @@ def _length_batches(lengths: np.ndarray, batch_size: int, order: np.ndarray) -> 
     return [pool[i : i + batch_size] for pool in ordered for i in range(0, len(pool), batch_size)]
 
 
+def cut(index: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, Batch]:
+    """The rows that a process reads of a batch's `[B]`, and what its batch says of that: `rows` and `weight`."""
+    own = index[rank::world]
+    about = {"rows": len(index), "weight": len(own) * world / len(index)}
+    return (own if len(own) else index[:1]), about
+
+
+def own_part(collate: Callable[[np.ndarray], Batch], index: np.ndarray, rank: int, world: int) -> Batch:
+    """What a process gets of the batch of the rows `[B]`."""
+    if world == 1:
+        return collate(index)
+    part, about = cut(index, rank, world)
+    return collate(part) | about
+
+
 class TrainingBatches:
     """Shuffled training batches; an iterable that remembers where it is.
 
@@ -59,6 +78,10 @@ class TrainingBatches:
 
     Lightning restores `state_dict` when it resumes inside an epoch, and calls `sampler.set_epoch` before every epoch; both
     are needed, for it does not restore the state when it resumes between two epochs.
+
+    Args:
+        batch_size: rows of a batch, over all processes.
+        rank, world: which process this is, of how many.
     """
 
     def __init__(self, rows: TrainingRows, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -72,21 +95,24 @@ class TrainingBatches:
             self.epoch, self.position = epoch, 0
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.world))
+        return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self.load_state_dict(self.state_dict())
         batches = self._order(self.epoch)
         while self.position < len(self):
-            batch = self.collate(batches[self.position * self.world + self.rank])
+            batch = self.own(batches[self.position])
             self.position += 1
             yield batch
 
     def _order(self, epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng([self.seed, epoch])
         batches = _length_batches(self.rows.lengths, self.batch_size, random.permutation(len(self.rows)))
-        batches = [batches[i] for i in random.permutation(len(batches))]
-        return [batches[i % len(batches)] for i in range(len(self) * self.world)]  # every rank takes equally many steps
+        return [batches[i] for i in random.permutation(len(batches))]
+
+    def own(self, index: np.ndarray) -> Batch:
+        """What this process gets of the batch of these training rows."""
+        return own_part(self.collate, index, self.rank, self.world)
 
     def collate(self, index: np.ndarray) -> Batch:
         """The batch of these training rows."""
@@ -141,19 +167,21 @@ class EvaluationBatches:
     """Held-out rows with their histories; longest together, every row once.
 
     Args:
+        batch_size: rows of a batch, over all processes.
         mask_history: also give the index pairs of the items seen before, which do not compete with the target.
+        rank, world: which process this is, of how many.
     """
 
     def __init__(self, rows: EvaluationRows, batch_size: int, mask_history: bool = True, rank: int = 0, world: int = 1) -> None:
-        self.rows, self.mask_history = rows, mask_history
+        self.rows, self.mask_history, self.rank, self.world = rows, mask_history, rank, world
         order = np.argsort(rows.lengths, kind="stable")
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
+        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.collate(index) for index in self.batches)
+        return (own_part(self.collate, index, self.rank, self.world) for index in self.batches)
 
     def collate(self, index: np.ndarray) -> Batch:
         """The batch of these evaluation rows."""

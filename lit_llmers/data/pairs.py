@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.loader import Batch, EvaluationBatches, TrainingBatches
+from lit_llmers.data.loader import Batch, EvaluationBatches, TrainingBatches, cut
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
 from lit_llmers.files import digest
@@ -109,7 +109,7 @@ class PairBatches(TrainingBatches):
 
     Args:
         rows: the training pairs.
-        batch_size: pairs in a batch.
+        batch_size: pairs in a batch, over all processes.
         negatives: items that the user has not met, drawn anew for each pair in each epoch.
         seed: of order and negatives.
     """
@@ -123,14 +123,20 @@ class PairBatches(TrainingBatches):
     def _order(self, epoch: int) -> list[np.ndarray]:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
         starts = range(0, len(order), self.batch_size)
-        number = np.arange(len(self) * self.world) % len(starts)  # every rank takes equally many steps
-        return [order[starts[i] : starts[i] + self.batch_size] for i in number]
+        return [order[start : start + self.batch_size] for start in starts]
+
+    def own(self, index: np.ndarray) -> Batch:
+        """Negatives are drawn for the whole batch, so they are those of one process."""
+        if self.world == 1:
+            return self.collate(index)
+        part, about = cut(np.arange(len(index)), self.rank, self.world)
+        return {key: value[part] for key, value in self.collate(index).items()} | about
 
     def collate(self, index: np.ndarray) -> Batch:
         """The batch of these training rows: `row, user, target, target_row [B]` and `negatives [B, N]`, all int64."""
         index = np.sort(index)
         user = self.rows.user[index]
-        random = np.random.default_rng([self.seed, self.epoch, self.position * self.world + self.rank])
+        random = np.random.default_rng([self.seed, self.epoch, self.position])
         row = torch.from_numpy(index)
         return {
             "row": row,

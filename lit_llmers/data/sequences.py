@@ -28,12 +28,9 @@ class TrainingRows:
         begin = dataset.offsets[:-1]
         train = np.add.reduceat((dataset.split == TRAIN).astype(np.int64), begin)
         end = begin + train  # one past the last training interaction of each user
-        limit = config.max_length if config.targets_per_user is None else config.targets_per_user
         targets = np.maximum(train - 1, 0)  # the first item has no history
-        if config.examples == "last":
-            targets = np.minimum(targets, 1)
-        elif limit:
-            targets = np.minimum(targets, limit)
+        if config.most_targets:
+            targets = np.minimum(targets, config.most_targets)
         self._of_users = hashlib.sha256(np.ascontiguousarray(targets, "<i8").tobytes()).hexdigest()
         if config.examples == "sequence":  # windows of max_length targets, the latest window full
             rows = -(-targets // config.max_length)

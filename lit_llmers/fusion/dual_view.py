@@ -28,7 +28,10 @@ class DualView(Fusion):
     As there, an item enters the cross attention scaled by sqrt(d) and with its position: without them attention starts as a
     plain mean of the history, forgets its order, and stays so. We differ from the official code further: the positions are
     the fusion's own, counted from the right end, and the backbone adds its own after; its dropout comes after too; a hidden
-    item (BERT4Rec's) takes no part; and e_se starts as large as e_co.
+    item (BERT4Rec's) takes no part; e_se starts as large as e_co; and attention starts with the identity as its value and
+    output layers, where the official code draws them at random. Nothing of an item passes by the attention, so with random
+    layers the backbone reads other coordinates than those it scores in: on half of amazon-pantry validation NDCG@10 was 17 %
+    lower with torch's own (3 seeds), and lower still with the official code's Xavier draw (2 seeds).
 
     Args:
         items: `[n+1, D]` frozen text vectors.
@@ -109,7 +112,10 @@ class DualView(Fusion):
 
 
 class CrossAttention(nn.Module):
-    """Heads of `softmax(d Q K^T / sqrt(width of a head)) V` without residual or norm; only the output layer has a bias."""
+    """Heads of `softmax(d Q K^T / sqrt(width of a head)) V` without residual or norm; only the output layer has a bias.
+
+    It starts as an average of what is asked, in its own coordinates.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -117,6 +123,9 @@ class CrossAttention(nn.Module):
         self.scale = dim * (dim / heads) ** -0.5  # as of queries and keys of items that are sqrt(d) as large
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.out = nn.Linear(dim, dim)
+        nn.init.eye_(self.value.weight)
+        nn.init.eye_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, asking: Tensor, asked: Tensor, visible: Tensor) -> Tensor:
         """Args: asking and asked `[B, L, d]`; visible `[B, 1, L, L]` bool. Returns `[B, L, d]`."""

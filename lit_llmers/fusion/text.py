@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.errors import UserError, unknown
+from lit_llmers.text.tables import has_vector
 
 _ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU}
 _SAMPLE = 4096  # rows of a table that tell its scale
@@ -142,6 +143,8 @@ class TextTable(nn.Module):
 class TextView(nn.Module):
     """A trained view of all items' frozen text vectors: row 0, padding, is zero, and so is what is no item.
 
+    Items without a text share one view, what the adapter makes of a zero vector.
+
     Args:
         items: `[n+1, D]` text vectors.
         backbone: whose items they are.
@@ -167,8 +170,8 @@ class TextView(nn.Module):
         return super().train(mode)
 
     def sample(self) -> Tensor:
-        """Some rows of the text that are no padding, `[N, D]`: enough to tell a scale by."""
-        real = self.source.vectors[1:]
+        """Some rows of the text that are vectors, `[N, D]`: enough to tell a scale by."""
+        real = self.source.vectors[has_vector(self.source.vectors)]
         return real[:: max(1, len(real) // _SAMPLE)]
 
     def table(self, anew: bool = False) -> Tensor:

@@ -32,6 +32,7 @@ class Comparison(Evaluated):
         reference: the label that all are compared with; None takes each method's control, or without pairs the best.
 
     Attributes:
+        runs: those that the rows are of.
         reference: who all are compared with; None where each method has its control.
 
     Raises:
@@ -56,7 +57,7 @@ class Comparison(Evaluated):
             rows.sort(key=lambda seeds: -spread([model["metrics"]["all"][METRIC] for model in seeds])[0])
         models = [model for seeds in rows for model in seeds]
         super().__init__(first.data, first.evaluation | {"models": models}, first.folder)
-        self.pairs = list(pairs)
+        self.runs, self.pairs = list(runs.values()), list(pairs)
         self.best_is_reference = reference is None and not pairs
         self.reference = next(iter(self.models)) if self.best_is_reference else reference
 

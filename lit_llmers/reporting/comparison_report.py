@@ -11,6 +11,7 @@ from lit_llmers.files import atomic_write, write_json
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.comparison import Comparison, comparison_table, figures, notes, terminal_columns
 from lit_llmers.reporting.plots import write_comparison
+from lit_llmers.reporting.verdict import leak_warnings
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -37,6 +38,7 @@ def write_report(
     parts = [
         f"# Comparison on {comparison.data['name']}" + (f" ({root.name})" if root.name != comparison.data["name"] else ""),
         sections.data_line(comparison),
+        *leak_warnings(comparison.runs),
         _failures(failed),
         tables.markdown(*comparison_table(comparison)),
         "\n".join(f"- {note}" for note in notes(comparison)),
@@ -62,8 +64,9 @@ def write_report(
 
 
 def summary_table(comparison: Comparison) -> str:
-    """The table as plain text for the terminal."""
-    return f"{comparison.subject}\n\n{tables.plain(*terminal_columns(*comparison_table(comparison)))}"
+    """The table as plain text for the terminal, with the warnings."""
+    warnings = [each.replace("**", "").replace("> ", "") for each in leak_warnings(comparison.runs)]
+    return "\n\n".join([comparison.subject, tables.plain(*terminal_columns(*comparison_table(comparison))), *warnings])
 
 
 def publish(root: Path, comparison: Comparison, loggers: "Iterable[Logger]") -> None:

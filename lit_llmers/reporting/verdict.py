@@ -1,5 +1,7 @@
 """What a run shows, in sentences: does each method beat its control, and had its teacher anything to teach."""
 
+from collections.abc import Sequence
+
 from lit_llmers.reporting.results import METRIC, Results
 from lit_llmers.reporting.tables import p_value, percent
 
@@ -48,15 +50,25 @@ def teacher_warnings(results: Results) -> list[str]:
     return out
 
 
-def leak_warnings(results: Results) -> list[str]:
-    """A warning, as a Markdown quotation, for every encode stage that read texts which may betray held-out items."""
-    return [
-        f"> **WARNING: held-out items may have been seen.** Stage '{stage.name}' encodes "
-        f"{', '.join(f'`{name}`' for name in stage.summary['leaking'])}, written from users' interactions without "
-        "regard to this split: test figures of every model that reads this stage may be too high and prove nothing."
-        for stage in results.stages
-        if stage.summary.get("leaking")
-    ]
+def leak_warnings(runs: Sequence[Results]) -> list[str]:
+    """A warning, as a Markdown quotation, for every encode stage that read texts which may betray held-out items.
+
+    Of several runs those are named whose stage it is; a stage that reads the same in all of them is one warning.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for run in runs:
+        for stage in run.stages:
+            if leaking := stage.summary.get("leaking"):
+                found.setdefault((stage.name, tuple(leaking)), []).append(f"{run.about['recipe']}/{run.about['run']}")
+    out = []
+    for (name, texts), places in found.items():
+        of = f" of {', '.join(dict.fromkeys(places))}" if len(runs) > 1 else ""
+        out.append(
+            f"> **WARNING: held-out items may have been seen.** Stage '{name}'{of} encodes "
+            f"{', '.join(f'`{text}`' for text in texts)}, written from users' interactions without regard to this split: test "
+            "figures of every model that reads this stage may be too high and prove nothing."
+        )
+    return out
 
 
 def _equals(p: str) -> str:

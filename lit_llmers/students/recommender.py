@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
+from lit_llmers.averages import averages
 from lit_llmers.conf.schema import OptimizerConfig
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
@@ -91,12 +92,18 @@ class Recommender(L.LightningModule):
                 "trainer.precision=32-true."
             )
         self.log_losses({"loss": loss} | {f"loss/{name}": value for name, value in losses.items()}, batch)
-        return loss
+        return loss * batch["weight"] if "weight" in batch else loss
 
     def log_losses(self, losses: dict[str, Tensor], batch: Batch) -> None:
-        """Log losses at the steps that the loggers write: a metric that nobody reads costs Lightning 1 to 2 ms a step."""
+        """Log losses at the steps that the loggers write: a metric that nobody reads costs Lightning 1 to 2 ms a step.
+
+        Args:
+            losses: means over the process's rows; what is logged are means over those of all processes.
+        """
         if self.writes_log:
-            self.log_dict({name: value.detach() for name, value in losses.items()})
+            if "weight" in batch:
+                losses = {name: value * batch["weight"] for name, value in losses.items()}
+            self.log_dict(averages(losses, batch, self))
 
     def configure_optimizers(self) -> Any:
         return adamw(self, self.optimizer)
@@ -124,7 +131,9 @@ class Recommender(L.LightningModule):
         self._tables = self.tables()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.ranking.update(self.ranks(batch, self._tables))
+        ranks = self.ranks(batch, self._tables)
+        if batch.get("weight", 1.0):
+            self.ranking.update(ranks)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{name}": value for name, value in self.ranking.compute().items()})
@@ -142,6 +151,8 @@ class Recommender(L.LightningModule):
         checkpoint["distillation"] = extra
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not checkpoint["state_dict"]:  # a sharded strategy has put the weights in place
+            return
         own, saved = self.state_dict(), checkpoint["state_dict"]
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         extra = checkpoint.get("distillation", {})

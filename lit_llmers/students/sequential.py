@@ -120,13 +120,17 @@ class SequentialRecommender(Recommender):
         """Mean over the targets of a typical batch: `sum [T] / (rows x targets_per_row)`."""
         return per_target.sum() / self._typical_targets(batch)
 
-    def _typical_targets(self, batch: Batch) -> float:
-        return len(batch["target"]) * (self.targets_per_row if batch["target"].dim() == 2 else 1.0)
+    def _typical_targets(self, batch: Batch, rows: int | None = None) -> float:
+        return (rows or len(batch["target"])) * (self.targets_per_row if batch["target"].dim() == 2 else 1.0)
 
     def log_losses(self, losses: dict[str, Tensor], batch: Batch) -> None:
         """Log reduced losses as means over this batch's own targets, which are comparable from batch to batch."""
         if self.writes_log:
-            factor = self._typical_targets(batch) / max(1, int((batch["target"] > 0).sum()))
+            targets = (batch["target"] > 0).sum()
+            if "weight" in batch:
+                own = targets.float() if batch["weight"] else torch.zeros_like(targets, dtype=torch.float32)
+                targets = self.trainer.strategy.reduce(own, reduce_op="sum")
+            factor = self._typical_targets(batch, batch.get("rows")) / max(1, int(targets))
             per_row = {f"loss/{name}" for name, term in self.terms.items() if not term.per_target}
             means = {name: value if name in per_row else value * factor for name, value in losses.items()}
             if "loss" in means:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ELSEWHERE: ContextVar[bool] = ContextVar("elsewhere", default=False)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -71,6 +73,16 @@ class BaseConfig:
         return build(cls, values, "teacher")
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """In this context bases are made without content or memory, on the meta device: another process will send their weights."""
+    token = _ELSEWHERE.set(True)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(token)
+
+
 def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
     """The first `layers` layers of a decoder, without language-model head, and its tokenizer if it has one.
 
@@ -107,11 +119,15 @@ def load_causal(config: BaseConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pr
     Raises:
         UserError: the base does not exist or cannot be reached, or is no causal language model.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     model: Any
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if config.path:
+    if config.path and _ELSEWHERE.get():
+        with _reachable(config):
+            architecture = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        model = _hollow(AutoModelForCausalLM, config, architecture)
+    elif config.path:
         with _reachable(config), without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.path,
@@ -122,11 +138,9 @@ def load_causal(config: BaseConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pr
             )
         model, found = loaded
         _check_complete(config.path, found)
+        model.train()  # it comes as for inference, where no activation is recomputed
     else:
-        architecture = _architecture(config, vocab_size=len(tokenizer), **special)
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(config.seed)
-            model = AutoModelForCausalLM.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
+        model = _drawn(AutoModelForCausalLM, config, _architecture(config, vocab_size=len(tokenizer), **special))
     model.generation_config = GenerationConfig(**special)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -149,12 +163,24 @@ def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":
 
     architecture = _architecture(config)
     _check_depth(config, architecture, layers)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(config.seed)
-        model = AutoModel.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
+    model = _drawn(AutoModel, config, architecture)
     model.layers = model.layers[:layers]
     _truncate(model.config, layers)
     return model
+
+
+def _drawn(kind: Any, config: BaseConfig, architecture: "PretrainedConfig") -> Any:
+    """A model with random weights, which depend on the base's seed alone."""
+    if _ELSEWHERE.get():
+        return _hollow(kind, config, architecture)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(config.seed)
+        return kind.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
+
+
+def _hollow(kind: Any, config: BaseConfig, architecture: "PretrainedConfig") -> Any:
+    with torch.device("meta"):
+        return kind.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
 
 
 def _pretrained(config: BaseConfig, path: str, layers: int) -> "PreTrainedModel":
@@ -165,6 +191,8 @@ def _pretrained(config: BaseConfig, path: str, layers: int) -> "PreTrainedModel"
         architecture = AutoConfig.from_pretrained(path, revision=config.revision)
     _check_depth(config, architecture, layers)
     _truncate(architecture, layers)
+    if _ELSEWHERE.get():
+        return _hollow(AutoModel, config, architecture)
     with _reachable(config), without_load_report():
         model, found = AutoModel.from_pretrained(
             path,
@@ -175,7 +203,7 @@ def _pretrained(config: BaseConfig, path: str, layers: int) -> "PreTrainedModel"
             **_attention(config),
         )
     _check_complete(path, found)
-    return model
+    return model.train()  # it comes as for inference, where no activation is recomputed
 
 
 def _check_complete(path: str, found: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from lit_llmers.ranking import Catalogue
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import load_causal
 from lit_llmers.teachers.language_model import base_of, build_language_model, load_tuned, load_wording, read
+from lit_llmers.teachers.transcript import Transcript
 from lit_llmers.teachers.wording import Wording, pad_left
 
 if TYPE_CHECKING:
@@ -49,13 +51,18 @@ class Trie:
 
 @dataclass
 class Work:
-    """What generation cost: histories asked, tokens read in prompts and said by best beams, titles of the catalogue said."""
+    """What generation cost: histories asked, tokens read in prompts and said by best beams, titles of the catalogue said.
+
+    Attributes:
+        before: of the seconds, those that an interrupted pass has spent.
+    """
 
     asked: int = 0
     read: int = 0
     said: int = 0
     exact: int = 0
     seconds: float = 0.0
+    before: float = 0.0
 
     @property
     def summary(self) -> dict[str, float]:
@@ -89,6 +96,7 @@ class GroundedRecommender(Recommender):
         self.trie = Trie([ids for ids in wording.responses if len(ids) > 1], wording.end) if config.constrained else None
         self.known = {tuple(ids) for ids in wording.responses}
         self.work = Work()
+        self.transcript: Transcript | None = None
         self.titles = [tuple(wording.title(title)) for title in wording.titles[1:]]
         self.forget()
 
@@ -96,6 +104,10 @@ class GroundedRecommender(Recommender):
         """The model has changed: what was said and embedded holds no longer."""
         self.memory: dict[tuple[int, ...], str] = {}
         self.vector: dict[tuple[int, ...], Tensor] = {}
+
+    def keep(self, path: Path) -> None:
+        """Keep what is said from now on in a file, and take from it what an interrupted pass has said."""
+        self.transcript = Transcript(path)
 
     def item_table(self) -> None:
         """There are none: the vectors of titles, which are many times wider, belong to the distance."""
@@ -114,12 +126,30 @@ class GroundedRecommender(Recommender):
                 self.memory[new[row]] = self.wording.said(tokens)
         return [self.memory[key] for key in keys]
 
-    @torch.no_grad()
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """The best beam after each prompt, as tokens up to its end."""
+        found = self.transcript.find(prompts) if self.transcript else None
+        if found is None:
+            started = time.perf_counter()
+            said = self._best_beams(prompts)
+            seconds = time.perf_counter() - started
+            if self.transcript:
+                self.transcript.add(prompts, said, seconds)
+        else:
+            said, seconds = found
+            self.work.before += seconds
+        self.work.asked += len(prompts)
+        self.work.read += sum(map(len, prompts))
+        self.work.said += sum(map(len, said))
+        self.work.exact += sum(tuple(ids) in self.known for ids in said)
+        self.work.seconds += seconds
+        return said
+
+    @torch.no_grad()
+    def _best_beams(self, prompts: list[list[int]]) -> list[list[int]]:
         from transformers import GenerationConfig as Settings
 
-        wording, started = self.wording, time.perf_counter()
+        wording = self.wording
         tokens, mask = (each.to(self.backbone.device) for each in pad_left(prompts, wording.pad))
         settings = Settings(
             num_beams=self.config.num_beams,
@@ -132,13 +162,7 @@ class GroundedRecommender(Recommender):
         trie = self.trie
         bound = {"prefix_allowed_tokens_fn": lambda _, so_far: trie.after(so_far[width:].tolist())} if trie else {}
         out = self.backbone.generate(input_ids=tokens, attention_mask=mask.long(), generation_config=settings, **bound)
-        said = [ids[: ids.index(wording.end) + 1] if wording.end in ids else ids for ids in out[:, width:].tolist()]
-        self.work.asked += len(prompts)
-        self.work.read += int(mask.sum())
-        self.work.said += sum(map(len, said))
-        self.work.exact += sum(tuple(ids) in self.known for ids in said)
-        self.work.seconds += time.perf_counter() - started
-        return said
+        return [ids[: ids.index(wording.end) + 1] if wording.end in ids else ids for ids in out[:, width:].tolist()]
 
     # ---- grounding -------------------------------------------------------------------------------------------------------
 

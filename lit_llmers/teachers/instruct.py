@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from lit_llmers.averages import averages, part_of_mean
 from lit_llmers.conf.stages import TuneStage
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
@@ -24,6 +25,8 @@ from lit_llmers.teachers.language_model import read
 
 class InstructedModel(L.LightningModule):
     """Trains a causal language model to answer a prompt with a title: cross-entropy, mean over the tokens of a batch.
+
+    Of several processes it is the mean over the tokens of all.
 
     Args:
         model: of Hugging Face, or PEFT's wrapper around one.
@@ -46,14 +49,14 @@ class InstructedModel(L.LightningModule):
         return F.cross_entropy(logits[learnt].float(), labels[learnt], reduction="none")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.token_losses(batch).mean()
+        loss = part_of_mean(self.token_losses(batch), batch, self)
         written = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if (written or loss.device.type == "cpu") and not math.isfinite(loss.item()):
             raise UserError(
                 f"The loss is not finite at step {self.global_step}. Lower optimizer.lr, or use trainer.precision=32-true."
             )
         if written:
-            self.log("loss", loss.detach())
+            self.log_dict(averages({"loss": loss}, batch, self))
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -68,9 +71,13 @@ class InstructedModel(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if self.ranker[0] is not None:
-            self.ranking.update(self.ranker[0].ranks(batch, self.tables))
+            ranks = self.ranker[0].ranks(batch, self.tables)
+            if batch.get("weight", 1.0):
+                self.ranking.update(ranks)
         else:
-            self.mean_loss.update(self.token_losses(batch))
+            losses = self.token_losses(batch)
+            if batch.get("weight", 1.0):
+                self.mean_loss.update(losses)
 
     def on_validation_epoch_end(self) -> None:
         if self.ranker[0] is not None:

@@ -100,15 +100,15 @@ class HeldOutBatches:
     """Each held-out row once, the longest together; batches are those of `InstructionBatches`."""
 
     def __init__(self, rows: InstructionRows, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.source = InstructionBatches(rows, False, batch_size, 0)
+        self.source = InstructionBatches(rows, False, batch_size, 0, rank=rank, world=world)
         order = np.argsort(rows.lengths, kind="stable")
-        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][rank::world]
+        self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.source.collate(index) for index in self.batches)
+        return (self.source.own(index) for index in self.batches)
 
 
 class InstructionData(L.LightningDataModule):

@@ -1,8 +1,9 @@
 """A causal language model with its tokenizer, made for a stage that tunes it, and the tuned one read back."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,14 @@ from torch import Tensor
 from lit_llmers.conf.stages import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError
+from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer, without_load_report
 from lit_llmers.teachers.lora import with_lora
-from lit_llmers.teachers.wording import Wording, title_tokenizer
+from lit_llmers.teachers.wording import INSTRUCTION, Wording, title_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER = "tokenizer"  # folder of the stage
 
@@ -30,21 +35,29 @@ def base_of(stage: Stage) -> BaseConfig:
     return replace(base, seed=base.seed + stage.seed)
 
 
+def kept_tokenizer(stage: Stage, make: "Callable[[], PreTrainedTokenizerBase]") -> "PreTrainedTokenizerBase":
+    """The tokenizer that is kept in the stage's folder; the first time it is made, by the first of several processes."""
+    folder = stage.folder / TOKENIZER
+    done, here = folder / "DONE", Processes.here().of(stage)
+    if not done.is_file() and here.first:
+        tokenizer = make()
+        tokenizer.save_pretrained(folder)
+        done.touch()
+        return tokenizer
+    here.wait(stage.folder, done.is_file, f"the tokenizer of stage '{stage.label}'")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def load_wording(stage: Stage, dataset: Dataset) -> Wording:
     """The base's tokenizer, or the one that is kept with the stage, trained on the titles the first time.
 
     All titles of the catalogue shape that tokenizer; who chose them does not.
     """
     config: TuneStage = stage.config
-    tokenizer, folder = load_tokenizer(base_of(stage)), stage.folder / TOKENIZER
-    if tokenizer is None and (folder / "DONE").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    elif tokenizer is None:
-        tokenizer = title_tokenizer(dataset, config)
-        tokenizer.save_pretrained(folder)
-        (folder / "DONE").touch()
+    settings = config.fields, config.vocabulary, config.instruction or INSTRUCTION
+    tokenizer = load_tokenizer(base_of(stage)) or kept_tokenizer(stage, lambda: title_tokenizer(dataset, *settings))
     return Wording(tokenizer, dataset, config)
 
 

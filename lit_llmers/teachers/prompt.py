@@ -1,6 +1,6 @@
 """The prompt around a history, as in E4SRec (arXiv 2312.02443): instruction ++ item vectors ++ response."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,6 @@ def embed_prompt(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     after = tokenizer(AFTER, add_special_tokens=False)["input_ids"]
     if tokenizer.bos_token_id is not None:
         before = [tokenizer.bos_token_id, *before]
-    embed = model.get_input_embeddings()
+    embed: Any = model.get_input_embeddings()
     with torch.no_grad():
-        return embed(torch.tensor(before)), embed(torch.tensor(after))
+        return embed(torch.tensor(before, device=embed.weight.device)), embed(torch.tensor(after, device=embed.weight.device))

@@ -104,8 +104,16 @@ def pad_left(tokens: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return torch.full(mask.shape, pad).masked_scatter(mask, torch.tensor([token for ids in tokens for token in ids])), mask
 
 
-def title_tokenizer(dataset: Dataset, config: TuneStage) -> "PreTrainedTokenizerBase":
-    """A byte-level BPE tokenizer trained on what prompts and responses say: nothing is unknown to it, nothing is downloaded."""
+def title_tokenizer(
+    dataset: Dataset, fields: Sequence[str], vocabulary: int, instruction: str = INSTRUCTION
+) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer trained on what prompts and responses say: nothing is unknown to it, nothing is downloaded.
+
+    Args:
+        fields: columns of the catalogue that prompts tell of; titles are read besides.
+        vocabulary: its size at most; the 256 bytes and three special tokens are in it always.
+        instruction: of the prompts.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,10 +123,10 @@ def title_tokenizer(dataset: Dataset, config: TuneStage) -> "PreTrainedTokenizer
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary, special_tokens=[pad, start, end], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[pad, start, end], initial_alphabet=alphabet, show_progress=False
     )
-    frame = BEFORE.format(instruction=config.instruction or INSTRUCTION) + AFTER
-    told = item_texts(dataset.catalogue, list(dict.fromkeys(["title", *config.fields])))
+    frame = BEFORE.format(instruction=instruction) + AFTER
+    told = item_texts(dataset.catalogue, list(dict.fromkeys(["title", *fields])))
     tokenizer.train_from_iterator([frame, *told], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=pad, bos_token=start, eos_token=end, clean_up_tokenization_spaces=False

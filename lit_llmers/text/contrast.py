@@ -20,6 +20,7 @@ from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.losses.alignment import soft_clip
+from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import without_load_report
 from lit_llmers.teachers.lora import LoraConfig, with_lora
@@ -106,11 +107,12 @@ def tune_by_contrast(stage: Stage, dataset: Dataset, encoder: TextEncoder) -> di
     batches.encoder = encoder
     throughput = learn(stage, learner, batches)
     trainable = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
-    with without_load_report():
-        wrapped.save_pretrained(stage.folder / (MODEL if config.contrast.lora is None else ADAPTER))
-    if config.contrast.lora is None:
-        encoder.tokenizer.save_pretrained(stage.folder / MODEL)
-    else:
+    if Processes.here().of(stage).first:
+        with without_load_report():
+            wrapped.save_pretrained(stage.folder / (MODEL if config.contrast.lora is None else ADAPTER))
+        if config.contrast.lora is None:
+            encoder.tokenizer.save_pretrained(stage.folder / MODEL)
+    if config.contrast.lora is not None:
         encoder.model = wrapped.get_base_model()
     encoder.model.eval().requires_grad_(False)
     encoder.place()

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from lit_llmers.averages import averages
 from lit_llmers.callbacks.resume import LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.data.loader import Batch, TrainingBatches
@@ -29,24 +30,26 @@ class Learner(L.LightningModule):
         self.losses: list[float] = []  # of the epoch, as far as they were read
 
     def loss(self, batch: Batch) -> Tensor:
-        """A scalar."""
+        """A scalar; with several processes, one whose mean over them is the loss."""
         raise NotImplementedError
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         written = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if written or loss.device.type == "cpu":  # reading it makes an accelerator wait
-            self.losses.append(loss.item())
+        whole = averages({"loss": loss}, batch, self) if written else {}
+        alone = "weight" not in batch and loss.device.type == "cpu"
+        if written or alone:  # reading it makes an accelerator wait
+            self.losses.append(whole.get("loss", loss).item())
             if not math.isfinite(self.losses[-1]):
                 raise UserError(
                     f"The loss is not finite at step {self.global_step}. Lower optimizer.lr, or use trainer.precision=32-true."
                 )
         if written:
-            self.log("loss", loss.detach())
+            self.log_dict(whole)
         return loss
 
     def on_train_epoch_end(self) -> None:
-        if self.losses:
+        if self.losses and self.trainer.is_global_zero:
             log.info("%-24s epoch %2d  loss %.3f", self.label, self.current_epoch + 1, np.mean(self.losses))
         self.losses = []
 
@@ -64,12 +67,12 @@ class Learner(L.LightningModule):
 
 def learn(stage: Stage, learner: Learner, batches: TrainingBatches) -> Throughput:
     """Train to the last epoch; the learner is left on the CPU."""
-    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, stage.config.trainer.checkpoint_every)
+    last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, stage.config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, last])
-    resume_from = str(last.path) if last.path.is_file() else None
+    batches.rank, batches.world = trainer.global_rank, trainer.world_size
     learner.train()  # pretrained models come without their dropout
-    trainer.fit(learner, train_dataloaders=batches, ckpt_path=resume_from, weights_only=True)
+    trainer.fit(learner, train_dataloaders=batches, ckpt_path=last.found(), weights_only=True)
     finish_loggers(trainer.loggers)
     learner.cpu().eval()
     return throughput

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llmers.averages import part_of_mean
 from lit_llmers.backbones.items import item_embedding
-from lit_llmers.conf.stages import EncodeStage, TuneStage
+from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer
+from lit_llmers.teachers.language_model import kept_tokenizer
 from lit_llmers.teachers.lora import with_lora
 from lit_llmers.teachers.prompt import AFTER, BEFORE
 from lit_llmers.teachers.wording import title_tokenizer
@@ -31,7 +33,6 @@ from lit_llmers.text.learning import Learner, learn
 from lit_llmers.text.transformer import base_of
 
 INSTRUCTION = "Here is an item. Say what is known about it."
-TOKENIZER = "tokenizer"  # folder of the stage
 IGNORED = -100  # label of a token that is not learnt
 INIT_STD = 0.01  # small beside what is learned: two items are alike by their texts alone
 
@@ -128,7 +129,7 @@ class SoftTokens(Learner):
         return F.cross_entropy(out.logits[:, :-1][learnt].float(), labels[learnt], reduction="none")
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.token_losses(batch).mean()
+        return part_of_mean(self.token_losses(batch), batch, self)
 
 
 def base_with_seed(stage: Stage) -> BaseConfig:
@@ -140,16 +141,9 @@ def base_with_seed(stage: Stage) -> BaseConfig:
 def tokenizer_of(stage: Stage, dataset: Dataset) -> Any:
     """The base's tokenizer, or the one that is kept with the stage, trained on the texts the first time."""
     config: EncodeStage = stage.config
-    tokenizer, folder = load_tokenizer(base_of(config)), stage.folder / TOKENIZER
-    if tokenizer is None and (folder / "DONE").is_file():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    elif tokenizer is None:
-        tokenizer = title_tokenizer(dataset, TuneStage("bigrec", {}, fields=config.fields, vocabulary=config.vocabulary))
-        tokenizer.save_pretrained(folder)
-        (folder / "DONE").touch()
-    return tokenizer
+    return load_tokenizer(base_of(config)) or kept_tokenizer(
+        stage, lambda: title_tokenizer(dataset, config.fields, config.vocabulary)
+    )
 
 
 def said_vectors(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.ndarray, dict[str, Any]]:

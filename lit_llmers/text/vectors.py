@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,11 @@ import numpy as np
 
 from lit_llmers.errors import UserError
 from lit_llmers.files import digest
+from lit_llmers.locks import alone
+from lit_llmers.preemption import stop_if_asked
+from lit_llmers.processes import PATIENCE, Processes
 from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
+from lit_llmers.text.tables import has_vector
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -50,12 +55,16 @@ class Recorder:
         identity: names the encoder with its weights and settings.
         folder: of the records.
         label: of the stage, for progress lines.
+        mine: the processes that encode together, each its own shards.
+        signs: the folder in which they give signs of life.
     """
 
     encoder: "TextEncoder"
     identity: str
     folder: Path
     label: str
+    mine: Processes
+    signs: Path
     work: Work = field(default_factory=Work)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -71,9 +80,19 @@ class Recorder:
             rows_per_shard=min(len(texts), SHARD_BATCHES * batch),
         )
         folder = self.folder / digest(spec.to_json())
-        writer = SignalWriter(folder, spec)
         started = time.perf_counter()
-        for rows in writer.missing():
+        if not (folder / "manifest.json").is_file():
+            with alone(folder, patience=PATIENCE) if self.mine.first else nullcontext():
+                self._fill(folder, spec, texts)
+        self.work.seconds += time.perf_counter() - started
+        return SignalReader(folder, verify=False)[np.arange(len(texts))].numpy()
+
+    def _fill(self, folder: Path, spec: SignalSpec, texts: list[str]) -> None:
+        """Encode what is missing, and leave when all is there."""
+        batch, mine = self.encoder.config.batch_size, self.mine
+        with mine.first_goes_first():
+            writer = SignalWriter(folder, spec)
+        for rows in writer.missing(mine.rank, mine.world):
             tokens = self.encoder.tokens([texts[row] for row in rows])
             filled = [row for row in rows if texts[row] and tokens[row - rows.start]]
             self.work.cut += self._cut([texts[row] for row in filled if self._full(tokens[row - rows.start])])
@@ -85,9 +104,12 @@ class Recorder:
             self.work.texts += len(filled)
             self.work.tokens += sum(len(tokens[row - rows.start]) for row in filled)
             log.info("%-24s %d of %d texts", self.label, rows.stop, len(texts))
-        writer.finish()
-        self.work.seconds += time.perf_counter() - started
-        return SignalReader(folder, verify=False)[np.arange(len(texts))].numpy()
+            stop_if_asked()
+        if mine.first:
+            mine.wait(self.signs, lambda: not writer.missing(), "the texts of the others")
+            writer.finish()
+        else:
+            mine.wait(self.signs, (folder / "manifest.json").is_file, "the texts of the others")
 
     def _full(self, tokens: list[int]) -> bool:
         return len(tokens) >= self.encoder.config.max_tokens
@@ -133,7 +155,7 @@ class Projection:
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """`[N, D]` to `[N, d]` float32; a row of zeros is no vector and stays so."""
-        filled = vectors.any(1)
+        filled = has_vector(vectors)
         kept = vectors[filled] if self.components is None else self.components.transform(vectors[filled])
         out = np.zeros((len(vectors), kept.shape[1]), np.float32)
         out[filled] = kept * self.factor

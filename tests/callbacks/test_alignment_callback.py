@@ -131,6 +131,38 @@ def test_golden_rlmrec_con_without_its_false_negatives(golden):
     assert value.item() < official, "its own false negatives raise the official loss"
 
 
+@pytest.mark.parametrize("arguments", [{"negatives": "batch"}, {"negatives": "all", "symmetric": True}, {"negatives": "bank"}])
+def test_one_without_a_signal_is_no_pair_and_no_negative(arguments):
+    text, users = TEXT.clone(), USERS.clone()
+    text[[7, 20, 49]], users[[2, 59]] = 0, 0
+    student = collaborative(6)
+    term = Alignment(text, users, projector="none", temperature=0.3, **arguments).build(student)
+    output = student({"user": PAIRS["user"]})
+    known, people = [i for i in range(1, 51) if text[i].any()], [i for i in range(60) if users[i].any()]
+    expected = {}
+    for name, index, share in (("item", [3, 3], 2 / 3), ("negative", [9, 11, 11, 3, 11], 5 / 6)):
+        competing = known if arguments["negatives"] == "all" else sorted(set(index))
+        if (name, arguments["negatives"]) == ("negative", "bank"):  # its own, and what the targets left there
+            competing = [3, 9, 11]
+        values = [loops(output.items, text, index, competing, 0.3), loops(text, output.items, index, competing, 0.3)]
+        expected[name] = share * (sum(values) / 2 if arguments.get("symmetric") else values[0])
+    values = [loops(output.users, users, [40], people, 0.3), loops(users, output.users, [40], people, 0.3)]
+    expected["user"] = (sum(values) / 2 if arguments.get("symmetric") else values[0]) / 3
+    term(output, PAIRS)
+    assert {key: value.item() for key, value in term.parts.items()} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["info_nce", "soft_clip", "mmd", "cosine"])
+def test_a_batch_without_any_signal_has_no_loss(kind):
+    text = TEXT.clone()
+    text[:30] = 0
+    output = output_of(8)
+    loss = Alignment(text, kind=kind).build(sasrec())(output, SEQUENCES)
+    assert loss.item() == 0
+    loss.backward()
+    assert not output.items.grad.any()
+
+
 def test_soft_clip_mmd_and_cosine_are_of_the_items_of_the_batch():
     output, ids = output_of(), [3, 5, 7, 9]
     student, text = output.items[ids], TEXT[ids]

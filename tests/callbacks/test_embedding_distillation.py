@@ -147,6 +147,27 @@ def test_negatives_of_a_pair_weigh_as_much_as_its_target():
     torch.testing.assert_close(term(output_of(items, 2), batch), expected)
 
 
+@pytest.mark.parametrize("kind", ["hint", "experts", "topology"])
+@pytest.mark.parametrize("make", [sasrec, lambda: CollaborativeRecommender(BPRMF(60, 50, dim=8))])
+def test_an_item_without_a_vector_adds_nothing(kind, make):
+    """Beside those that have one; and where none has, there is no loss at all."""
+    text = TEXT.clone()
+    text[[3, 7]] = 0
+    term = EmbeddingDistillation(text, kind=kind, share=1.0).build(make())
+    items = torch.randn(51, 8, requires_grad=True)
+
+    def value(*target: int) -> Tensor:
+        torch.manual_seed(0)
+        batch = {"target": torch.tensor(target)} | ({} if make is sasrec else {"negatives": torch.tensor([[3], [7]])})
+        return term(output_of(items, len(target)), batch)
+
+    torch.testing.assert_close(value(5, 3, 9, 7), value(5, 9) / 2)
+    nothing = value(3, 7)
+    assert nothing.item() == 0
+    nothing.backward()
+    assert not items.grad.any()
+
+
 def test_topology_counts_an_item_once():
     term = EmbeddingDistillation(TEXT, kind="topology", share=1.0).build(sasrec())
     items = torch.randn(51, 8)
@@ -180,14 +201,17 @@ def test_a_share_estimates_the_same(kind):
 
 def test_what_a_step_looks_at():
     target = torch.arange(1, 1001).view(10, 100)
-    whole = item_sets({"target": target})[0]
-    assert torch.equal(whole, target.flatten())
+    known = torch.ones(1001).bool()
+    known[[0, 2, 4]] = False
+    (whole, share), *_ = item_sets({"target": target}, known)
+    assert torch.equal(whole, target[known[target]])
+    assert share == 0.998
     part = drawn(whole, None, DRAWN)
     assert len(part) == len(part.unique()) == DRAWN
     assert len(drawn(whole, 0.1, DRAWN)) == 100
     assert torch.equal(drawn(whole, 1.0, DRAWN), whole)
-    few = item_sets({"target": torch.tensor([4, 4]), "negatives": torch.ones(2, 3).long()})
-    assert [len(drawn(each, None, DRAWN)) for each in few] == [2, 6]
+    few = item_sets({"target": torch.tensor([4, 5]), "negatives": torch.ones(2, 3).long()}, known)
+    assert [(len(drawn(each, None, DRAWN)), share) for each, share in few] == [(1, 0.5), (6, 1.0)]
     ids, share = distinct(torch.tensor([7, 2, 7, 7]), 9)
     assert (ids.tolist(), share.tolist()) == ([2, 7], [0.25, 0.75])
 

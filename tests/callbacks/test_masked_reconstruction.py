@@ -117,6 +117,15 @@ def test_what_is_drawn():
     assert len(MaskedReconstruction(ITEMS, USERS, ratio=1e-6).draw(backbone)) == 1
 
 
+def test_who_has_no_text_is_never_hidden():
+    items, users = ITEMS.clone(), USERS.clone()
+    items[[1, 50]], users[:10] = 0, 0
+    backbone, callback = student_of().backbone, MaskedReconstruction(items, users, ratio=0.5)
+    drawn = [callback.draw(backbone) for _ in range(100)]
+    assert {len(each) for each in drawn} == {49}
+    assert set(torch.cat(drawn).tolist()) == set(range(10, 110)) - {60, 61}
+
+
 class Watch(L.Callback):
     """What the backbone's table is before, in and after a step."""
 

@@ -126,27 +126,59 @@ def test_the_order_is_decided_by_seed_and_epoch(unique):
     assert all(sorted(each) == list(range(len(rows))) for each in orders)
 
 
+def dealt(index: list[int], world: int) -> list[list[int]]:
+    """The rows of a batch as cards to so many players."""
+    hands: list[list[int]] = [[] for _ in range(world)]
+    for place, row in enumerate(index):
+        hands[place % world].append(row)
+    return hands
+
+
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("batch_size", [5, 8])
-def test_ranks_share_the_rows_and_take_equally_many_steps(unique, world, batch_size):
+@pytest.mark.parametrize("batch_size", [8, 1000])
+def test_processes_share_every_batch_of_one(unique, world, batch_size):
     rows = rows_of(unique)
-    ranks = [list(TrainingBatches(rows, batch_size, 0, rank, world)) for rank in range(world)]
-    steps = {len(batches) for batches in ranks}
-    assert steps == {len(TrainingBatches(rows, batch_size, 0, 0, world))}
-    seen = torch.cat([batch["row"] for batches in ranks for batch in batches]).tolist()
-    assert set(seen) == set(range(len(rows)))
-    spare = steps.pop() * world - -(-len(rows) // batch_size)
-    assert 0 <= spare < world, "only what evens the steps out comes twice"
-    assert len(seen) <= len(rows) + spare * batch_size
     one = list(TrainingBatches(rows, batch_size, 0))
-    assert same([ranks[number % world][number // world] for number in range(len(one))], one)
+    ranks = [list(TrainingBatches(rows, batch_size, 0, rank, world)) for rank in range(world)]
+    assert all(len(batches) == len(one) for batches in ranks)
+    assert batch_size == 1000 or len(rows) % batch_size % world, "the example has no uneven batch"
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert [part["row"].tolist() for part in parts] == dealt(whole["row"].tolist(), world)
+        assert all(part["rows"] == len(whole["row"]) for part in parts)
+        assert "rows" not in whole
+        assert "weight" not in whole
 
 
-def test_more_ranks_than_batches(unique):
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_mean_of_weighted_means_is_that_of_the_batch(unique, world):
     rows = rows_of(unique)
-    ranks = [list(TrainingBatches(rows, len(rows), 0, rank, 4)) for rank in range(4)]
-    assert [len(batches) for batches in ranks] == [1] * 4
-    assert all(sorted(batches[0]["row"].tolist()) == list(range(len(rows))) for batches in ranks)
+    value = torch.rand(len(rows), dtype=torch.double)
+    ranks = [TrainingBatches(rows, 8, 0, rank, world) for rank in range(world)]
+    for whole, *parts in zip(TrainingBatches(rows, 8, 0), *ranks, strict=True):
+        mean = sum(part["weight"] * value[part["row"]].mean() for part in parts) / world
+        torch.testing.assert_close(mean, value[whole["row"]].mean())
+
+
+def test_who_has_no_row_of_a_batch_reads_one_that_counts_nothing(unique):
+    rows = rows_of(unique)
+    for rank in range(4):
+        batches = list(TrainingBatches(rows, len(rows) - 2, 0, rank, 4))  # the second batch has two rows
+        (small,) = [batch for batch in batches if batch["rows"] == 2]
+        assert len(small["row"]) == 1
+        assert small["weight"] == (2.0 if rank < 2 else 0.0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_process_goes_on_with_its_part_of_the_next_batch(unique, world):
+    rows = rows_of(unique)
+    whole = list(TrainingBatches(rows, 40, 5, 1, world))
+    loader = TrainingBatches(rows, 40, 5, 1, world)
+    batches = iter(loader)
+    first = [next(batches), next(batches)]
+    resumed = TrainingBatches(rows, 40, 5, 1, world)
+    resumed.load_state_dict(loader.state_dict())
+    rest = list(resumed)
+    assert [batch["row"].tolist() for batch in [*first, *rest]] == [batch["row"].tolist() for batch in whole]
 
 
 def test_a_loader_goes_on_from_every_position(unique):
@@ -241,8 +273,10 @@ def test_evaluation_batches_mask_the_whole_history_but_not_the_target(part):
     assert "seen_row" not in next(iter(EvaluationBatches(rows, 8, mask_history=False)))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_evaluation_ranks_see_every_row_once(world):
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_processes_validate_every_row_once_in_equally_many_batches(world):
     rows = EvaluationRows(random_dataset(users=50), "test", max_length=5)
-    seen = [batch["row"] for rank in range(world) for batch in EvaluationBatches(rows, 4, rank=rank, world=world)]
+    ranks = [list(EvaluationBatches(rows, 4, rank=rank, world=world)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {13}
+    seen = [batch["row"] for batches in ranks for batch in batches if batch.get("weight", 1.0)]
     assert sorted(torch.cat(seen).tolist()) == list(range(50))

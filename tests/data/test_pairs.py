@@ -103,11 +103,14 @@ def test_order_and_negatives_are_decided_by_seed_and_epoch(rows):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_batches_and_take_equally_many_steps(rows, world):
-    ranks = [list(PairBatches(rows, 50, 2, 0, rank, world)) for rank in range(world)]
-    one = list(PairBatches(rows, 50, 2, 0))
-    assert {len(batches) for batches in ranks} == {-(-len(one) // world)}
-    assert same([ranks[number % world][number // world] for number in range(len(one))], one)
+def test_processes_share_every_batch_of_one_with_its_negatives(rows, world):
+    one = list(PairBatches(rows, 48, 2, 0))
+    ranks = [list(PairBatches(rows, 48, 2, 0, rank, world)) for rank in range(world)]
+    for whole, *parts in zip(one, *ranks, strict=True):
+        for rank, part in enumerate(parts):
+            assert all(torch.equal(part[key], value[rank::world]) for key, value in whole.items())
+            assert part["rows"] == len(whole["row"])
+            assert part["weight"] == len(part["row"]) * world / len(whole["row"])
 
 
 def test_a_loader_goes_on_from_every_position(rows):

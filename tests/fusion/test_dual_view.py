@@ -116,6 +116,16 @@ def test_who_sees_the_future(official, accepted):
         assert torch.allclose(before, after, atol=1e-6) != official
 
 
+def test_an_item_reaches_the_backbone_in_the_coordinates_in_which_it_is_scored():
+    """At the start, what the backbone reads of a single item is that item's row of the table, half by half, at its position."""
+    model = DualView(SASRec(10, 5, dim=8, init_std=0.1), torch.randn(11, 6), 5)
+    seen = []
+    model.inner.read = lambda x, *_: seen.append(x) or [x]
+    items = torch.randint(1, 11, (4, 1))
+    model(items, items > 0)
+    torch.testing.assert_close(torch.cat(seen, 2)[:, 0], model.item_table()[items[:, 0]] + model.positions[-1].repeat(2))
+
+
 def test_wrong_heads_are_named():
     with pytest.raises(UserError, match="dim=8 into heads=3"):
         DualView(SASRec(10, 5, dim=8), torch.randn(11, 6), 5, heads=3)

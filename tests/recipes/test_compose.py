@@ -169,17 +169,74 @@ def test_what_is_said_of_the_whole_run_wins_over_the_students_own_file(no_files)
     assert by_name(plan(recipes.compose("student", ["student=bert4rec"])))["student"].config.trainer.max_epochs > 2
 
 
+def test_what_is_said_of_the_student_wins_over_what_is_said_of_the_whole_run(no_files):
+    given = ["student=bert4rec", "student.trainer.max_epochs=7", "trainer.max_epochs=2", "trainer.patience=1"]
+    student = by_name(plan(recipes.compose("student", given)))["student"].config
+    assert (student.trainer.max_epochs, student.trainer.patience) == (7, 1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_trainer_of_the_whole_run_reaches_every_stage_that_trains(name, no_files):
+    planned = plan(recipes.compose(name, ["trainer.max_epochs=2", "trainer.batch_size=6", "data=ml-1m", *TEXT.get(name, [])]))
+    trainers = {stage.name: stage.config.trainer for stage in planned if getattr(stage.config, "trainer", None)}
+    assert {"student"} <= set(trainers)
+    assert {(trainer.max_epochs, trainer.batch_size) for trainer in trainers.values()} == {(2, 6)}
+
+
+def test_a_stage_s_own_word_on_the_command_line_wins_and_its_learning_rate_is_its_own(no_files):
+    given = ["stages.student.trainer.max_epochs=5", "trainer.max_epochs=2", "optimizer.lr=0.5"]
+    planned = by_name(plan(recipes.compose("alpharec", given)))
+    student, control = planned["student"].config, planned["control"].config
+    assert (student.trainer.max_epochs, control.trainer.max_epochs) == (5, 2)
+    assert (student.trainer.batch_size, student.trainer.patience) == (4096, 20), "of which nothing was said"
+    assert (student.optimizer.lr, control.optimizer.lr) == (5e-4, 0.5)
+
+
+def test_a_word_beside_a_scale_reaches_the_stages_that_the_scale_names(no_files):
+    planned = by_name(plan(recipes.compose("slmrec", ["scale=paper", "trainer.max_epochs=2"])))
+    teacher, embeddings = planned["teacher"].config.trainer, planned["item_embeddings"].config.trainer
+    assert teacher.max_epochs == embeddings.max_epochs == 2
+    assert embeddings.batch_size == 1024
+
+
+def test_a_word_beside_a_scale_wins_over_what_the_scale_says_of_the_student(mine, no_files):
+    text = SHALLOW.replace("/trainer: single", "/trainer: single, /student: sasrec").partition("  model:")[0]
+    mine.write_text(
+        f'{text}  student: {{like: "${{student}}"}}\nscales: {{big: {{student.trainer.max_epochs: 9, trainer.patience: 3}}}}\n'
+    )
+    for given, expected in (
+        ([], 9),
+        (["trainer.max_epochs=2"], 2),
+        (["trainer.max_epochs=2", "student.trainer.max_epochs=4"], 4),
+    ):
+        trainer = by_name(plan(recipes.compose(str(mine), ["scale=big", *given])))["student"].config.trainer
+        assert (trainer.max_epochs, trainer.patience) == (expected, 3)
+
+
 @pytest.mark.parametrize(("name", "scale"), SCALED)
 def test_every_scale_plans_and_is_what_the_recipe_says(name, scale, no_files):
     from omegaconf import OmegaConf
 
     config = recipes.compose(name, [scale])
     plan(config)
-    listed = OmegaConf.load(recipes.find(name)).get("scales") or {}
-    for key, value in listed.get(scale.removeprefix("scale="), {}).items():
-        if key not in recipes.GROUPS:
+    for key, value in recipes.scale_settings(recipes.find(name), scale.removeprefix("scale=")).items():
+        if key.startswith("~"):
+            assert OmegaConf.select(OmegaConf.create(config), key.removeprefix("~")) is None, key
+        elif key not in recipes.GROUPS and "${" not in str(value):
             assert OmegaConf.select(OmegaConf.create(config), key) == value, key
     assert "scales" not in config
+
+
+def test_a_scale_is_like_another_and_wins_over_it(mine):
+    from omegaconf import OmegaConf
+
+    shared = OmegaConf.load(recipes.CONF / "scale" / "llm-esr.yaml")
+    text = mine.read_text() + "scales: {paper: {like: llm-esr, trainer.batch_size: 9}, other: {like: llm-erS}}\n"
+    mine.write_text(text.replace("/trainer: single", "/student: sasrec, /trainer: single"))
+    config = recipes.compose(str(mine), ["scale=paper"])
+    assert (config["trainer"]["batch_size"], config["trainer"]["max_epochs"]) == (9, shared["trainer.max_epochs"])
+    with pytest.raises(UserError, match="scale in 'scales.other.like' 'llm-erS'. Did you mean 'llm-esr'"):
+        recipes.compose(str(mine), ["scale=other"])
 
 
 @pytest.mark.parametrize("name", RECIPES)

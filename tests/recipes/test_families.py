@@ -11,9 +11,9 @@ from lit_llmers.serving import load_exported
 from lit_llmers.stages import plan
 
 SMALL = {  # of recipes that hold more than students
-    "bigrec": ["stages.teacher.samples=64", "stages.teacher.trainer.max_epochs=1", "stages.lists.k=10"],
-    "said": ["stages.said.trainer.max_epochs=1", "stages.said.dim=16", "student.model.dim=16"],
-    "alpharec": ["stages.student.trainer.max_epochs=1", "stages.student.model.dim=16"],
+    "bigrec": ["stages.teacher.samples=64", "stages.lists.k=10"],
+    "said": ["stages.said.dim=16", "student.model.dim=16"],
+    "alpharec": ["stages.student.model.dim=16"],
 }
 RANKED = ("cd", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd")
 METHODS = sorted(set(recipes.available()) - {"slmrec", "student"})

@@ -11,6 +11,7 @@ from lit_llmers import tuning
 from lit_llmers.conf.stages import GenerationConfig
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.errors import UserError
+from lit_llmers.journal import read_journal
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.record import open_signals
 from lit_llmers.stages import run
@@ -46,6 +47,22 @@ def test_a_batch_of_mixed_lengths_says_what_each_says_alone(num_beams):
     assert rankers[1].work.said == rankers[0].work.said
     rankers[1].say([*ASKED, ASKED[0]])
     assert rankers[1].work.asked == 4, "what was said is remembered"
+
+
+def test_what_was_said_is_known_again_batch_by_batch(tmp_path):
+    data, asked = titled(HISTORIES), [[[1, 2], [3]], [[4], [5, 6]]]
+    whole = ranker_of(data)
+    expected = [whole.say(each) for each in asked]
+    first, again = ranker_of(data), ranker_of(data)
+    first.keep(tmp_path / "said.jsonl")
+    first.say(asked[0])
+    with open(tmp_path / "said.jsonl", "a") as file:
+        file.write('{"prompts": "torn')
+    again.keep(tmp_path / "said.jsonl")
+    assert [again.say(each) for each in asked] == expected
+    assert again.work.before == first.work.seconds < again.work.seconds
+    assert (again.work.asked, again.work.said, again.work.exact) == (whole.work.asked, whole.work.said, whole.work.exact)
+    assert len(read_journal(tmp_path / "said.jsonl")) == 2
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -306,6 +323,51 @@ def test_a_record_that_failed_goes_on_to_the_same_bits(stages, done, tmp_path, m
     for shard in shards:
         ours, theirs = (np.load(place.folder / shard) for place in (stage, done["users"]))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_record_of_one_shard_goes_on_after_what_was_said(stages, done, tmp_path, monkeypatch):
+    planned = stages("signals.shard_rows=null", place=tmp_path)
+    stage = link(planned, done, "users")
+    best_beams, said = GroundedRecommender._best_beams, []
+
+    def fails_at_fourth(self, prompts):
+        said.append(prompts)
+        if len(said) == 4:
+            raise Killed
+        return best_beams(self, prompts)
+
+    monkeypatch.setattr(GroundedRecommender, "_best_beams", fails_at_fourth)
+    with pytest.raises(Killed):
+        run([stage], None)
+    run([stage], None)
+    assert len(said) > 8
+    assert [said.count(prompts) for prompts in said[:3] + said[4:]] == [1, 1, 1, 2] + [1] * (len(said) - 5)
+    assert stage.summary["generated_titles"] == sum(map(len, said[:3] + said[4:]))
+    ours, theirs = (
+        np.concatenate([np.load(shard) for shard in sorted((place.folder / "ranking-scores").glob("shard-*.npy"))])
+        for place in (stage, done["users"])
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_killed_evaluation_goes_on_after_what_was_said(stages, done, tmp_path, monkeypatch):
+    stage = link(stages(place=tmp_path), done, "evaluate")
+    best_beams, said = GroundedRecommender._best_beams, []
+
+    def fails_at_second(self, prompts):
+        said.append(len(prompts))
+        if len(said) == 2:
+            raise Killed
+        return best_beams(self, prompts)
+
+    monkeypatch.setattr(GroundedRecommender, "_best_beams", fails_at_second)
+    with pytest.raises(Killed):
+        run([stage], None)
+    run([stage], None)
+    assert said == [16, 14, 14], "the first batch is said once"
+    assert len(read_journal(stage.folder / "said-teacher-seed0.jsonl")) == 2
+    for ranks in done["evaluate"].folder.glob("ranks-*.npy"):
+        np.testing.assert_array_equal(np.load(stage.folder / ranks.name), np.load(ranks))
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,13 @@ def test_the_fields_tell_of_items_and_what_leaks_is_refused():
 
 def test_the_tokenizer_of_the_titles_knows_every_text_and_is_always_the_same():
     data = titled(HISTORIES)
-    first, second = (title_tokenizer(data, settings()) for _ in range(2))
+    first, second = (title_tokenizer(data, ["title"], 320) for _ in range(2))
     assert first.get_vocab() == second.get_vocab()
     for text in (*TITLES, "Amélie “8½” 東京物語 🎬", "  spaces  "):
         assert first.decode(first(text, add_special_tokens=False)["input_ids"]) == text
     assert len(first("Red River", add_special_tokens=False)["input_ids"]) <= 2
+    asked = title_tokenizer(data, ["title"], 320, "Zyx zyx zyx zyx")
+    assert len(asked("zyx", add_special_tokens=False)["input_ids"]) < len(first("zyx", add_special_tokens=False)["input_ids"])
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def settings(**given: Any) -> TuneStage:
 
 def wording_of(data: Dataset, **given: Any) -> Wording:
     config = settings(**given)
-    return Wording(title_tokenizer(data, config), data, config)
+    return Wording(title_tokenizer(data, config.fields, config.vocabulary), data, config)
 
 
 def language_model(wording: Wording, lora: dict[str, Any] | None = None, **given: Any) -> Any:

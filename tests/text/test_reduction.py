@@ -57,7 +57,18 @@ def test_more_columns_than_there_are_is_refused(how, dim):
         reduce_table(table(), dim, how, POPULARITY, 0)
 
 
+@pytest.mark.parametrize("how", ["pca", "random", "uniform", "variance"])
+def test_items_without_a_vector_have_none_and_change_no_other(how):
+    values, silent = table(), np.array([3, 28, 29, 30])  # the three most popular ones among them
+    values[silent] *= 0
+    kept = np.setdiff1d(np.arange(31), silent)
+    reduced = reduce_table(values, 5, how, POPULARITY, 0)
+    assert not reduced[silent].any()
+    np.testing.assert_array_equal(reduced[kept], reduce_table(values[kept], 5, how, POPULARITY[kept], 0))
+
+
 def test_a_user_is_the_mean_of_his_items_and_zero_without_any():
     values = table(4, 2)
-    users = mean_of_histories(values, np.array([[0, 1], [0, 3], [2, 4], [2, 4]]), 3)
+    values[2] = 0  # counts for nobody
+    users = mean_of_histories(values, np.array([[0, 1], [0, 2], [0, 3], [1, 2], [2, 4], [2, 4]]), 3)
     np.testing.assert_allclose(users, [(values[1] + values[3]) / 2, [0, 0], values[4]], rtol=1e-6)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import run
+from lit_llmers.teachers import language_model
 from lit_llmers.text import said
 from lit_llmers.text.prompts import item_texts
 
@@ -142,7 +143,7 @@ def test_a_base_of_ones_own_brings_its_tokenizer_and_its_adapters(stages, tmp_pa
     run([*stage.needs, stage], None)
     n = load_dataset(stage).n_items
     assert stage.summary["trainable"] == (n + 1) * 6 + 6 * 16 + 16 + 16 * 16 + 16 + 2 * (2 * 16 + 2 * 16)
-    assert not (stage.folder / said.TOKENIZER).exists()
+    assert not (stage.folder / language_model.TOKENIZER).exists()
     other = stages("trainer.max_epochs=1", "stages.said.train_base=true", model=base.replace("rank: 2", "rank: 4"))["said"]
     assert other.fingerprint != stage.fingerprint
 

@@ -1,0 +1,95 @@
+"""Checks across stages: what one asks of another must be what that one has. Names and arguments: `lit_llmers.building`."""
+
+import inspect
+from typing import Any
+
+from lit_llmers.backbones import Backbone
+from lit_llmers.building import RECORDS, Reference, find, references
+from lit_llmers.conf.stages import FitStage, RecordStage, TuneStage
+from lit_llmers.errors import UserError
+
+
+def check_blocks(stages: dict[str, Any]) -> None:
+    """Check that every depth can be cut into the blocks that callbacks and records ask for.
+
+    Args:
+        stages: typed settings of all stages, by name.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for name, stage in stages.items():
+        asked: list[tuple[str, int]] = []
+        if isinstance(stage, RecordStage) and stage.record == "block_states":
+            asked = [(stage.of, stage.blocks)]
+        elif isinstance(stage, FitStage):
+            for callback, given in stage.terms:
+                if "signals" in find("callbacks", callback).sources:
+                    asked.append((name, stages[given["from"]].blocks))
+                if "blocks" in (parameters := inspect.signature(find("callbacks", callback)).parameters):
+                    asked.append((name, given.get("blocks", parameters["blocks"].default)))
+        for model, blocks in asked:
+            layers = _layers(stages[model])
+            if blocks < 1 or layers % blocks:
+                raise UserError(
+                    f"The {layers} layers of stage '{model}' cannot be cut into the {blocks} equal blocks that stage "
+                    f"'{name}' asks for. Choose stages.{model}.model.layers divisible by them, or other blocks."
+                )
+
+
+def check_targets(stages: dict[str, Any]) -> None:
+    """Check that who is asked for an answer to each training target, and who reads it, know the same targets.
+
+    Args:
+        stages: typed settings of all stages, by name.
+
+    Raises:
+        UserError: a model does not read histories in order, or a student takes other targets of a user than its teacher.
+    """
+    for name, stage in stages.items():
+        if isinstance(stage, RecordStage) and stage.of_targets and not _in_order(stages[stage.of]):
+            cure = "Record it with per: user." if stage.record == "ranking" else "Record another one."
+            raise UserError(
+                f"Stage '{stage.of}' cannot answer '{name}' after each training target, for it does not read a history up to "
+                f"there. {cure}"
+            )
+        for reference in references(stage) if isinstance(stage, FitStage) else []:
+            record = stages[reference.stage]
+            if reference.kind in RECORDS and record.of_targets and not record.online:
+                _check_same_targets(name, stage, reference, record, stages[record.of].sequences.most_targets)
+
+
+def _in_order(stage: FitStage | TuneStage) -> bool:
+    """Whether the model of a stage reads a user's history up to any point of it."""
+    if isinstance(stage, TuneStage):
+        return True
+    backbone = find("backbones", stage.fit)
+    return issubclass(backbone, Backbone) and backbone.causal
+
+
+def _check_same_targets(name: str, stage: FitStage, reference: Reference, record: RecordStage, most: int) -> None:
+    own = stage.sequences.most_targets if _in_order(stage) else None
+    if own == most:
+        return
+    where = f"stages.{name}.sequences"
+    cures = [f"{where}.targets_per_user={most}"]
+    if stage.sequences.examples == "last":
+        cures.insert(0, f"{where}.examples=prefixes")
+    cure = [" ".join(cures)] if own is not None else []
+    cure += [f"per: user in stage '{reference.stage}'"] if record.record == "ranking" else []
+    taken = "users, and none of their targets" if own is None else f"{_targets(own)} of a user"
+    raise UserError(
+        f"'stages.{name}.{reference.where}': stage '{reference.stage}' has an answer for {_targets(most)} of a user, as "
+        f"'{record.of}' trains on, but '{name}' trains on {taken}. Set {', or '.join(cure)}."
+    )
+
+
+def _targets(most: int) -> str:
+    """What `SequenceConfig.most_targets` means, in words."""
+    return f"the latest {most} targets" if most > 1 else "the latest target" if most else "all targets"
+
+
+def _layers(stage: FitStage) -> int:
+    backbone = find("backbones", stage.fit)
+    argument = inspect.signature(backbone).parameters.get("layers")
+    return int(stage.model.get("layers", backbone.layers if argument is None else argument.default))

@@ -1,0 +1,325 @@
+"""From a planned stage to figures: memory of each process, work, time and disk. All of it goes inside `pretending`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
+from lit_llmers.building import find
+from lit_llmers.conf.schema import TrainerConfig
+from lit_llmers.conf.stages import EncodeStage, EvaluateStage, FitStage, RecordStage, TuneStage
+from lit_llmers.data.pairs import PairRows
+from lit_llmers.data.sequences import EvaluationRows, TrainingRows
+from lit_llmers.losses.alignment import soft_clip
+from lit_llmers.planning import steps, texts
+from lit_llmers.planning.bases import Missing, prompt_tokens
+from lit_llmers.planning.cards import KERNEL, Card
+from lit_llmers.planning.data import Known
+from lit_llmers.planning.models import Paper, Papers, parameters
+from lit_llmers.planning.rehearsal import Rehearsal
+from lit_llmers.planning.sharing import held_by, inference_memory, sizes_of, training_memory
+from lit_llmers.planning.steps import Training
+from lit_llmers.stages import Stage
+from lit_llmers.teachers.base import BaseConfig
+
+UNKNOWN_TEXTS = "texts are taken to be as long as max_tokens: they are not known"
+
+
+@dataclass
+class Estimate:
+    """What one stage takes, for one seed; None is what cannot be said, and `notes` say why.
+
+    Attributes:
+        parameters: total, trainable and item_table.
+        memory: bytes of each process by what they are for, see `lit_llmers.planning.sharing`; where layers can be recomputed
+            also `activations_checkpointed`, `activations_plain` and `peak_otherwise`, the peak with the other choice.
+        disk: bytes that are `kept`, and a `checkpoint` while it trains.
+        rows, steps, epochs: rows of an epoch, steps of it, epochs at most.
+        flops: of all processes together.
+        seconds: of each process.
+        training: what is trained, where something is.
+    """
+
+    parameters: dict[str, int] | None = None
+    memory: dict[str, int] | None = None
+    disk: dict[str, int] | None = None
+    rows: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+    training: Training | None = None
+
+
+class Estimator:
+    """Estimates the stages of one recipe.
+
+    Args:
+        known: the data.
+        card: which GPU each process has.
+        utilisation: share of the card's peak that a large model reaches.
+    """
+
+    def __init__(self, known: Known, card: Card, utilisation: float) -> None:
+        self.known, self.data, self.card, self.utilisation = known, known.dataset, card, utilisation
+        self.papers = Papers(known)
+        self.asked: dict[tuple[str, int], Rehearsal] = {}
+
+    def __call__(self, stage: Stage) -> Estimate:
+        """The estimate of one stage; what is not known is None there, with a note."""
+        out = Estimate()
+        try:
+            getattr(self, f"_{stage.verb}")(stage, out)
+        except Missing as missing:
+            out.notes.append(f"unknown: {missing}")
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError) as error:
+            # its code asks fake tensors for what they do not have: what was found until here stands
+            reason = str(error).strip().partition("\n")[0][:120]
+            out.notes.append(f"no step could be rehearsed ({type(error).__name__}: {reason})")
+        return out
+
+    # ---- what has no model of its own ------------------------------------------------------------------------------------
+
+    def _prepare(self, stage: Stage, out: Estimate) -> None:
+        written = self.data.catalogue.memory_usage(deep=True).sum() if self.known.exact else 0
+        out.rows = len(self.data.items)
+        out.disk = _disk(5 * len(self.data.items) + 8 * (self.data.n_users + 1) + int(written))
+
+    def _export(self, stage: Stage, out: Estimate) -> None:
+        out.parameters = parameters(self.papers.of(next(need for need in stage.needs if need.verb == "fit")))
+        if out.parameters:
+            out.disk = _disk(4 * out.parameters["total"] * len(stage.config.export))
+
+    # ---- what trains -----------------------------------------------------------------------------------------------------
+
+    def _fit(self, stage: Stage, out: Estimate) -> None:
+        config: FitStage = stage.config
+        backbone, trainer = find("backbones", config.fit), config.trainer
+        paper = self.papers.of(stage)
+        out.parameters = parameters(paper)
+        out.disk = _disk((self.data.n_items + 1) * paper.table * 4)
+        if issubclass(backbone, CountingBackbone):
+            out.notes.append("counted, not trained")
+            return
+        in_pairs = issubclass(backbone, CollaborativeBackbone)
+        rows: Any = PairRows(self.data) if in_pairs else TrainingRows(self.data, config.sequences)
+        longest, share = (1, 1.0) if in_pairs else self._lengths(stage, rows)
+        self._epochs(out, len(rows), trainer)
+        local = _local(min(trainer.batch_size, len(rows)), trainer)
+        every = not in_pairs and rows.every_position
+        batch = steps.pairs(local, config.loss.negatives) if in_pairs else steps.histories(local, longest, every)
+        model = paper.model
+
+        def loss() -> Tensor:
+            at_hand, model.writes_log = dict(batch), False
+            for callback in paper.added:
+                callback.on_train_batch_start(None, model, at_hand, 0)  # type: ignore[arg-type]
+            value: Tensor = model.training_step(at_hand, 0)
+            return value
+
+        training = steps.training_step(model, loss, trainer, share)
+        held_out = len(EvaluationRows(self.data, "valid", config.sequences.max_length, config.validation_users))
+        size = min(held_out, 512 if in_pairs else max(trainer.batch_size, 256))
+        ranking = steps.ranking_step(model, _local(size, trainer), longest, trainer)
+        self._trained(out, training, trainer, ranking)
+        validations = (out.epochs or 0) // trainer.validate_every
+        self._add(out, ranking, share, -(-held_out // size) * validations, steps.precision(model, trainer), trainer.processes)
+
+    def _tune(self, stage: Stage, out: Estimate) -> None:
+        config: TuneStage = stage.config
+        paper, trainer = self.papers.of(stage), config.trainer
+        out.parameters = parameters(paper)
+        rows = TrainingRows(self.data, config.sequences).targets
+        self._epochs(out, rows if config.samples is None else min(rows, config.samples), trainer)
+        tokens = texts.example_tokens(self.known, config)
+        if tokens is None:
+            out.notes.append(UNKNOWN_TEXTS)
+        mean, said = tokens or (float(config.max_tokens), config.max_tokens // 4)
+        local, read = _local(trainer.batch_size, trainer), config.max_tokens - 1 if config.on_prompt else said
+
+        def loss() -> Tensor:
+            logits = steps.logits(paper.model, local, config.max_tokens, read)
+            learnt = torch.ones(local, read, dtype=torch.bool)
+            labels = torch.ones(local * read, dtype=torch.long)
+            return F.cross_entropy(logits[learnt].float(), labels, reduction="none").mean()
+
+        training = steps.training_step(paper.model, loss, trainer, mean / config.max_tokens)
+        self._trained(out, training, trainer)
+
+    def _encode(self, stage: Stage, out: Estimate) -> None:
+        config: EncodeStage = stage.config
+        paper = self.papers.of(stage)
+        vectors = self.data.n_items + (self.data.n_users if config.users else 0)
+        out.disk = _disk(4 * (vectors + 1) * paper.table)
+        if config.encode == "tfidf":
+            out.notes.append("counted on the CPU, in minutes at most")
+            return
+        out.parameters, out.rows = parameters(paper), vectors
+        tokens = texts.mean_tokens(self.known, config.fields, config.max_tokens)
+        if tokens is None:
+            out.notes.append(UNKNOWN_TEXTS)
+        share = 1.0 if tokens is None else tokens / config.max_tokens
+        if config.trainer is not None and (config.contrast is not None or config.encode == "said"):
+            self._epochs(out, self.data.n_items, config.trainer)
+            local = _local(config.trainer.batch_size, config.trainer)
+            loss = (
+                _saying(paper, local, config.max_tokens) if config.encode == "said" else _views(paper, local, config.max_tokens)
+            )
+            self._trained(out, steps.training_step(paper.model, loss, config.trainer, share), config.trainer)
+        if config.encode == "transformer":
+            reading = steps.reading_step(paper.model, lambda: steps.states(paper.model, config.batch_size, config.max_tokens))
+            out.memory = _larger(out.memory, inference_memory(sizes_of(paper.model), reading))
+            self._add(out, reading, share, -(-vectors // config.batch_size), steps.precision(paper.model))
+            if config.users in ("history", "profile"):
+                out.notes.append("texts of users are taken to be as long as those of items")
+
+    # ---- what asks trained models ------------------------------------------------------------------------------------------
+
+    def _record(self, stage: Stage, out: Estimate) -> None:
+        config: RecordStage = stage.config
+        teacher = stage.need(config.of)
+        per_user = config.record == "ranking" and config.per == "user"
+        asked = self._asked_rows(teacher)
+        out.rows = self.data.n_users if per_user else asked.targets
+        if config.record == "ranking":
+            row = 8 * config.k  # an item and its score
+        elif config.signals.online:
+            out.notes.append("nothing is recorded: the teacher runs beside the student (signals.online)")
+            return
+        else:
+            row = config.blocks * self.papers.of(teacher).model.backbone.width * (2 if config.signals.dtype == "float16" else 4)
+        out.disk = _disk(out.rows * row)
+        self._ask(teacher, self.data.n_users if per_user else len(asked), config.batch_size, stage.processes, out)
+
+    def _evaluate(self, stage: Stage, out: Estimate) -> None:
+        config: EvaluateStage = stage.config
+        out.rows = len(EvaluationRows(self.data, "test", 1, config.evaluation.users))
+        models = [need for need in stage.needs if need.verb in ("fit", "tune")]
+        out.disk = _disk(4 * out.rows * len(models))
+        listed = config.evaluation.candidates is None and config.evaluation.protocol == "full"  # a second pass, for coverage
+        for name in dict.fromkeys(model.name for model in models):
+            same = [model for model in models if model.name == name]
+            one = Estimate()
+            self._ask(same[0], out.rows * (2 if listed else 1), config.evaluation.batch_size, 1, one)
+            out.memory = _larger(out.memory, one.memory)
+            out.flops = (out.flops or 0) + len(same) * (one.flops or 0)
+            out.seconds = (out.seconds or 0) + len(same) * (one.seconds or 0)
+            out.notes += [note for note in one.notes if note not in out.notes]
+        if out.memory is None:
+            out.flops = out.seconds = None
+
+    def _ask(self, stage: Stage, rows: int, size: int, processes: int, out: Estimate) -> None:
+        """A trained model about rows, so many at a time on each process."""
+        paper = self.papers.of(stage)
+        if stage.verb == "tune":
+            self._generate(stage, out)
+            return
+        if issubclass(find("backbones", stage.config.fit), CountingBackbone):
+            out.notes.append(f"{stage.name} is counted, which takes no time to speak of")
+            return
+        in_pairs = issubclass(find("backbones", stage.config.fit), CollaborativeBackbone)
+        longest, share = (1, 1.0) if in_pairs else self._lengths(stage, TrainingRows(self.data, stage.config.sequences))
+        key = (stage.name, min(size, rows))
+        ranking = self.asked[key] = self.asked.get(key) or steps.ranking_step(paper.model, min(size, rows), longest)
+        out.memory = inference_memory(sizes_of(paper.model), ranking)
+        self._add(out, ranking, share, -(-rows // min(size, rows)), steps.precision(paper.model), processes)
+
+    def _generate(self, stage: Stage, out: Estimate) -> None:
+        """A tuned model says titles by beam search: its cache of keys and values counts, its time is unknown."""
+        model, config = self.papers.of(stage).model, stage.config
+        rows, asked = config.generation.batch_size, config.generation
+        reading = steps.reading_step(model, lambda: steps.logits(model, rows, config.max_tokens, 1))
+        own, tokens = model.config, config.max_tokens + (asked.max_new_tokens or config.max_tokens // 4)
+        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        cache = 2 * own.num_hidden_layers * heads * width * tokens * rows * asked.num_beams * model.dtype.itemsize
+        out.memory = inference_memory(sizes_of(model), reading, cache)
+        out.notes.append(f"how long {stage.name} takes to say titles is not estimated")
+
+    # ---- figures -----------------------------------------------------------------------------------------------------------
+
+    def _lengths(self, stage: Stage, rows: TrainingRows) -> tuple[int, float]:
+        """Positions of the longest row, its prompt included, and how much of that a row has on average."""
+        config: FitStage = stage.config
+        prompt = prompt_tokens(BaseConfig.of(config.model["base"])) if "base" in config.model else 0
+        longest = int(rows.lengths.max()) + prompt
+        return longest, (float(rows.lengths.mean()) + prompt) / longest
+
+    def _asked_rows(self, teacher: Stage) -> Any:
+        in_pairs = teacher.verb == "fit" and issubclass(find("backbones", teacher.config.fit), CollaborativeBackbone)
+        return PairRows(self.data) if in_pairs else TrainingRows(self.data, teacher.config.sequences)
+
+    @staticmethod
+    def _epochs(out: Estimate, rows: int, trainer: TrainerConfig) -> None:
+        out.rows, out.epochs, out.steps = rows, trainer.max_epochs, -(-rows // trainer.batch_size)
+        if trainer.limit_train_batches is not None:
+            out.steps = min(out.steps, trainer.limit_train_batches)
+
+    def _trained(self, out: Estimate, training: Training, trainer: TrainerConfig, ranking: Rehearsal | None = None) -> None:
+        """Memory of each process while it trains, what its checkpoints take, and its time."""
+        out.training = training
+        held = held_by(training.sizes, trainer)
+        out.memory = training_memory(held, training.step, ranking)
+        if training.other is not None:
+            checkpointed, plain = sorted((training.step.kept, training.other.kept))
+            out.memory |= {"activations_checkpointed": checkpointed, "activations_plain": plain}
+            out.memory["peak_otherwise"] = training_memory(held, training.other, ranking)["peak"]
+        checkpoint = 3 * 4 * training.sizes.trained  # weights and AdamW's two moments
+        out.disk = _disk((out.disk or {"kept": 0})["kept"] + checkpoint, checkpoint)
+        number = (out.steps or 0) * (out.epochs or 0) * trainer.processes
+        self._add(out, training.step, training.share, number, training.precision, trainer.processes)
+
+    def _add(self, out: Estimate, step: Rehearsal, share: float, number: int, precision: str, processes: int = 1) -> None:
+        """The work and the time of so many steps, divided among processes.
+
+        A step takes as long as its products at the card's peak and utilisation, and at least as long as its operations take
+        to start.
+        """
+        computing = step.flops * share / (self.card.peak(precision) * self.utilisation)
+        out.flops = (out.flops or 0.0) + step.flops * share * number
+        out.seconds = (out.seconds or 0.0) + max(computing, step.kernels * KERNEL) * math.ceil(number / processes)
+
+
+def _local(rows: int, trainer: TrainerConfig) -> int:
+    """A batch's rows on each process."""
+    return max(1, -(-rows // trainer.processes))
+
+
+def _disk(kept: int, checkpoint: int = 0) -> dict[str, int]:
+    return {"kept": kept, "checkpoint": checkpoint}
+
+
+def _larger(one: dict[str, int] | None, other: dict[str, int] | None) -> dict[str, int] | None:
+    if one is None or other is None:
+        return one or other
+    return max(one, other, key=lambda memory: memory["peak"])
+
+
+def _views(paper: Paper, rows: int, length: int) -> Any:
+    """The loss of `lit_llmers.text.contrast`."""
+
+    def loss() -> Tensor:
+        x, y = steps.states(paper.model, 2 * rows, length).mean(1).chunk(2)
+        return soft_clip(x, y, temperature=1.0).mean()
+
+    return loss
+
+
+def _saying(paper: Paper, rows: int, length: int) -> Any:
+    """The loss of `lit_llmers.text.said`."""
+    learner: Any = paper.model
+
+    def loss() -> Tensor:
+        said = learner.model.get_input_embeddings()(torch.ones(rows, length, dtype=torch.long))
+        soft = learner.projector(learner.items(torch.ones(rows, dtype=torch.long)))[:, None].to(said.dtype)
+        x = torch.cat([soft, said], 1)
+        out = learner.model(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long), use_cache=False)
+        labels = torch.ones(rows * length, dtype=torch.long)
+        return F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels)
+
+    return loss

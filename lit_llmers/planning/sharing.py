@@ -1,0 +1,159 @@
+"""What of a model each process holds while it trains, by strategy: arithmetic on numbers of parameters.
+
+Activations are not in it: see `lit_llmers.planning.rehearsal`. Sizes of DeepSpeed's buffers are its defaults, which
+`lit_llmers.strategies` does not change.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lit_llmers.conf.schema import TrainerConfig
+from lit_llmers.planning.rehearsal import Rehearsal
+
+BUCKET = 500_000_000  # elements of a DeepSpeed buffer that gradients are reduced in
+LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
+MASTER, MOMENTS = 4, 8  # bytes of a trained parameter: DeepSpeed's float32 copy, and AdamW's two in float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights. The base is the large language model inside, the only part that is ever cut up.
+
+    Attributes:
+        base, base_trained: of the base; trained: of its trained part.
+        rest, rest_trained: of all else, buffers included.
+        trained: trained parameters, their number.
+        block: of the base's largest layer.
+        live: of so many of the base's parameters as ZeRO-3 keeps gathered.
+    """
+
+    base: int = 0
+    base_trained: int = 0
+    rest: int = 0
+    rest_trained: int = 0
+    trained: int = 0
+    block: int = 0
+    live: int = 0
+
+    @property
+    def weights(self) -> int:
+        return self.base + self.rest
+
+    @property
+    def gradients(self) -> int:
+        """Gradients have the type of their weights."""
+        return self.base_trained + self.rest_trained
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Bytes on each process's device between two steps.
+
+    Attributes:
+        gathered: buffers of the strategy, and weights that are put together while they are read.
+        step: what the optimiser needs besides, while it steps.
+        host: bytes in the host's memory instead.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int = 0
+    step: int = 0
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.gathered
+
+
+def shares(sizes: Sizes, strategy: str, world: int, fused: bool = True, mixed: bool = False) -> Shares:
+    """What each of `world` processes holds.
+
+    Args:
+        fused: AdamW works in place; else its temporaries are as large as the trained weights.
+        mixed: under `fsdp2`, layers are gathered in half the bytes of float32.
+    """
+    element = sizes.gradients // sizes.trained if sizes.trained else 2
+    if strategy in ("auto", "ddp"):
+        step = 0 if fused else sizes.gradients
+        return Shares(sizes.weights, sizes.gradients, 2 * sizes.gradients, step=step)
+    if strategy == "fsdp2":
+        gradients = sizes.rest_trained + -(-sizes.base_trained // world)
+        weights = sizes.rest + -(-sizes.base // world)
+        gathered = 2 * sizes.block // (2 if mixed and element == 4 else 1)  # the layer at hand and the next
+        return Shares(weights, gradients, 2 * gradients, gathered, 0 if fused else gradients)
+    own = -(-sizes.trained // world)  # trained parameters that a process steps
+    optimizer, step = (MASTER + MOMENTS) * own, MASTER * own
+    if strategy == "zero2":
+        return Shares(sizes.weights, element * own, optimizer, 2 * element * BUCKET, step)
+    shard = -(-sizes.base // world)
+    if strategy == "zero3":
+        return Shares(sizes.rest + shard, element * own, optimizer, element * BUCKET + sizes.live, step)
+    assert strategy == "zero3-offload"
+    return Shares(sizes.rest, 0, 0, element * BUCKET + sizes.live, host=shard + MASTER * own + optimizer)
+
+
+def held_by(sizes: Sizes, trainer: TrainerConfig, strategy: str | None = None, world: int | None = None) -> Shares:
+    """What each process holds under the trainer's strategy, or another."""
+    mixed = "mixed" in trainer.precision
+    fused = not (trainer.gradient_clip_val and mixed)  # see `lit_llmers.optimizer`
+    return shares(sizes, strategy or trainer.strategy, world or trainer.processes, fused, mixed)
+
+
+def training_memory(held: Shares, step: Rehearsal, ranking: Rehearsal | None) -> dict[str, int]:
+    """Bytes of each process, by what they are for; `peak` is the most at any time, while it trains or validates.
+
+    `activations` wait for the backward pass, `buffers` are what comes and goes beside them, `host` is in the host's memory.
+    """
+    beyond = step.peak - step.gradients
+    validation = 0 if ranking is None else ranking.peak
+    return {
+        "weights": held.weights,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
+        "gathered": held.gathered,
+        "activations": step.kept,
+        "buffers": beyond - step.kept,
+        "validation": validation,
+        "host": held.host,
+        "peak": held.total + max(beyond, validation, held.step),
+    }
+
+
+def inference_memory(sizes: Sizes, step: Rehearsal, cache: int = 0) -> dict[str, int]:
+    """Bytes of a process that asks a model, by what they are for."""
+    zero = dict.fromkeys(("gradients", "optimizer", "gathered", "activations", "validation", "host"), 0)
+    return {"weights": sizes.weights, **zero, "buffers": step.peak + cache, "peak": sizes.weights + step.peak + cache}
+
+
+def base_of(model: nn.Module) -> nn.Module | None:
+    """The large language model inside, PEFT's wrapper around it included; None where there is none."""
+    return next((each for each in model.modules() if hasattr(each, "get_input_embeddings") and hasattr(each, "config")), None)
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes of a model as it trains."""
+    base = base_of(model)
+    inside = {id(each) for each in base.parameters()} if base is not None else set()
+    total: dict[str, int] = dict.fromkeys(("base", "base_trained", "rest", "rest_trained", "trained"), 0)
+    elements = 0
+    for parameter in model.parameters():
+        part = "base" if id(parameter) in inside else "rest"
+        total[part] += _bytes(parameter)
+        if part == "base":
+            elements += parameter.numel()
+        if parameter.requires_grad:
+            total[f"{part}_trained"] += _bytes(parameter)
+            total["trained"] += parameter.numel()
+    total["rest"] += sum(_bytes(buffer) for buffer in model.buffers())
+    lists = [each for each in base.modules() if isinstance(each, nn.ModuleList)] if base is not None else []
+    blocks = [sum(map(_bytes, layer.parameters())) for each in lists for layer in each]
+    live = total["base"] * min(LIVE, elements) // elements if elements else 0
+    return Sizes(**total, block=max(blocks, default=0), live=live)
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())

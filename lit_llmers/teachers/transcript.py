@@ -1,0 +1,31 @@
+"""What a language model said, on disk: a pass that was interrupted goes on after its last whole batch."""
+
+from pathlib import Path
+
+from lit_llmers.files import digest
+from lit_llmers.journal import Journal, read_journal
+
+
+class Transcript:
+    """Batches of prompts and what was said after them, one line each in a file.
+
+    A batch is known by all its prompts: how far each is padded depends on the others, and on that its last bits. So what is
+    found is what would be said again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.journal = Journal(path)
+        self.batches = {entry["prompts"]: entry for entry in read_journal(path)}
+
+    def find(self, prompts: list[list[int]]) -> tuple[list[list[int]], float] | None:
+        """What was said after a batch, and the seconds that it took; None where it is not there."""
+        entry = self.batches.get(digest(prompts))
+        return None if entry is None else (entry["said"], entry["seconds"])
+
+    def add(self, prompts: list[list[int]], said: list[list[int]], seconds: float) -> None:
+        """Write a batch down.
+
+        Raises:
+            UserError: the disk is full or the file may not be written.
+        """
+        self.journal.append({"prompts": digest(prompts), "said": said, "seconds": seconds})

@@ -1,0 +1,281 @@
+"""`python -m lit_llmers.plan`: the sizes of what will be built, and the arithmetic on them."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lit_llmers import plan, recipes, stages
+from lit_llmers.errors import UserError
+from lit_llmers.planning.cards import CARDS, USABLE, Card
+from lit_llmers.planning.data import known_data, stand_in
+from lit_llmers.planning.models import Papers, parameters
+from lit_llmers.planning.rehearsal import pretending, rehearse_training
+from lit_llmers.planning.sharing import BUCKET, Sizes, shares, sizes_of
+
+SMALL = ["data.generator.users=120", "data.generator.items=80", "logger=csv"]
+STRUCTURE = {"name", "verb", "seeds", "repeated", "folders", "needs", "processes", "devices", "num_nodes", "strategy"}
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    return plan.plan(plan.parse(arguments))
+
+
+def of(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(stage for stage in found["stages"] if stage["name"] == name)
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in recipes.folder().glob("*.yaml")))
+def test_parameters_are_those_of_the_built_models(recipe: str, trained: Path) -> None:
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.patience=0", "evaluation.users=20"]
+    config = recipes.compose(recipe, [*SMALL, *few, *_one_step(recipe), f"run.dir={trained}"])
+    of_recipe = stages.plan(config)
+    known = known_data(of_recipe[0], None)
+    assert known is not None
+    assert known.exact
+    counted = {}
+    with pretending():
+        papers = Papers(known)
+        for stage in of_recipe:
+            if stage.verb in ("fit", "tune"):
+                found = parameters(papers.of(stage))
+                assert found is not None
+                counted[stage.label] = {key: found[key] for key in ("total", "trainable")}
+    stages.run([stage for stage in of_recipe if stage.verb not in ("evaluate", "export")], None)
+    built = {stage.label: stage.summary["parameters"] for stage in of_recipe if stage.verb in ("fit", "tune")}
+    assert counted == built
+
+
+def _one_step(recipe: str) -> list[str]:
+    """A stage's own settings of how long it trains would win over the run's."""
+    entries = recipes.compose(recipe, [])["stages"]
+    return [
+        f"stages.{name}.trainer.{key}=1"
+        for name, entry in entries.items()
+        if isinstance(entry, dict) and "trainer" in entry and "like" not in entry
+        for key in ("max_epochs", "limit_train_batches")
+    ]
+
+
+def test_lora_counts_two_matrices_for_each_adapted_layer() -> None:
+    overrides = ["teacher.lora={rank:4,alpha:8,dropout:0.0,targets:[q_proj,up_proj]}", *SMALL]
+    counts = of(planned("recipe=slmrec", *overrides), "teacher")["parameters"]
+    adapters = 8 * (4 * (64 + 64) + 4 * (64 + 128))  # of 8 layers: q_proj 64 -> 64, up_proj 64 -> 128
+    table = 81 * 128  # of the items and their texts, 64 wide each
+    projections = (128 * 64 + 64) + 64 * 128
+    layers = 8 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert counts["trainable"] == adapters + projections
+    assert counts["total"] == adapters + projections + layers + table
+    assert counts["item_table"] == table
+
+
+def test_llama_2_7b_is_planned_in_seconds_without_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    started = time.process_time()
+    found = planned("recipe=bigrec", "scale=paper", *SMALL)
+    assert time.process_time() - started < 30
+    counts = of(found, "teacher")["parameters"]
+    assert counts["total"] - counts["trainable"] == 6_738_415_616  # as its publisher counts
+    assert counts["trainable"] == 32 * 2 * 8 * (4096 + 4096)  # rank 8 on q_proj and v_proj
+    assert of(found, "teacher")["fits"]
+
+
+def test_a_base_without_sizes_is_named_and_the_other_stages_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = planned("recipe=slmrec", "teacher=local", "teacher.path=somebody/their-model", *SMALL)
+    teacher = of(found, "teacher")
+    assert teacher["memory"] is None
+    assert teacher["hours"] is None
+    assert "somebody/their-model" in teacher["notes"][0]
+    assert of(found, "item_embeddings")["memory"]["peak"] > 0
+    assert "teacher" in found["totals"]["unknown"]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+SIZES = Sizes(base=14_000_000_000, base_trained=14_000_000_000, trained=7_000_000_000, block=400_000_000, live=2_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "expected"),  # GB of weights, gradients and the optimiser of 7 B parameters in 16 bits
+    [
+        ("zero2", 16, (14, 14 / 16, 84 / 16)),
+        ("zero3", 16, (14 / 16, 14 / 16, 84 / 16)),
+        ("zero3", 64, (14 / 64, 14 / 64, 84 / 64)),
+    ],
+)
+def test_zero_divides_as_its_paper_says(strategy: str, world: int, expected: tuple[float, float, float]) -> None:
+    held = shares(SIZES, strategy, world)
+    assert (held.weights / 1e9, held.gradients / 1e9, held.optimizer / 1e9) == pytest.approx(expected)
+
+
+def test_offload_leaves_buffers_on_the_device_and_the_rest_in_the_host() -> None:
+    held = shares(SIZES, "zero3-offload", 8)
+    assert held.weights == held.gradients == held.optimizer == 0
+    assert held.gathered == 2 * BUCKET + SIZES.live
+    assert held.host / 1e9 == pytest.approx(14 / 8 + 4 * 7 / 8 + 12 * 7 / 8)
+
+
+def test_copies_are_whole_and_fsdp_divides_what_is_of_the_base() -> None:
+    sizes = Sizes(base=4000, base_trained=4000, rest=400, rest_trained=200, trained=1050, block=1000)
+    assert shares(sizes, "auto", 1) == shares(sizes, "ddp", 8)
+    assert shares(sizes, "ddp", 8).total == 4400 + 4200 + 2 * 4200
+    held = shares(sizes, "fsdp2", 4)
+    assert (held.weights, held.gradients, held.optimizer) == (400 + 1000, 200 + 1000, 2 * 1200)
+    assert held.gathered == 2 * 1000
+
+
+def test_adapters_leave_gradients_and_state_of_the_base_out() -> None:
+    sizes = Sizes(base=14_000, base_trained=80, rest=100, rest_trained=20, trained=25)
+    assert shares(sizes, "auto", 1).total == 14_100 + 100 + 200
+
+
+def test_a_rehearsal_counts_what_a_linear_layer_keeps() -> None:
+    with pretending():
+        model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 8, bias=False))
+        x = torch.ones(32, 64)
+        step = rehearse_training(model, lambda: model(x).sum())
+        assert sizes_of(model).weights == 4 * (64 * 128 + 128 * 8)
+    assert step.gradients == 4 * (64 * 128 + 128 * 8)
+    assert 4 * 2 * 32 * 128 <= step.kept <= 4 * (2 * 32 * 128 + 32 * 8 + 1)  # before and after ReLU
+    assert step.flops == 2 * 32 * (64 * 128 + 128 * 8) * 2 + 2 * 32 * 128 * 8  # forward, weights' and inputs' gradients
+
+
+def test_recomputed_layers_keep_less_and_compute_more() -> None:
+    teacher = of(planned("recipe=slmrec", *SMALL), "teacher")
+    recomputed = of(planned("recipe=slmrec", "teacher.gradient_checkpointing=true", *SMALL), "teacher")
+    assert recomputed["memory"]["activations"] < 0.3 * teacher["memory"]["activations"]
+    assert recomputed["memory"]["activations"] == teacher["memory"]["activations_checkpointed"]
+    assert teacher["memory"]["activations"] == recomputed["memory"]["activations_plain"]
+    assert 1.2 < recomputed["flops"] / teacher["flops"] < 1.4
+
+
+def test_a_deep_model_drawn_from_its_first_layers_is_the_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = of(planned("recipe=slmrec", *SMALL), "teacher")
+    monkeypatch.setattr("lit_llmers.planning.steps.SOME", 100)
+    whole = of(planned("recipe=slmrec", *SMALL), "teacher")
+    assert drawn["memory"]["peak"] == pytest.approx(whole["memory"]["peak"], rel=0.02)
+    assert drawn["flops"] == pytest.approx(whole["flops"], rel=0.01)
+
+
+def test_a_batch_is_divided_among_processes() -> None:
+    one = of(planned("recipe=slmrec", *SMALL), "teacher")
+    four = of(planned("recipe=slmrec", "trainer=ddp", "trainer.devices=4", *SMALL), "teacher")
+    assert four["memory"]["activations"] == pytest.approx(one["memory"]["activations"] / 4, rel=0.1)
+    assert four["flops"] == pytest.approx(one["flops"], rel=0.1)
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setitem(CARDS, "small", Card(16, 100, 10, 100, "none"))
+    yield "small"
+
+
+def test_what_does_not_fit_is_said_with_the_cures(small_card: str) -> None:
+    large = ["recipe=slmrec", "scale=paper", "teacher.lora=null", "teacher.gradient_checkpointing=false", *SMALL]
+    found = planned(*large, f"gpu={small_card}")
+    teacher = of(found, "teacher")
+    assert teacher["memory"]["peak"] > USABLE * 16 * 2**30
+    assert teacher["fits"] is False
+    assert "teacher does not fit small" in teacher["verdict"]
+    assert "LoRA" in teacher["verdict"]
+    assert "trainer=zero3" in teacher["verdict"]
+    assert of(found, "item_embeddings")["fits"]
+    assert of(found, "item_embeddings")["verdict"] is None
+    cured = of(planned(*large, f"gpu={small_card}", "trainer=zero3", "trainer.devices=8"), "teacher")
+    assert cured["fits"]
+
+
+# ---- the command -------------------------------------------------------------------------------------------------------------
+
+
+def test_json_has_what_jobs_are_made_from(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["scale=paper", "trainer=zero3", "trainer.num_nodes=2", "trainer.devices=4", "seeds=[0,1]"]
+    assert plan.main(["recipe=slmrec", *overrides, *SMALL, "price=2.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    teacher, student = of(found, "teacher"), of(found, "student")
+    assert set(teacher) >= STRUCTURE | {"accelerated", "done", "parameters", "memory", "fits", "flops", "hours", "disk"}
+    assert (teacher["processes"], teacher["num_nodes"], teacher["devices"], teacher["strategy"]) == (8, 2, 4, "zero3")
+    assert teacher["needs"] == ["prepare", "item_embeddings"]
+    assert (student["seeds"], student["repeated"]) == ([0, 1], True)
+    assert not of(found, "prepare")["accelerated"]
+    assert teacher["gpu_hours"] == pytest.approx(8 * teacher["hours"])
+    assert teacher["cost"] == pytest.approx(2.5 * teacher["gpu_hours"])
+    assert teacher["energy_kwh"] == pytest.approx(0.7 * teacher["gpu_hours"])
+    assert found["totals"]["hours"] == pytest.approx(sum(stage["hours"] or 0 for stage in found["stages"]))
+
+
+def test_the_table_has_a_row_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["recipe=rlmrec-con", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in ("prepare", "text", "student", "control", "evaluate", "export"))
+    assert "Total: " in printed
+
+
+def test_unknown_data_are_not_guessed() -> None:
+    found = planned("recipe=student", "data=amazon-games")
+    assert found["data"] is None
+    assert of(found, "student")["memory"] is None
+    assert "prepare" in of(found, "student")["notes"][0]
+    stated = planned("recipe=student", "data=amazon-games", "sizes=[1000,500,20000]")
+    assert stated["data"] == {
+        "origin": "sizes=",
+        "exact": False,
+        "users": 1000,
+        "items": 500,
+        "interactions": pytest.approx(20000, rel=0.05),
+    }
+    assert of(stated, "student")["memory"]["peak"] > 0
+
+
+def test_a_stand_in_has_the_size_that_was_stated() -> None:
+    data = stand_in(6040, 3706, 1_000_209)
+    assert (data.n_users, data.n_items) == (6040, 3706)
+    assert len(data.items) == pytest.approx(1_000_209, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("gpu=h100-80g", "Did you mean 'h100-80gb'"),
+        ("utilisation=1.5", "above 0 and at most 1"),
+        ("price=-1", "above 0"),
+        ("sizes=[1,2]", "three numbers"),
+        ("sizes=[10,5,20]", "three interactions"),
+    ],
+)
+def test_bad_arguments_name_the_cure(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["recipe=student", argument, *SMALL]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from lit_llmers import plan; plan.main(['--help']); assert not {'torch', 'lightning'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "h100-80gb" in done.stdout
+
+
+def test_no_recipe_is_an_error_that_lists_them() -> None:
+    with pytest.raises(UserError, match="slmrec"):
+        plan.parse(["gpu=h100-80gb"])

@@ -1,0 +1,262 @@
+"""SIGTERM and SIGUSR1 at any moment: the process stops where it can go on, says so, and loses nothing, no line of its log."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from runs import assert_same_run, ended, fork, results, strays
+from tiny import arguments, assert_equal_weights, by_name, small, weights
+
+from lit_llmers import compare, fit, preemption
+from lit_llmers.callbacks.preemption import leave_signals_alone
+from lit_llmers.journal import read_metrics
+from lit_llmers.stages import run
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+FEW = ["signals.shard_rows=300", "stages.export.export=[safetensors]"]
+STATUS = {signal.SIGUSR1: 3, signal.SIGTERM: 143}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Ask this process to stop, without a signal."""
+    return lambda by: monkeypatch.setattr(preemption, "_asked", by)
+
+
+# ---- the whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert fit.main(["recipe=slmrec", *arguments(folder, *FEW)]) == 0
+    return results(folder, *FEW)
+
+
+def start(folder: Path, *more: str) -> int:
+    """The recipe in a forked process, which spares it the imports, with the signals heard as the command hears them."""
+
+    def listen_and_run() -> int:
+        preemption.listen()
+        return fit.main(["recipe=slmrec", *arguments(folder, *FEW, *more)])
+
+    return fork(listen_and_run)
+
+
+def test_stopped_at_random_times_and_run_to_the_end(whole, tmp_path):
+    random, stops = np.random.default_rng(1), 0
+    for number in range(12):
+        by = (signal.SIGUSR1, signal.SIGTERM)[number % 2]
+        child = start(tmp_path)
+        time.sleep(random.uniform(0.2, 1.2))
+        os.kill(child, by)
+        status = ended(child)
+        assert status in (0, STATUS[by])
+        assert not [path for path in strays(tmp_path) if not path.endswith("last.ckpt")]
+        if status == 0:
+            break
+        stops += 1
+    assert stops > 4, "hardly ever was it stopped"
+    assert ended(start(tmp_path)) == 0
+    assert_same_run(tmp_path, whole, 0, *FEW)
+    for stage in small(tmp_path, *FEW):
+        if stage.verb == "fit":
+            lines = [line for line in (stage.folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+            assert len(lines) == len(read_losses(stage)), f"{stage.name} trained a step twice"
+
+
+def read_losses(stage) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(stage.folder / "metrics.jsonl") if "loss" in entry]
+
+
+# ---- where a training stops --------------------------------------------------------------------------------------------
+
+
+class AskAt(L.Callback):
+    """A signal that comes within a batch, counted from where training began this time, or within a validation."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.left, self.validating = batch, batch is None
+
+    def on_train_batch_start(self, *_args) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                preemption._asked = signal.SIGUSR1
+
+    def on_validation_start(self, *_args) -> None:
+        if self.validating:
+            preemption._asked = signal.SIGUSR1
+
+
+@pytest.fixture
+def interrupted(monkeypatch, asked):
+    """Run to a stage's end, or to the signal: then it returns the optimiser steps that `last.ckpt` holds."""
+    from lit_llmers import training
+
+    make = training.make_trainer
+
+    def interrupted(planned, name: str, batch: int | None) -> int | None:
+        asked(None)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "make_trainer", lambda stage, callbacks: make(stage, [AskAt(batch), *callbacks]))
+            try:
+                run(planned, name)
+            except preemption.Stopped:
+                return torch.load(by_name(planned)[name].folder / "last.ckpt", weights_only=True)["global_step"]
+            finally:
+                preemption._asked = None
+        return None
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "step"),
+    [
+        ([], 0, 1),
+        ([], 4, 5),
+        ([], 9, 10),  # the last batch of the first epoch: it is validated first
+        ([], None, 10),
+        (["trainer.accumulate_grad_batches=4"], 0, 1),  # three batches more, so that no gradient is lost
+        (["trainer.accumulate_grad_batches=4"], 4, 2),
+        (["trainer.accumulate_grad_batches=4"], 8, 3),  # the epoch ends within a step
+    ],
+)
+def test_it_stops_after_the_optimiser_step_at_hand_and_goes_on_exactly(tmp_path, interrupted, settings, batch, step):
+    whole, planned = (small(tmp_path / name, "trainer.max_epochs=2", *settings) for name in ("whole", "stopped"))
+    run(whole, "item_embeddings")
+    assert interrupted(planned, "item_embeddings", batch) == step
+    run(planned, "item_embeddings")
+    ours, theirs = by_name(planned)["item_embeddings"], by_name(whole)["item_embeddings"]
+    assert_equal_weights(weights(ours), weights(theirs))
+    assert (ours.summary["best"], ours.summary["epochs"]) == (theirs.summary["best"], theirs.summary["epochs"])
+    assert read_losses(ours) == read_losses(theirs)
+
+
+def test_asked_in_the_last_epoch_s_validation_a_stage_is_brought_to_its_end(tmp_path, interrupted, asked):
+    planned = small(tmp_path, "trainer.max_epochs=1")
+    assert interrupted(planned, "item_embeddings", None) is None
+    assert by_name(planned)["item_embeddings"].done
+    asked(signal.SIGTERM)
+    with pytest.raises(preemption.Stopped):
+        run(planned, "text")
+    assert not by_name(planned)["text"].folder.exists()
+
+
+def test_a_record_stops_after_the_shard_at_hand(tmp_path, monkeypatch, asked):
+    from lit_llmers import record
+
+    planned = small(tmp_path, "trainer.max_epochs=1", "signals.shard_rows=300")
+    run(planned, "teacher")
+    states = record.block_states
+
+    def ask(*args):
+        asked(signal.SIGTERM)
+        return states(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "block_states", ask)
+        with pytest.raises(preemption.Stopped):
+            run(planned, "signals")
+    folder = by_name(planned)["signals"].folder
+    assert [path.name for path in folder.rglob("shard-*.npy")] == ["shard-00000.npy"]
+    asked(None)
+    run(planned, "signals")
+    assert by_name(planned)["signals"].done
+
+
+def test_lightning_registers_no_handlers_of_its_own():
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    leave_signals_alone(trainer)
+    before = signal.getsignal(signal.SIGTERM)
+    trainer._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"), "another version of Lightning asks elsewhere"
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------------
+
+
+def command(module: str, *given: str) -> subprocess.Popen:
+    program = [sys.executable, "-m", f"lit_llmers.{module}", *given]
+    return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("by", STATUS, ids=lambda by: by.name)
+def test_asked_while_it_imports_it_ends_soon_and_has_written_nothing(tmp_path, by):
+    process = command("fit", "recipe=slmrec", *arguments(tmp_path))
+    maps = Path(f"/proc/{process.pid}/maps")
+    while maps.exists() and "libtorch" not in maps.read_text():  # within the import of torch
+        time.sleep(0.01)
+    process.send_signal(by)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == STATUS[by]
+    assert said.strip() == f"Stopped by {by.name}. The same command goes on from here."
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_line_of_the_command_listens():
+    """Before anything else is imported that takes time."""
+    lines = Path(fit.__file__).read_text().splitlines()
+    code = [line for line in lines[1:] if line]
+    assert code[:3] == [
+        "from lit_llmers import preemption",
+        'if __name__ == "__main__":',
+        "    preemption.listen()  # before anything that takes time is imported",
+    ]
+    heavy = "import sys; before = set(sys.modules); import lit_llmers.preemption; print(len(set(sys.modules) - before))"
+    assert int(subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout) < 40
+
+
+def test_a_comparison_passes_it_on_and_ends(tmp_path):
+    long = arguments(tmp_path, "~stages.export", "trainer.max_epochs=200", "trainer.patience=0", recipe="student")
+    process = command("compare", "students=[sasrec,gru4rec]", *long)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "student-seed0            epoch  2" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    assert said.count("Stopped by SIGTERM. The same command goes on from here.") == 2, "the run's word and the comparison's"
+    assert "gru4rec" not in said, "no other run is started"
+    assert "failed" not in said
+    assert not [path for path in strays(tmp_path) if not path.endswith("last.ckpt")]
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] > 10
+
+
+@pytest.mark.parametrize("by", STATUS, ids=lambda by: by.name)
+def test_a_run_that_was_stopped_by_itself_stops_the_comparison(monkeypatch, by):
+    stopped = subprocess.Popen  # a run that ends as a stopped one does
+
+    def ends(command, **kwargs):
+        return stopped([sys.executable, "-c", f"raise SystemExit({STATUS[by]})"], **kwargs)
+
+    monkeypatch.setattr(compare.subprocess, "Popen", ends)
+    with pytest.raises(preemption.Stopped, match=by.name):
+        compare.start(["recipe=slmrec"])
+
+
+@pytest.mark.parametrize(
+    ("status", "by"), [(3, signal.SIGUSR1), (143, signal.SIGTERM), (-10, signal.SIGUSR1), (-15, signal.SIGTERM)]
+)
+def test_exit_statuses_of_stopped_processes(status, by):
+    assert preemption.by_status(status) is by
+    assert preemption.by_status(1) is preemption.by_status(-9) is preemption.by_status(0) is None
+
+
+def test_a_child_that_starts_after_the_signal_is_asked_too(asked):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        asked(signal.SIGTERM)
+        with preemption.passing_on_to(child.pid):
+            assert child.wait(10) == -signal.SIGTERM
