@@ -2,8 +2,8 @@
 
 Each configuration is planned, and trained for an epoch of a few steps with its validation in a process of its own, on the GPU
 where there is one. Measured is what the process takes beyond what it took when all was imported and the data were prepared:
-on a GPU `torch.cuda.max_memory_allocated`, on a CPU the peak of its resident memory, with the C library's own allocator as it
-comes. Rows are as long as they may be, so that every batch is as large as the plan takes it to be.
+on a GPU `torch.cuda.max_memory_allocated`, on a CPU the peak of its resident memory, where the C library is told to give back
+at once what is freed: else its gaps are measured too. Rows are as long as they may be, so that every batch is as large as the plan takes it to be.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from lit_llmers import recipes
 from lit_llmers.environment import environment
 
 GIB = 2**30
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 FULL_ROWS = ["data.generator.shortest=54", "data.generator.mean_length=56", "data.generator.longest=60"]
 DATA = [*FULL_ROWS, "logger=csv", "trainer.max_epochs=1", "trainer.accelerator=auto"]
 SASREC = "stages.student.model={dim:256,layers:4,heads:4,dropout:0.2,ffn:4,init_std:0.1}"
@@ -95,7 +96,7 @@ def main() -> None:
 def child(what: str, name: str, folder: str) -> dict[str, Any]:
     """What a process of its own says; its messages are passed on."""
     command = [sys.executable, __file__, "--child", what, name, folder]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1"})
     return json.loads(done.stdout.splitlines()[-1])
 
 

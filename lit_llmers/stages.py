@@ -9,7 +9,7 @@ import importlib
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lit_llmers.conf.schema import SECTIONS, SHARDED, TrainerConfig, build, fing
 from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import digest, previous, read_json, remove, sha256, write_json
-from lit_llmers.locks import alone
+from lit_llmers.locks import LOCK, Busy, alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import Processes, launch
 
@@ -42,6 +42,9 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "fit": PLACE | {"checkpoint_every", "log_every"},
     "tune": PLACE | {"checkpoint_every", "log_every", "generation"},  # the last is in `content` of those that ask
 }
+
+LAST = "last.ckpt"
+LEFT = (LAST, previous(Path(LAST)).name, LOCK)  # by a process that was killed after its stage was done
 
 log = logging.getLogger(__name__)
 
@@ -380,8 +383,9 @@ def run(stages: list[Stage], until: str | None, only: str | None = None, argumen
         stop_if_asked()
         if stage.done:
             log.info("%-24s done before, skipped (%s)", stage.label, stage.folder.name)
-            if here.first:
-                _tidy(stage)  # a process that was killed between `DONE` and this
+            if here.first and any((stage.folder / left).exists() for left in LEFT):  # killed between `DONE` and the end
+                with suppress(Busy), alone(stage.folder):
+                    _tidy(stage)
         elif stage.processes > here.world:
             log.info("%-24s on %d processes", stage.name, stage.processes)
             launch(stage.name, stage.processes, arguments)
@@ -461,8 +465,7 @@ def _run_one(stage: Stage, here: Processes) -> None:
 
 def _tidy(stage: Stage) -> None:
     """Remove the checkpoint that is of no more use once the stage is done."""
-    last = stage.folder / "last.ckpt"
-    for path in (last, previous(last)):
+    for path in (last := stage.folder / LAST, previous(last)):
         remove(path)
 
 

@@ -4,19 +4,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lit_llmers import plan, recipes, stages
+from lit_llmers import plan
 from lit_llmers.errors import UserError
 from lit_llmers.planning.cards import CARDS, USABLE, Card
-from lit_llmers.planning.data import known_data, stand_in
-from lit_llmers.planning.models import Papers, parameters
+from lit_llmers.planning.data import stand_in
 from lit_llmers.planning.rehearsal import pretending, rehearse_training
 from lit_llmers.planning.sharing import BUCKET, Sizes, shares, sizes_of
 
@@ -24,6 +22,7 @@ SMALL = ["data.generator.users=120", "data.generator.items=80", "logger=csv"]
 STRUCTURE = {"name", "verb", "seeds", "repeated", "folders", "needs", "processes", "devices", "num_nodes", "strategy"}
 
 
+@cache
 def planned(*arguments: str) -> dict[str, Any]:
     return plan.plan(plan.parse(arguments))
 
@@ -32,51 +31,15 @@ def of(found: dict[str, Any], name: str) -> dict[str, Any]:
     return next(stage for stage in found["stages"] if stage["name"] == name)
 
 
-# ---- parameters ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in recipes.folder().glob("*.yaml")))
-def test_parameters_are_those_of_the_built_models(recipe: str, trained: Path) -> None:
-    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.patience=0", "evaluation.users=20"]
-    config = recipes.compose(recipe, [*SMALL, *few, *_one_step(recipe), f"run.dir={trained}"])
-    of_recipe = stages.plan(config)
-    known = known_data(of_recipe[0], None)
-    assert known is not None
-    assert known.exact
-    counted = {}
-    with pretending():
-        papers = Papers(known)
-        for stage in of_recipe:
-            if stage.verb in ("fit", "tune"):
-                found = parameters(papers.of(stage))
-                assert found is not None
-                counted[stage.label] = {key: found[key] for key in ("total", "trainable")}
-    stages.run([stage for stage in of_recipe if stage.verb not in ("evaluate", "export")], None)
-    built = {stage.label: stage.summary["parameters"] for stage in of_recipe if stage.verb in ("fit", "tune")}
-    assert counted == built
-
-
-def _one_step(recipe: str) -> list[str]:
-    """A stage's own settings of how long it trains would win over the run's."""
-    entries = recipes.compose(recipe, [])["stages"]
-    return [
-        f"stages.{name}.trainer.{key}=1"
-        for name, entry in entries.items()
-        if isinstance(entry, dict) and "trainer" in entry and "like" not in entry
-        for key in ("max_epochs", "limit_train_batches")
-    ]
+# ---- parameters (of every recipe: tests/planned.py) ------------------------------------------------------------------------
 
 
 def test_lora_counts_two_matrices_for_each_adapted_layer() -> None:
     overrides = ["teacher.lora={rank:4,alpha:8,dropout:0.0,targets:[q_proj,up_proj]}", *SMALL]
-    counts = of(planned("recipe=slmrec", *overrides), "teacher")["parameters"]
+    found = planned("recipe=slmrec", *overrides)
+    counts = of(found, "teacher")["parameters"]
     adapters = 8 * (4 * (64 + 64) + 4 * (64 + 128))  # of 8 layers: q_proj 64 -> 64, up_proj 64 -> 128
-    table = 81 * 128  # of the items and their texts, 64 wide each
+    table = (found["data"]["items"] + 1) * 128  # of the items and their texts, 64 wide each
     projections = (128 * 64 + 64) + 64 * 128
     layers = 8 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     assert counts["trainable"] == adapters + projections
@@ -153,7 +116,7 @@ def test_a_rehearsal_counts_what_a_linear_layer_keeps() -> None:
         step = rehearse_training(model, lambda: model(x).sum())
         assert sizes_of(model).weights == 4 * (64 * 128 + 128 * 8)
     assert step.gradients == 4 * (64 * 128 + 128 * 8)
-    assert 4 * 2 * 32 * 128 <= step.kept <= 4 * (2 * 32 * 128 + 32 * 8 + 1)  # before and after ReLU
+    assert step.kept == 4 * 32 * 128 + 4  # what ReLU gave, and the sum
     assert step.flops == 2 * 32 * (64 * 128 + 128 * 8) * 2 + 2 * 32 * 128 * 8  # forward, weights' and inputs' gradients
 
 
@@ -163,13 +126,13 @@ def test_recomputed_layers_keep_less_and_compute_more() -> None:
     assert recomputed["memory"]["activations"] < 0.3 * teacher["memory"]["activations"]
     assert recomputed["memory"]["activations"] == teacher["memory"]["activations_checkpointed"]
     assert teacher["memory"]["activations"] == recomputed["memory"]["activations_plain"]
-    assert 1.2 < recomputed["flops"] / teacher["flops"] < 1.4
+    assert 1.15 < recomputed["flops"] / teacher["flops"] < 1.4
 
 
 def test_a_deep_model_drawn_from_its_first_layers_is_the_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = of(planned("recipe=slmrec", *SMALL), "teacher")
     monkeypatch.setattr("lit_llmers.planning.steps.SOME", 100)
-    whole = of(planned("recipe=slmrec", *SMALL), "teacher")
+    whole = of(planned.__wrapped__("recipe=slmrec", *SMALL), "teacher")
     assert drawn["memory"]["peak"] == pytest.approx(whole["memory"]["peak"], rel=0.02)
     assert drawn["flops"] == pytest.approx(whole["flops"], rel=0.01)
 
@@ -185,9 +148,9 @@ def test_a_batch_is_divided_among_processes() -> None:
 
 
 @pytest.fixture
-def small_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def small_card(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(CARDS, "small", Card(16, 100, 10, 100, "none"))
-    yield "small"
+    return "small"
 
 
 def test_what_does_not_fit_is_said_with_the_cures(small_card: str) -> None:
@@ -232,11 +195,11 @@ def test_the_table_has_a_row_for_each_stage(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_unknown_data_are_not_guessed() -> None:
-    found = planned("recipe=student", "data=amazon-games")
+    found = planned("recipe=student", "data=amazon-beauty")
     assert found["data"] is None
     assert of(found, "student")["memory"] is None
     assert "prepare" in of(found, "student")["notes"][0]
-    stated = planned("recipe=student", "data=amazon-games", "sizes=[1000,500,20000]")
+    stated = planned("recipe=student", "data=amazon-beauty", "sizes=[1000,500,20000]")
     assert stated["data"] == {
         "origin": "sizes=",
         "exact": False,

@@ -35,9 +35,10 @@ def asked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+    """What a run that nobody stops ends in, and the seconds that it takes on this machine."""
+    folder, started = tmp_path_factory.mktemp("whole"), time.monotonic()
     assert fit.main(["recipe=slmrec", *arguments(folder, *FEW)]) == 0
-    return results(folder, *FEW)
+    return results(folder, *FEW), time.monotonic() - started
 
 
 def start(folder: Path, *more: str) -> int:
@@ -51,21 +52,21 @@ def start(folder: Path, *more: str) -> int:
 
 
 def test_stopped_at_random_times_and_run_to_the_end(whole, tmp_path):
-    random, stops = np.random.default_rng(1), 0
+    (expected, seconds), random, stops = whole, np.random.default_rng(1), 0
     for number in range(12):
         by = (signal.SIGUSR1, signal.SIGTERM)[number % 2]
         child = start(tmp_path)
-        time.sleep(random.uniform(0.2, 1.2))
+        time.sleep(random.uniform(0.03, 0.15) * seconds)
         os.kill(child, by)
         status = ended(child)
-        assert status in (0, STATUS[by])
+        assert status in (0, STATUS[by], -by), "the last where it came before the process could listen"
         assert not [path for path in strays(tmp_path) if not path.endswith("last.ckpt")]
         if status == 0:
             break
-        stops += 1
+        stops += status > 0
     assert stops > 4, "hardly ever was it stopped"
     assert ended(start(tmp_path)) == 0
-    assert_same_run(tmp_path, whole, 0, *FEW)
+    assert_same_run(tmp_path, expected, 0, *FEW)
     for stage in small(tmp_path, *FEW):
         if stage.verb == "fit":
             lines = [line for line in (stage.folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]

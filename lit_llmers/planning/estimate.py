@@ -23,6 +23,7 @@ from lit_llmers.planning.models import Paper, Papers, parameters
 from lit_llmers.planning.rehearsal import Rehearsal
 from lit_llmers.planning.sharing import held_by, inference_memory, sizes_of, training_memory
 from lit_llmers.planning.steps import Training
+from lit_llmers.planning.texts import Lengths
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import BaseConfig
 
@@ -128,7 +129,8 @@ class Estimator:
         ranking = steps.ranking_step(model, _local(size, trainer), longest, trainer)
         self._trained(out, training, trainer, ranking)
         validations = (out.epochs or 0) // trainer.validate_every
-        self._add(out, ranking, share, -(-held_out // size) * validations, steps.precision(model, trainer), trainer.processes)
+        number = -(-held_out // size) * validations * trainer.processes
+        self._add(out, ranking, share, number, steps.precision(model, trainer), trainer.processes)
 
     def _tune(self, stage: Stage, out: Estimate) -> None:
         config: TuneStage = stage.config
@@ -136,19 +138,20 @@ class Estimator:
         out.parameters = parameters(paper)
         rows = TrainingRows(self.data, config.sequences).targets
         self._epochs(out, rows if config.samples is None else min(rows, config.samples), trainer)
-        tokens = texts.example_tokens(self.known, config)
-        if tokens is None:
+        lengths = texts.example_lengths(self.known, config)
+        if lengths is None:
             out.notes.append(UNKNOWN_TEXTS)
-        mean, said = tokens or (float(config.max_tokens), config.max_tokens // 4)
-        local, read = _local(trainer.batch_size, trainer), config.max_tokens - 1 if config.on_prompt else said
+            lengths = Lengths(config.max_tokens, config.max_tokens, config.max_tokens // 4)
+        local, longest = _local(trainer.batch_size, trainer), lengths.longest
+        read = longest - 1 if config.on_prompt else lengths.said
 
         def loss() -> Tensor:
-            logits = steps.logits(paper.model, local, config.max_tokens, read)
+            logits = steps.logits(paper.model, local, longest, read)
             learnt = torch.ones(local, read, dtype=torch.bool)
             labels = torch.ones(local * read, dtype=torch.long)
             return F.cross_entropy(logits[learnt].float(), labels, reduction="none").mean()
 
-        training = steps.training_step(paper.model, loss, trainer, mean / config.max_tokens)
+        training = steps.training_step(paper.model, loss, trainer, lengths.mean / longest)
         self._trained(out, training, trainer)
 
     def _encode(self, stage: Stage, out: Estimate) -> None:
@@ -160,19 +163,18 @@ class Estimator:
             out.notes.append("counted on the CPU, in minutes at most")
             return
         out.parameters, out.rows = parameters(paper), vectors
-        tokens = texts.mean_tokens(self.known, config.fields, config.max_tokens)
-        if tokens is None:
+        lengths = texts.item_lengths(self.known, config.fields, config.max_tokens)
+        if lengths is None:
             out.notes.append(UNKNOWN_TEXTS)
-        share = 1.0 if tokens is None else tokens / config.max_tokens
+            lengths = Lengths(config.max_tokens, config.max_tokens)
+        share, longest = lengths.mean / lengths.longest, lengths.longest
         if config.trainer is not None and (config.contrast is not None or config.encode == "said"):
             self._epochs(out, self.data.n_items, config.trainer)
             local = _local(config.trainer.batch_size, config.trainer)
-            loss = (
-                _saying(paper, local, config.max_tokens) if config.encode == "said" else _views(paper, local, config.max_tokens)
-            )
+            loss = _saying(paper, local, longest) if config.encode == "said" else _views(paper, local, longest)
             self._trained(out, steps.training_step(paper.model, loss, config.trainer, share), config.trainer)
         if config.encode == "transformer":
-            reading = steps.reading_step(paper.model, lambda: steps.states(paper.model, config.batch_size, config.max_tokens))
+            reading = steps.reading_step(paper.model, lambda: steps.states(paper.model, config.batch_size, longest))
             out.memory = _larger(out.memory, inference_memory(sizes_of(paper.model), reading))
             self._add(out, reading, share, -(-vectors // config.batch_size), steps.precision(paper.model))
             if config.users in ("history", "profile"):
@@ -233,8 +235,10 @@ class Estimator:
         """A tuned model says titles by beam search: its cache of keys and values counts, its time is unknown."""
         model, config = self.papers.of(stage).model, stage.config
         rows, asked = config.generation.batch_size, config.generation
-        reading = steps.reading_step(model, lambda: steps.logits(model, rows, config.max_tokens, 1))
-        own, tokens = model.config, config.max_tokens + (asked.max_new_tokens or config.max_tokens // 4)
+        lengths = texts.example_lengths(self.known, config)
+        read, said = (config.max_tokens, config.max_tokens // 4) if lengths is None else (lengths.longest, lengths.said)
+        reading = steps.reading_step(model, lambda: steps.logits(model, rows, read, 1))
+        own, tokens = model.config, read + (asked.max_new_tokens or said)
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
         cache = 2 * own.num_hidden_layers * heads * width * tokens * rows * asked.num_beams * model.dtype.itemsize

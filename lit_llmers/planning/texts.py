@@ -1,6 +1,7 @@
 """How long a catalogue's texts are in tokens, without the tokenizer: about so many letters each."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,21 +13,33 @@ LETTERS = 3.5  # of a token, about
 FRAME = 15  # tokens around an instruction, about
 
 
-def mean_tokens(known: Known, columns: list[str], most: int) -> float | None:
-    """Tokens of an item's text on average, each cut at `most`; None where the texts are not known."""
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of texts, about: `mean`, and of the `longest`; `said` of the longest title, where a model says titles."""
+
+    mean: float
+    longest: int
+    said: int = 0
+
+
+def item_lengths(known: Known, columns: list[str], most: int) -> Lengths | None:
+    """How long items' texts are, each cut at `most`; None where they are not known."""
     letters = _letters(known, columns)
-    return None if letters is None else float(np.minimum(letters / LETTERS, most).mean())
+    if letters is None:
+        return None
+    tokens = np.clip(letters / LETTERS, 1, most)
+    return Lengths(float(tokens.mean()), math.ceil(tokens.max()))
 
 
-def example_tokens(known: Known, config: TuneStage) -> tuple[float, int] | None:
-    """Tokens of a tune stage's prompt and response on average, and of the longest response; None where they are not known."""
+def example_lengths(known: Known, config: TuneStage) -> Lengths | None:
+    """How long a tune stage's prompts are with their responses; None where texts are not known."""
     told, title = _letters(known, config.fields), _letters(known, ["title"])
     if told is None or title is None:
         return None
     frame = FRAME + len(config.instruction or INSTRUCTION) / LETTERS
-    mean = frame + (config.history * told.mean() + title.mean()) / LETTERS
-    longest = math.ceil(title.max() / LETTERS)
-    return min(float(mean), config.max_tokens), max(1, min(config.max_tokens // 2, longest))
+    mean, longest = (frame + (config.history * of(told) + of(title)) / LETTERS for of in (np.mean, np.max))
+    said = max(1, min(config.max_tokens // 2, math.ceil(title.max() / LETTERS)))
+    return Lengths(min(float(mean), config.max_tokens), min(math.ceil(longest), config.max_tokens), said)
 
 
 def _letters(known: Known, columns: list[str]) -> np.ndarray | None:

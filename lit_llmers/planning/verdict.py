@@ -50,7 +50,7 @@ def _cures(stage: Stage, estimate: Estimate, card: Card) -> list[str]:
         peak = held_by(adapters, trainer).total + beyond
         if peak <= card.usable:
             out.append(f"LoRA adapters on its base ({peak / GIB:.1f} GiB)")
-    if sizes.base:
+    if sizes.base and stage.verb != "encode":  # which trains on copies alone
         worlds = [2**power for power in range(1, 7) if 2**power > trainer.processes and trainer.batch_size % 2**power == 0]
         for world in worlds:
             rows = beyond * trainer.processes / world if beyond > memory["validation"] else beyond

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from planned import assert_planned
 from tiny import COMMON, by_name
 
 from lit_llmers import recipes
@@ -37,6 +38,7 @@ def test_a_method_runs_from_data_to_export(name, tmp_path):
     assert main([f"recipe={name}", *given]) == 0
     stages = by_name(plan(recipes.compose(name, given)))
     assert all(stage.done for stage in stages.values())
+    assert_planned(list(stages.values()))
     report = (stages["prepare"].run.folder / "report.md").read_text()
     assert "student" in report
     assert "control" in report

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from planned import assert_planned
 from tiny import arguments, by_name, small
 
 from lit_llmers import fit
@@ -155,4 +156,5 @@ def test_a_few_steps_on_real_data(tmp_path, real_data):
     assert all(np.isfinite(model["metrics"]["all"]["MRR"]) for model in result["models"])
     stages = by_name(small(tmp_path, "data=ml-100k", f"data.root={real_data}", *few))
     assert all(stage.done for stage in stages.values())
+    assert_planned(list(stages.values()))
     assert (stages["export"].folder / "model.onnx").is_file()
