@@ -19,14 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lit_llmers import preemption
 from lit_llmers.errors import UserError
 from lit_llmers.locks import LOCK
 
 if TYPE_CHECKING:
-    from lit_llmers.stages import Stage
+    from lit_llmers.conf.schema import TrainerConfig
 
 OUTCOMES = "LIT_LLMERS_OUTCOMES"  # folder in which processes that `launch` started say how they ended
 HEARTBEAT = 15  # seconds between two signs of life of a process that others may wait for
@@ -37,6 +37,21 @@ LAST_BREATH = 60  # seconds that a failed rank may take to end, where a library 
 log = logging.getLogger(__name__)
 _groups = 0  # process groups that this process was in
 _agent: tuple[str, int] | None = None  # where torchrun's own store is
+
+
+class Work(Protocol):
+    """What is known here of a stage; see `lit_llmers.stages.Stage`."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def done(self) -> bool: ...
+    @property
+    def processes(self) -> int: ...
+    @property
+    def trainer(self) -> "TrainerConfig | None": ...
 
 
 class RankFailed(Exception):
@@ -88,7 +103,7 @@ class Processes:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def check(self, stages: "Sequence[Stage]") -> None:
+    def check(self, stages: Sequence[Work]) -> None:
         """Every stage must be for one process, or for exactly those that there are.
 
         Raises:
@@ -113,11 +128,11 @@ class Processes:
                     f"{self.world // self.nodes} trainer.num_nodes={self.nodes}."
                 )
 
-    def of(self, stage: "Stage") -> "Processes":
+    def of(self, stage: Work) -> "Processes":
         """The processes that run a stage: all, or this one alone."""
         return self if stage.processes > 1 else Processes()
 
-    def wait_for(self, stage: "Stage") -> None:
+    def wait_for(self, stage: Work) -> None:
         """Wait until rank 0 has done a stage; see `wait`."""
         self.wait(stage.folder, lambda: stage.done, f"stage '{stage.label}'")
 
