@@ -3,7 +3,8 @@
 Each configuration is planned, and trained for an epoch of a few steps with its validation in a process of its own, on the GPU
 where there is one. Measured is what the process takes beyond what it took when all was imported and the data were prepared:
 on a GPU `torch.cuda.max_memory_allocated`, on a CPU the peak of its resident memory, where the C library is told to give back
-at once what is freed: else its gaps are measured too. Rows are as long as they may be, so that every batch is as large as the plan takes it to be.
+at once what is freed: else its gaps are measured too. Rows are as long as they may be, so that every batch is as large as the
+plan takes it to be.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -33,17 +34,22 @@ class Rehearsal:
 
     Attributes:
         kept: what lives when the forward pass has ended, for the backward pass: the activations.
-        peak: the most that lives at any time, gradients of trained weights included.
+        forward, backward: the most that lives in each pass, gradients of trained weights included.
         gradients: bytes of the gradients.
         flops: floating-point operations of matrix products, forward and backward.
         kernels: operations that compute something, each a kernel on a GPU.
     """
 
     kept: int
-    peak: int
+    forward: int
+    backward: int
     gradients: int
     flops: int
     kernels: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward)
 
 
 def rehearse_training(
@@ -64,7 +70,7 @@ def rehearse_training(
             parameter.grad = torch.empty_like(parameter)
         gradients = live.now
         value = loss()
-        kept = live.now - gradients
+        kept, forward, live.peak = live.now - gradients, live.peak, live.now
         if not accumulate:
             for parameter in trained:
                 parameter.grad = None
@@ -72,7 +78,7 @@ def rehearse_training(
             value.backward()
     for parameter in trained:
         parameter.grad = None
-    return Rehearsal(kept, live.peak, gradients, live.flops, live.kernels)
+    return Rehearsal(kept, forward, live.peak, gradients, live.flops, live.kernels)
 
 
 def rehearse_inference(model: nn.Module, ask: Callable[[], Any], autocast: torch.dtype | None = None) -> Rehearsal:
@@ -81,7 +87,7 @@ def rehearse_inference(model: nn.Module, ask: Callable[[], Any], autocast: torch
     with torch.no_grad(), _counting(model) as live, _autocast(autocast):
         answer = ask()
     del answer
-    return Rehearsal(0, live.peak, 0, live.flops, live.kernels)
+    return Rehearsal(0, live.peak, 0, 0, live.flops, live.kernels)
 
 
 @contextmanager
@@ -157,6 +163,10 @@ class _Mode(FakeTensorMode):
 class _Live(TorchDispatchMode):
     """Counts bytes that live, operations and products; the model's own weights are not among the bytes."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch then calls it directly, which is quicker
+
     def __init__(self, own: list[Tensor]) -> None:
         super().__init__()
         self.now, self.peak, self.flops, self.kernels = 0, 0, 0, 0
@@ -166,7 +176,7 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        kernel = func._schema.name.endswith("_") or any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
+        kernel = _writes(func)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and self._see(tensor):
                 kernel = True
@@ -188,6 +198,12 @@ class _Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self.sizes.pop(key, 0)
+
+
+@cache
+def _writes(func: Any) -> bool:
+    """Whether an operation changes what it is given."""
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments)
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -231,6 +247,10 @@ def _fake(tensor: Tensor) -> bool:
 
 class _MadeUp(TorchDispatchMode):
     """Answers what fake tensors cannot: the answer that costs most."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch then calls it directly, which is quicker
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = _ANSWERS.get(func._overloadpacket)

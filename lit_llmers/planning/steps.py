@@ -49,7 +49,7 @@ def training_step(model: Any, loss: Callable[[], Tensor], trainer: TrainerConfig
 
     step, other, base = rehearse(), None, base_of(model)
     if base is not None and getattr(base, "supports_gradient_checkpointing", False):
-        recomputes = bool(base.is_gradient_checkpointing)
+        recomputes = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
         _recompute(base, not recomputes)
         other = rehearse()
         _recompute(base, recomputes)
@@ -137,7 +137,9 @@ def _recompute(base: Any, recompute: bool) -> None:
     if recompute:
         _checkpoint_activations(base)
     else:
-        base.gradient_checkpointing_disable()
+        # renamed in the course of transformers 5
+        disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable
+        disable()
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------------
