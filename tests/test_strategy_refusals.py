@@ -31,7 +31,6 @@ def settings(strategy: str, **given) -> TrainerConfig:
         ("slmrec", ["trainer.strategy=zero3", "trainer.devices=2", "teacher.dtype=bfloat16"], "the base's are bfloat16"),
         ("slmrec", ["trainer.strategy=fsdp2", "trainer.devices=2", "trainer.compile=true"], "trainer.compile does not go with"),
         ("bigrec", ["trainer.strategy=fsdp2", "trainer.devices=2", "stages.teacher.validate=ranking"], "Use validate: loss"),
-        ("slmrec", ["trainer.devices=2"], "Say how they share the work"),
         ("slmrec", [*DDP, "trainer.batch_size=15"], "cannot be divided by 2"),
     ],
 )
@@ -56,6 +55,12 @@ def test_where_and_on_how_many_a_stage_runs_is_no_part_of_its_name(tmp_path):
         assert {name: stage.fingerprint for name, stage in other.items()} == {n: s.fingerprint for n, s in one.items()}
         assert other["teacher"].processes == 2
         assert other["item_embeddings"].processes == (2 if strategy == "ddp" else 1)
+
+
+def test_several_devices_are_enough_to_say(tmp_path):
+    stages = by_name(small(tmp_path, "trainer.devices=2", "stages.popularity={fit: popularity}"))
+    assert (stages["student"].trainer.strategy, stages["student"].processes) == ("ddp", 2)
+    assert (stages["popularity"].trainer.strategy, stages["popularity"].processes) == ("auto", 1)  # it is counted
 
 
 def test_a_missing_package_and_missing_devices_are_named(monkeypatch):

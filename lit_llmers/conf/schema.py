@@ -181,8 +181,9 @@ class TrainerConfig:
 
     Attributes:
         accelerator, precision: as Lightning names them.
-        strategy: how processes share the work: `auto` is one process, `ddp` copies the model, the others shard it. Said of the
-            whole run, `ddp` holds for every stage that trains with gradients and the sharded ones for language models.
+        strategy: how processes share the work: `ddp` copies the model, `zero*` and `fsdp2` shard it, `auto` is `ddp` where
+            there are several. Said of the whole run, `ddp` holds for every stage that trains with gradients and the sharded
+            ones for language models.
         devices: processes on each machine.
         num_nodes: machines.
         batch_size: training rows per micro-batch, over all processes together: their number changes no result.
@@ -223,10 +224,7 @@ class TrainerConfig:
         if self.strategy not in STRATEGIES:
             raise unknown("strategy (trainer.strategy)", self.strategy, STRATEGIES)
         if self.strategy == "auto" and self.processes > 1:
-            raise UserError(
-                f"trainer.devices={self.devices} trainer.num_nodes={self.num_nodes} asks for {self.processes} processes. Say "
-                "how they share the work: trainer=ddp, or trainer=zero3 for a large language model."
-            )
+            object.__setattr__(self, "strategy", "ddp")
         if self.batch_size % self.processes:
             raise UserError(
                 f"trainer.batch_size={self.batch_size} counts the rows of all processes together and cannot be divided by "
