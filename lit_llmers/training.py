@@ -87,7 +87,7 @@ def _sources(stage: Stage, dataset: Dataset, data: Any) -> dict[str, Any]:
 def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's Trainer with the stage's settings."""
     settings = stage.config.trainer
-    last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
+    stopping = [StopWhenAsked(each) for each in callbacks if isinstance(each, LastCheckpoint)]
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         strategy=make_strategy(settings),
@@ -102,7 +102,7 @@ def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
         log_every_n_steps=settings.log_every,
         num_sanity_val_steps=0,
         logger=stage.loggers(),
-        callbacks=[*callbacks, StopWhenAsked(last)],
+        callbacks=[*callbacks, *stopping],
         enable_checkpointing=False,  # LastCheckpoint and BestCheckpoint
         enable_progress_bar=False,  # Progress
         enable_model_summary=False,
