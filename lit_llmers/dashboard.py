@@ -30,11 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         print(help_text())
         return 0
     try:
-        named = [argument.partition("=")[2] for argument in arguments if argument.startswith("recipe=")]
-        if not named:
-            raise UserError(f"No recipe given. Add recipe=NAME with one of: {', '.join(sorted(recipes.available()))}.")
-        overrides = [argument for argument in arguments if not argument.startswith("recipe=")]
-        print(dashboard(recipes.compose(named[-1], overrides)))
+        print(dashboard(recipes.compose(*recipes.split(arguments))))
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2

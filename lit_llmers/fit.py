@@ -33,8 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         here = processes.Processes.here()
         logging.basicConfig(format="%(message)s", level=logging.INFO if here.first else logging.ERROR, stream=sys.stderr)
-        name = _recipe_name(arguments)
-        config = recipes.compose(name, [a for a in arguments if not a.startswith("recipe=") and a != "--config"])
+        name, overrides = recipes.split(arguments)
+        config = recipes.compose(name, [override for override in overrides if override != "--config"])
         if "--config" in arguments:
             from omegaconf import OmegaConf
 
@@ -144,13 +144,6 @@ def help_text() -> str:
             "The same command given again goes on where the run was stopped.",
         ]
     )
-
-
-def _recipe_name(arguments: Sequence[str]) -> str:
-    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("recipe=")]
-    if not names:
-        raise UserError(f"No recipe given. Add recipe=NAME with one of: {', '.join(sorted(recipes.available()))}.")
-    return names[-1]
 
 
 def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str], stages: list[Any]) -> None:

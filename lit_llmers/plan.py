@@ -82,11 +82,12 @@ def parse(arguments: Sequence[str]) -> Asked:
     Raises:
         UserError: no recipe, or a value that is none.
     """
+    name, others = recipes.split(arguments)
     own: dict[str, Any] = {}
     overrides = []
-    for argument in arguments:
+    for argument in others:
         key, _, value = argument.partition("=")
-        if key in ("recipe", "gpu"):
+        if key == "gpu":
             own[key] = value
         elif key == "utilisation":
             own[key] = _positive(argument, value, most=1.0)
@@ -98,9 +99,7 @@ def parse(arguments: Sequence[str]) -> Asked:
             own[key] = parse_sizes(value)
         elif argument != "--json":
             overrides.append(argument)
-    if "recipe" not in own:
-        raise UserError(f"No recipe given. Add recipe=NAME with one of: {', '.join(sorted(recipes.available()))}.")
-    return Asked(overrides=overrides, **own)
+    return Asked(recipe=name, overrides=overrides, **own)
 
 
 def _positive(argument: str, value: str, most: float | None = None) -> float:

@@ -35,6 +35,18 @@ def title(path: Path) -> str:
     return path.read_text().split("\n", 1)[0].lstrip("# ").strip()
 
 
+def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The name in `recipe=NAME`, the last one given, and all other arguments.
+
+    Raises:
+        UserError: no recipe is given.
+    """
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("recipe=")]
+    if not names:
+        raise UserError(f"No recipe given. Add recipe=NAME with one of: {', '.join(sorted(available()))}.")
+    return names[-1], [argument for argument in arguments if not argument.startswith("recipe=")]
+
+
 def find(name: str) -> Path:
     """The file of a recipe, by name or by path.
 
