@@ -196,16 +196,18 @@ def _start_wandb(
             "config": dict(settings),
             "settings": wandb.Settings(silent=True, console="off", **limits),
         }
-        _leave(wandb)
+        with suppress(Exception):  # the run of a stage that failed; it has had its warning
+            wandb.finish()
         try:
             run = wandb.init(**arguments)
-        except (wandb.errors.Error, OSError) as error:
-            if arguments["mode"] != "online":
-                raise
-            _warn("could not be reached, going on offline", error)
-            os.environ["WANDB_MODE"] = "offline"  # the later stages of this command need not wait for it again
-            wandb.teardown()  # its service holds on to the id
-            run = wandb.init(**{**arguments, "mode": "offline"})
+        except Exception as error:  # no server, or W&B's own service is dead: a new service, and no server, may do
+            if arguments["mode"] == "online" and isinstance(error, (wandb.errors.Error, OSError)):
+                _warn("could not be reached, going on offline", error)
+                arguments["mode"] = "offline"
+                os.environ["WANDB_MODE"] = "offline"  # the later stages of this command need not wait for it again
+            with suppress(Exception):
+                wandb.teardown()  # the old service holds on to the id
+            run = wandb.init(**arguments)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         if arguments["mode"] != "disabled":
@@ -217,15 +219,6 @@ def _start_wandb(
         _warn("does not work here", error)
         return None
     return QuietWandbLogger(run, project, folder, earlier)
-
-
-def _leave(wandb: Any) -> None:
-    """End the run of a stage that failed, and W&B's service where it is dead."""
-    try:
-        wandb.finish()
-    except Exception:  # see QuietWandbLogger.attempt; that run has had its warning
-        with suppress(Exception):
-            wandb.teardown()
 
 
 def _remove_copies(folder: Path, run: Any) -> None:

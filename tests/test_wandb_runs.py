@@ -154,10 +154,7 @@ def test_a_service_that_dies_costs_its_stage_one_warning_and_the_next_has_anothe
     run = Run(tmp_path, "slmrec", "default", CONFIG)
     loggers = run.loggers(tmp_path / "teacher", "teacher", {})
     log_steps(loggers, range(2))
-    services = [path for path in Path("/proc").glob("[0-9]*/stat") if is_service(path)]
-    assert services
-    for path in services:
-        os.kill(int(path.parent.name), signal.SIGKILL)
+    kill_services()
     log_steps(loggers, range(2, 5))
     finish_loggers(loggers, {"epochs": 1})
     assert len([record for record in caplog.records if record.name == "lit_llmers.loggers"]) == 1
@@ -168,6 +165,24 @@ def test_a_service_that_dies_costs_its_stage_one_warning_and_the_next_has_anothe
     loggers = run.loggers(tmp_path / "teacher", "teacher", {})  # it is given again
     finish_loggers(loggers, {"epochs": 1})
     assert [row["loss"] for row in read_wandb(tmp_path / "teacher")["history"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_service_that_dies_between_two_stages_costs_nothing(tmp_path, caplog):
+    run = Run(tmp_path, "slmrec", "default", CONFIG)
+    finish_loggers(run.loggers(tmp_path / "teacher", "teacher", {}))
+    kill_services()
+    loggers = run.loggers(tmp_path / "student", "student", {})
+    log_steps(loggers, range(2))
+    finish_loggers(loggers)
+    assert len(read_wandb(tmp_path / "student")["history"]) == 2
+    assert "lit_llmers.loggers" not in {record.name for record in caplog.records}
+
+
+def kill_services() -> None:
+    services = [path for path in Path("/proc").glob("[0-9]*/stat") if is_service(path)]
+    assert services
+    for path in services:
+        os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def is_service(stat: Path) -> bool:
