@@ -24,12 +24,14 @@ import torch
 from fits import FEW, Fit, quiet
 from measure import Comparison, Cost, alternate, rewrite_section, timed, title, when
 
-from lit_llmers import recipes, stages
+from lit_llmers import recipes
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.environment import environment
 from lit_llmers.errors import UserError
 from lit_llmers.evaluate import rank_all
 from lit_llmers.models import count_parameters, load_dataset, load_model
+from lit_llmers.resolving import resolve
+from lit_llmers.running import run
 from lit_llmers.stages import Stage
 
 LEFT_OUT = ("slmrec", "bigrec")  # slmrec_costs.py has the first; the second's teacher writes, which takes long
@@ -152,12 +154,12 @@ def plan(recipe: str, folder: str, options: argparse.Namespace) -> tuple[dict[st
         term.update({name: {**own, "start_epoch": 0} if "start_epoch" in own else own for name, own in term.items()})
     if student.get("callbacks") and (student.get("fusion") or student.get("initial")):
         entries[BARE] = {"like": pairs[0][0], "callbacks": []}
-    return {stage.name: stage for stage in stages.plan({**config, "recipe": "methods"})}, pairs
+    return {stage.name: stage for stage in resolve({**config, "recipe": "methods"})}, pairs
 
 
 def ready(stage: Stage) -> Fit:
     """A fit stage, once what it needs is done."""
-    stages.run(needs(stage), None)
+    run(needs(stage), None)
     return Fit(stage)
 
 

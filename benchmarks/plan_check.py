@@ -103,10 +103,10 @@ def child(what: str, name: str, folder: str) -> dict[str, Any]:
 
 def stages_of(name: str, folder: str) -> tuple[list[Any], Any]:
     """All stages of a configuration, and the one that is checked."""
-    from lit_llmers import stages
+    from lit_llmers.resolving import resolve
 
     recipe, wanted, overrides = CHECKS[name]
-    planned = stages.plan(recipes.compose(recipe, [*DATA, *overrides, f"run.dir={folder}", "trainer.patience=0"]))
+    planned = resolve(recipes.compose(recipe, [*DATA, *overrides, f"run.dir={folder}", "trainer.patience=0"]))
     return planned, next(stage for stage in planned if stage.name == wanted)
 
 
@@ -135,13 +135,14 @@ def measured(name: str, folder: str) -> dict[str, Any]:
     import torch
     from fits import quiet
 
-    from lit_llmers import stages, training
+    from lit_llmers import training
+    from lit_llmers.running import run
 
     quiet()
     planned, stage = stages_of(name, folder)
     first = [each for each in planned if each.name in ("prepare", "item_embeddings")]
     few = [*first[:1], *(each for each in first[1:] if stage.name == "teacher")]
-    stages.run([each for each in few if not each.done], None)
+    run([each for each in few if not each.done], None)
     on_gpu = torch.cuda.is_available()
     gc.collect()
     warm_up()

@@ -26,12 +26,14 @@ import torch
 from fits import FEW, QUICK, Fit, quiet
 from measure import Comparison, Cost, alternate, rewrite_section, table, timed, title, when
 
-from lit_llmers import recipes, record, stages
+from lit_llmers import recipes, record
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.environment import environment
 from lit_llmers.files import write_json
 from lit_llmers.models import load_dataset, load_model
+from lit_llmers.resolving import resolve
+from lit_llmers.running import run
 from lit_llmers.stages import Stage
 
 HERE = Path(__file__).parent
@@ -112,8 +114,8 @@ def prepare(name: str, examples: str, folder: Path, options: argparse.Namespace)
     }
     for variant, callbacks in variants.items():
         config["stages"][variant] = {"like": "student", "callbacks": callbacks}
-    planned = stages.plan(config)
-    stages.run(planned, "signals")
+    planned = resolve(config)
+    run(planned, "signals")
     return {stage.name: stage for stage in planned}
 
 

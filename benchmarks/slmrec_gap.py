@@ -87,15 +87,17 @@ def main(arguments: list[str]) -> int:
 def measure(name: str, overrides: list[str]) -> dict[str, Any]:
     """Run one point and return its figures."""
     from lit_llmers.fit import describe_run, quiet
+    from lit_llmers.locks import alone
     from lit_llmers.reporting.results import Results
-    from lit_llmers.stages import alone, plan, run
+    from lit_llmers.resolving import resolve
+    from lit_llmers.running import run
 
     if name not in POINTS:
         raise unknown("point", name, POINTS)
     quiet()
     config = recipes.compose("slmrec", [*overrides, *POINTS[name][1]])
     config["run"]["name"] = f"gap-{config['data']['name']}"
-    stages = plan(config)
+    stages = resolve(config)
     folder = stages[0].run.folder
     with alone(folder):
         run(stages, "evaluate")

@@ -26,11 +26,14 @@ import numpy as np
 from measure import Comparison, Cost, alternate, rewrite_section, title, when
 from subjects import Peer, Subject, Unavailable, environment
 
-from lit_llmers import recipes, stages
+from lit_llmers import recipes
 from lit_llmers.data.dataset import TEST, VALID, Dataset
 from lit_llmers.environment import environment as machine_and_software
 from lit_llmers.errors import UserError
 from lit_llmers.files import write_json
+from lit_llmers.resolving import resolve
+from lit_llmers.running import run
+from lit_llmers.stages import Stage
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"  # a checkout's neighbour with data and the fastest loop
@@ -229,9 +232,9 @@ def source(options: argparse.Namespace) -> list[str]:
     return [f"data.root={options.data_root}"] if options.data_root else QUICK * options.quick
 
 
-def plan(command: list[str]) -> list[stages.Stage]:
+def plan(command: list[str]) -> list[Stage]:
     """The stages of a command."""
-    return stages.plan(recipes.compose("student", command[1:]))
+    return resolve(recipes.compose("student", command[1:]))
 
 
 def prepare(command: list[str]) -> tuple[str, int]:
@@ -244,7 +247,7 @@ def prepare(command: list[str]) -> tuple[str, int]:
         UserError: it is not cut leave-one-out.
     """
     planned = plan(command)
-    stages.run(planned, "prepare")
+    run(planned, "prepare")
     dataset = Dataset.load(planned[0].folder)
     for part in (VALID, TEST):
         if (np.add.reduceat(dataset.split == part, dataset.offsets[:-1], dtype=np.int64) != 1).any():

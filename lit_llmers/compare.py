@@ -217,7 +217,7 @@ def plan(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     Raises:
         UserError: whatever `lit_llmers.fit` would refuse, and runs that cannot be compared.
     """
-    from lit_llmers import stages
+    from lit_llmers.resolving import resolve
 
     own = tuple(f"{key}=" for key in ("run.name", "run.dir"))
     passed_on = [override for override in asked.overrides if not override.startswith(own)]
@@ -232,7 +232,7 @@ def plan(asked: Asked) -> tuple[Path, list[PlannedRun]]:
             config = recipes.compose(recipe, [*chosen, *asked.overrides])
             root = root or _root(config, asked.overrides)
             config["run"] = {"dir": str(root), "name": name}
-            planned = stages.plan(config)
+            planned = resolve(config)
         except UserError as error:
             raise UserError(f"{label}: {error}") from error
         for verb in ("prepare", "evaluate"):
@@ -307,9 +307,10 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
         the error of each run that failed, by label.
     """
     fit.quiet()
+    from lit_llmers.locks import alone
     from lit_llmers.loggers import finish_loggers
     from lit_llmers.reporting.comparison_report import publish, summary_table, write_report
-    from lit_llmers.stages import Run, alone
+    from lit_llmers.stages import Run
 
     root, runs = plan(asked)
     called = labels(runs)

@@ -64,9 +64,9 @@ def dashboard(config: dict[str, Any]) -> str:
         raise UserError(f"logger={config['logger']['kind']} does not log to W&B. Leave it out, or use logger=wandb.")
     from lit_llmers.files import read_json
     from lit_llmers.loggers import wandb_mode
-    from lit_llmers.stages import plan
+    from lit_llmers.resolving import resolve
 
-    stages = plan(config)
+    stages = resolve(config)
     path = stages[0].run.folder / FILE
     before = read_json(path) if path.is_file() else {}
     try:

@@ -77,9 +77,10 @@ def fit(config: dict[str, Any], arguments: Sequence[str], here: processes.Proces
     from lit_llmers.locks import alone, sweep
     from lit_llmers.report import summary_table
     from lit_llmers.requeue import refuse_changed_settings
-    from lit_llmers.stages import check_needs_done, plan, run, select
+    from lit_llmers.resolving import resolve
+    from lit_llmers.running import check_needs_done, run, select
 
-    stages, only = plan(config), config["only"]
+    stages, only = resolve(config), config["only"]
     preemption.stop_if_asked()
     folder = stages[0].run.folder
     selected = select(stages, config["stage"], only)

@@ -126,9 +126,9 @@ def plan(asked: Asked) -> dict[str, Any]:
 
     gpu = card(asked.gpu)
     config = recipes.compose(asked.recipe, asked.overrides)
-    from lit_llmers import stages
+    from lit_llmers.resolving import resolve
 
-    planned = stages.plan(config)
+    planned = resolve(config)
     grouped = {stage.name: [each for each in planned if each.name == stage.name] for stage in planned}
     from lit_llmers.planning.data import known_data
     from lit_llmers.planning.estimate import Estimator

@@ -18,8 +18,9 @@ from lit_llmers.errors import UserError
 from lit_llmers.files import digest
 from lit_llmers.models import load_dataset
 from lit_llmers.report import summary_table, write_report
+from lit_llmers.running import run
 from lit_llmers.signals import SignalReader
-from lit_llmers.stages import FORMAT, describe, run
+from lit_llmers.stages import FORMAT, describe
 from lit_llmers.text.transformer import TextEncoder
 
 N, U = 40, 30

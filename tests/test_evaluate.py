@@ -22,7 +22,7 @@ from lit_llmers.data.sources.demo import Demo
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.models import load_dataset, load_model
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 KS = (1, 5, 10, 20)
 CATALOGUE = """\

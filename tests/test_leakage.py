@@ -14,7 +14,7 @@ from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.data.sources.demo import Demo
 from lit_llmers.evaluate import row_groups
 from lit_llmers.models import load_dataset
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.text.transformer import TextEncoder
 
 SAME = {"test": "three-epochs", "valid": "one-epoch"}  # what each is compared with

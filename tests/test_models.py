@@ -11,7 +11,8 @@ from lit_llmers import export
 from lit_llmers.errors import UserError
 from lit_llmers.export import load_exported
 from lit_llmers.models import TABLE, build_model, load_dataset, load_item_table, load_model
-from lit_llmers.stages import Stage, run
+from lit_llmers.running import run
+from lit_llmers.stages import Stage
 
 RECIPE = """\
 # For tests.

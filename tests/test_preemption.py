@@ -17,7 +17,7 @@ from tiny import arguments, assert_equal_weights, by_name, small, weights
 from lit_llmers import compare, fit, preemption
 from lit_llmers.callbacks.preemption import leave_signals_alone
 from lit_llmers.journal import read_metrics
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 FEW = ["signals.shard_rows=300", "stages.export.export=[safetensors]"]

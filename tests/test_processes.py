@@ -15,7 +15,7 @@ from lit_llmers import fit, processes
 from lit_llmers.errors import UserError
 from lit_llmers.preemption import Stopped
 from lit_llmers.processes import Processes, RankFailed
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 TWO = "stages.teacher.trainer={strategy: ddp, devices: 2, accelerator: cpu}"
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}

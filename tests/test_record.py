@@ -16,8 +16,8 @@ from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.models import build_model, load_dataset, load_model
 from lit_llmers.record import OnlineTeacher, RecordedStates, open_signals
+from lit_llmers.running import run
 from lit_llmers.signals import SignalReader
-from lit_llmers.stages import run
 
 MODES = ["last", "prefixes", "sequence"]
 

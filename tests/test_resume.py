@@ -7,7 +7,7 @@ from tiny import assert_equal_weights, by_name, small, weights
 
 from lit_llmers import training as training_stage
 from lit_llmers.errors import UserError
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 
 class Killed(Exception):

@@ -13,7 +13,10 @@ from tiny import by_name, small
 from lit_llmers import prepare as prepare_stage
 from lit_llmers import recipes
 from lit_llmers.errors import UserError
-from lit_llmers.stages import alone, describe, plan, run
+from lit_llmers.locks import alone
+from lit_llmers.resolving import resolve
+from lit_llmers.running import run
+from lit_llmers.stages import describe
 
 ALL = ["prepare", "item_embeddings", "text", "teacher", "signals", "student", "control", "evaluate", "export"]
 RECIPE = """\
@@ -266,8 +269,8 @@ def test_seeds_that_are_none(tmp_path, wrong):
 
 @pytest.fixture
 def lines(caplog):
-    caplog.set_level(logging.INFO, logger="lit_llmers.stages")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "lit_llmers.stages"]
+    caplog.set_level(logging.INFO, logger="lit_llmers.running")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "lit_llmers.running"]
 
 
 def test_done_stages_are_skipped_and_said_to_be(tmp_path, lines):
@@ -347,7 +350,7 @@ def test_describe_is_json(tmp_path):
 HOLD = """\
 import sys
 from pathlib import Path
-from lit_llmers.stages import alone
+from lit_llmers.locks import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -389,5 +392,5 @@ def test_a_run_folder_without_permission(tmp_path, monkeypatch):
 
 
 def test_the_plan_alone_writes_nothing(tmp_path):
-    plan(recipes.compose("slmrec", [f"run.dir={tmp_path / 'runs'}"]))
+    resolve(recipes.compose("slmrec", [f"run.dir={tmp_path / 'runs'}"]))
     assert not (tmp_path / "runs").exists()

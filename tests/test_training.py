@@ -6,7 +6,8 @@ from tiny import by_name, small
 from lit_llmers.errors import UserError
 from lit_llmers.journal import read_metrics
 from lit_llmers.recipes import compose
-from lit_llmers.stages import plan, run
+from lit_llmers.resolving import resolve
+from lit_llmers.running import run
 
 
 def student(folder, *overrides):
@@ -43,7 +44,7 @@ def test_a_validation_that_never_comes_is_refused(tmp_path):
 
 def test_validate_every_names_another_artefact_and_compile_does_not():
     def fingerprint(*overrides):
-        return by_name(plan(compose("student", ["logger=csv", *overrides])))["student"].fingerprint
+        return by_name(resolve(compose("student", ["logger=csv", *overrides])))["student"].fingerprint
 
     assert fingerprint("trainer.validate_every=2") != fingerprint()
     assert fingerprint("trainer.compile=true") == fingerprint() == fingerprint("trainer.validate_every=1")

@@ -10,7 +10,8 @@ import torch
 from lit_llmers import recipes
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
 from lit_llmers.journal import read_metrics
-from lit_llmers.stages import Stage, plan
+from lit_llmers.resolving import resolve
+from lit_llmers.stages import Stage
 
 COMMON = [  # for any recipe
     "logger=csv",
@@ -64,7 +65,7 @@ def arguments(folder: Path, *overrides: str, recipe: str = "slmrec") -> list[str
 
 def small(folder: Path, *overrides: str, recipe: str = "slmrec") -> list[Stage]:
     """The stages of the smallest recipe, in `folder`."""
-    return plan(recipes.compose(recipe, arguments(folder, *overrides, recipe=recipe)))
+    return resolve(recipes.compose(recipe, arguments(folder, *overrides, recipe=recipe)))
 
 
 def by_name(stages: list[Stage]) -> dict[str, Stage]:

@@ -81,7 +81,7 @@ def export_stage(folder: Path, fit: str, model: dict, formats: list[str]) -> Sta
 
 
 def finish(stage: Stage) -> dict:
-    """Run the stage and mark it and its run as `lit_llmers.stages` and `lit_llmers.fit` do."""
+    """Run the stage and mark it and its run as `lit_llmers.running` and `lit_llmers.fit` do."""
     summary = export.run(stage)
     write_json(stage.folder / "DONE", {"seconds": 0.0, "summary": summary})
     record = {"command": "python -m lit_llmers.fit recipe=tiny stage=student seed=1", "stages": describe([*stage.needs, stage])}

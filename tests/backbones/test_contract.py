@@ -30,7 +30,7 @@ from lit_llmers.conf.schema import SequenceConfig, build
 from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError
 from lit_llmers.recipes import compose
-from lit_llmers.stages import plan
+from lit_llmers.resolving import resolve
 
 SIZES = {"vocab_size": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
 
@@ -148,7 +148,9 @@ def test_settings_come_back_from_a_file(name, items):
 @pytest.mark.parametrize("student", SMALL)
 def test_the_option_file_of_a_student_fits_it(student):
     """Checked as a run would, and all that a backbone lets choose by number stands there for the reader."""
-    stage = next(stage for stage in plan(compose("student", [f"student={student}", "logger=csv"])) if stage.name == "student")
+    stage = next(
+        stage for stage in resolve(compose("student", [f"student={student}", "logger=csv"])) if stage.name == "student"
+    )
     parameters = inspect.signature(find("backbones", stage.config.fit)).parameters.values()
     numbers = {each.name for each in parameters if isinstance(each.default, int | float) and not isinstance(each.default, bool)}
     assert set(stage.config.model) >= numbers

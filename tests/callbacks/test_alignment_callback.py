@@ -15,7 +15,7 @@ from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks.alignment import COLDEST, Alignment, Bank
 from lit_llmers.errors import UserError
 from lit_llmers.losses.alignment import multi_kernel_mmd, soft_clip
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.students.collaborative import CollaborativeRecommender, TableOutput
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender

@@ -12,7 +12,7 @@ from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks.deep_supervision import DeepSupervision, DeepSupervisionTerm
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset, load_model
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender
 

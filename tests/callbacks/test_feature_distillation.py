@@ -9,7 +9,7 @@ from torch import nn
 from lit_llmers.callbacks.feature_distillation import KEY, FeatureDistillation, FeatureTerm
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset, load_model
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.students.output import StudentOutput
 
 RECIPE = """\

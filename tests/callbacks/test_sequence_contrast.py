@@ -15,7 +15,7 @@ from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks import sequence_contrast
 from lit_llmers.callbacks.sequence_contrast import SequenceContrast, augment
 from lit_llmers.errors import UserError
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender
 

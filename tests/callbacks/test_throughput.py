@@ -9,7 +9,7 @@ from tiny import by_name, small
 from lit_llmers.callbacks import throughput
 from lit_llmers.callbacks.throughput import peak_memory, start_peak
 from lit_llmers.journal import read_metrics
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 CPU = torch.device("cpu")
 MB = 1 << 20

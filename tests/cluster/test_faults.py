@@ -16,8 +16,9 @@ from runs import assert_same_run, ended, fork, logged, results, strays
 from tiny import arguments, assert_equal_weights, by_name, small, weights
 
 from lit_llmers import fit, preemption
+from lit_llmers.running import run
 from lit_llmers.signals import SignalReader
-from lit_llmers.stages import Stage, run
+from lit_llmers.stages import Stage
 
 # ---- thirty kills ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import strategies as runs
 from lit_llmers.callbacks.resume import LastCheckpoint
 from lit_llmers.errors import UserError
 from lit_llmers.models import build_model, load_dataset
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 WORDS = "Here is what a user chose so far oldest first Tell which item the will choose next Instruction Input Response"
 

@@ -11,7 +11,7 @@ import pytest
 from slurm_user import ROOT, STAGE, SUBMIT, SYNC, bash, inherited
 
 from lit_llmers import fit, recipes
-from lit_llmers.stages import plan
+from lit_llmers.resolving import resolve
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_what_is_done_is_not_submitted_and_a_sweep_runs_what_is_alike_once(tmp_p
     small_data = ["data.generator.users=150", "data.generator.items=100"]
     first_value = [*small_data, "logger=csv", "student=sasrec", "run.name=few-student-sasrec"]
     assert fit.main(["recipe=rd", *first_value, "stage=prepare"]) == 0
-    prepared, text, *_ = plan(recipes.compose("rd", first_value))
+    prepared, text, *_ = resolve(recipes.compose("rd", first_value))
     first = prepared.run.folder
     begun = first.with_name("few-student-gru4rec") / text.folder.name
     begun.mkdir(parents=True)

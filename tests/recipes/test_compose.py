@@ -10,7 +10,7 @@ from lit_llmers import recipes
 from lit_llmers.building import find
 from lit_llmers.data import sources
 from lit_llmers.errors import UserError
-from lit_llmers.stages import plan
+from lit_llmers.resolving import resolve
 
 RECIPES = sorted(recipes.available())
 NEEDS = {  # what an option cannot do without
@@ -95,7 +95,7 @@ def test_every_recipe_plans_with_every_option(name, option, no_files):
         assert config[group]["name"] == chosen
     if group == "logger":
         assert config[group]["kind"] == chosen
-    for stage in plan(config):
+    for stage in resolve(config):
         if stage.verb == "fit":
             find("backbones", stage.config.fit)
             for callback_name, _ in stage.config.terms:
@@ -104,7 +104,7 @@ def test_every_recipe_plans_with_every_option(name, option, no_files):
 
 @pytest.mark.parametrize(("name", "option"), FAMILIES)
 def test_every_method_takes_any_student_of_its_task(name, option, no_files):
-    planned = by_name(plan(recipes.compose(name, [option, "data=ml-1m", *TEXT.get(name, [])])))
+    planned = by_name(resolve(recipes.compose(name, [option, "data=ml-1m", *TEXT.get(name, [])])))
     student, control = planned["student"].config, planned["control"].config
     assert student.fit == control.fit
     assert student.optimizer == control.optimizer
@@ -125,7 +125,7 @@ def test_every_method_takes_any_student_of_its_task(name, option, no_files):
 )
 def test_a_student_of_another_task_is_refused_before_anything_runs(name, option, no_files):
     with pytest.raises(UserError, match="does not train on next items|does not fit|reads no history|counted and not trained"):
-        plan(recipes.compose(name, [option]))
+        resolve(recipes.compose(name, [option]))
 
 
 @pytest.mark.parametrize("option", UNFIT)
@@ -133,7 +133,7 @@ def test_a_student_that_the_method_does_not_fit_is_refused_before_anything_runs(
     with pytest.raises(
         UserError, match="does not train on next items|does not fit|cannot be cut|reads one position|counted and not trained"
     ):
-        plan(recipes.compose("slmrec", [option]))
+        resolve(recipes.compose("slmrec", [option]))
 
 
 @pytest.mark.parametrize(
@@ -145,39 +145,41 @@ def test_a_second_part_of_one_name_is_refused(tmp_path, key, entry, kind):
     text = SHALLOW.replace("model: {dim: 8}}", f"model: {{dim: 8}}, {key}: [{entry}, {entry}]}}")
     recipe.write_text(text.replace("  model: {fit", "  text: {encode: tfidf}\n  model: {fit"))
     with pytest.raises(UserError, match=f"has the {kind} .* twice"):
-        plan(recipes.compose(str(recipe), []))
+        resolve(recipes.compose(str(recipe), []))
 
 
 def test_a_source_of_null_is_one_that_is_not_given(tmp_path):
     recipe = tmp_path / "null.yaml"
     text = SHALLOW.replace("  model: {fit", "  text: {encode: tfidf}\n  model: {fit")
     recipe.write_text(text.replace("model: {dim: 8}}", "model: {dim: 8}, fusion: [{concat: {from: text, id: null}}]}"))
-    assert by_name(plan(recipes.compose(str(recipe), [])))["model"].needs
+    assert by_name(resolve(recipes.compose(str(recipe), [])))["model"].needs
     recipe.write_text(text.replace("model: {dim: 8}}", "model: {dim: 8}, fusion: [{concat: {from: null}}]}"))
     with pytest.raises(UserError, match="concat.from' is missing: name a fit or encode stage"):
-        plan(recipes.compose(str(recipe), []))
+        resolve(recipes.compose(str(recipe), []))
 
 
 def test_an_llm_alone_lacks_the_item_vectors_of_another_stage(no_files):
     with pytest.raises(UserError, match="stages.student.items"):
-        plan(recipes.compose("student", ["student=llm"]))
+        resolve(recipes.compose("student", ["student=llm"]))
 
 
 def test_what_is_said_of_the_whole_run_wins_over_the_students_own_file(no_files):
-    student = by_name(plan(recipes.compose("student", ["student=bert4rec", "trainer.max_epochs=2"])))["student"].config
+    student = by_name(resolve(recipes.compose("student", ["student=bert4rec", "trainer.max_epochs=2"])))["student"].config
     assert student.trainer.max_epochs == 2
-    assert by_name(plan(recipes.compose("student", ["student=bert4rec"])))["student"].config.trainer.max_epochs > 2
+    assert by_name(resolve(recipes.compose("student", ["student=bert4rec"])))["student"].config.trainer.max_epochs > 2
 
 
 def test_what_is_said_of_the_student_wins_over_what_is_said_of_the_whole_run(no_files):
     given = ["student=bert4rec", "student.trainer.max_epochs=7", "trainer.max_epochs=2", "trainer.patience=1"]
-    student = by_name(plan(recipes.compose("student", given)))["student"].config
+    student = by_name(resolve(recipes.compose("student", given)))["student"].config
     assert (student.trainer.max_epochs, student.trainer.patience) == (7, 1)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_trainer_of_the_whole_run_reaches_every_stage_that_trains(name, no_files):
-    planned = plan(recipes.compose(name, ["trainer.max_epochs=2", "trainer.batch_size=6", "data=ml-1m", *TEXT.get(name, [])]))
+    planned = resolve(
+        recipes.compose(name, ["trainer.max_epochs=2", "trainer.batch_size=6", "data=ml-1m", *TEXT.get(name, [])])
+    )
     trainers = {stage.name: stage.config.trainer for stage in planned if getattr(stage.config, "trainer", None)}
     assert {"student"} <= set(trainers)
     assert {(trainer.max_epochs, trainer.batch_size) for trainer in trainers.values()} == {(2, 6)}
@@ -185,7 +187,7 @@ def test_the_trainer_of_the_whole_run_reaches_every_stage_that_trains(name, no_f
 
 def test_a_stage_s_own_word_on_the_command_line_wins_and_its_learning_rate_is_its_own(no_files):
     given = ["stages.student.trainer.max_epochs=5", "trainer.max_epochs=2", "optimizer.lr=0.5"]
-    planned = by_name(plan(recipes.compose("alpharec", given)))
+    planned = by_name(resolve(recipes.compose("alpharec", given)))
     student, control = planned["student"].config, planned["control"].config
     assert (student.trainer.max_epochs, control.trainer.max_epochs) == (5, 2)
     assert (student.trainer.batch_size, student.trainer.patience) == (4096, 20), "of which nothing was said"
@@ -193,7 +195,7 @@ def test_a_stage_s_own_word_on_the_command_line_wins_and_its_learning_rate_is_it
 
 
 def test_a_word_beside_a_scale_reaches_the_stages_that_the_scale_names(no_files):
-    planned = by_name(plan(recipes.compose("slmrec", ["scale=paper", "trainer.max_epochs=2"])))
+    planned = by_name(resolve(recipes.compose("slmrec", ["scale=paper", "trainer.max_epochs=2"])))
     teacher, embeddings = planned["teacher"].config.trainer, planned["item_embeddings"].config.trainer
     assert teacher.max_epochs == embeddings.max_epochs == 2
     assert embeddings.batch_size == 1024
@@ -209,7 +211,7 @@ def test_a_word_beside_a_scale_wins_over_what_the_scale_says_of_the_student(mine
         (["trainer.max_epochs=2"], 2),
         (["trainer.max_epochs=2", "student.trainer.max_epochs=4"], 4),
     ):
-        trainer = by_name(plan(recipes.compose(str(mine), ["scale=big", *given])))["student"].config.trainer
+        trainer = by_name(resolve(recipes.compose(str(mine), ["scale=big", *given])))["student"].config.trainer
         assert (trainer.max_epochs, trainer.patience) == (expected, 3)
 
 
@@ -218,7 +220,7 @@ def test_every_scale_plans_and_is_what_the_recipe_says(name, scale, no_files):
     from omegaconf import OmegaConf
 
     config = recipes.compose(name, [scale])
-    plan(config)
+    resolve(config)
     for key, value in recipes.scale_settings(recipes.find(name), scale.removeprefix("scale=")).items():
         if key.startswith("~"):
             assert OmegaConf.select(OmegaConf.create(config), key.removeprefix("~")) is None, key
@@ -260,7 +262,7 @@ def test_what_a_teacher_says_of_examples_holds_until_it_is_overridden():
 
 def test_a_key_below_an_interpolation_can_be_set_and_reaches_only_its_stage():
     config = recipes.compose("slmrec", ["stages.student.model.layers=2", "teacher.seed=4", "stages.student.callbacks=[]"])
-    planned = by_name(plan(config | {"stages": {k: v for k, v in config["stages"].items() if k != "export"}}))
+    planned = by_name(resolve(config | {"stages": {k: v for k, v in config["stages"].items() if k != "export"}}))
     student, teacher = planned["student"].config.model, planned["teacher"].config.model
     assert (student["layers"], teacher["layers"]) == (2, 8)
     assert student["base"]["seed"] == teacher["base"]["seed"] == 4
@@ -270,11 +272,11 @@ def test_settings_that_no_yaml_writes_can_be_given():
     config = recipes.compose("slmrec", ["data.generator.users=99", "stages.student.optimizer.lr=0.5", "data.columns.user=who"])
     assert config["data"]["generator"] == {"users": 99}
     assert config["stages"]["student"]["optimizer"] == {"lr": 0.5}
-    assert by_name(plan(config))["prepare"].config.columns.user == "who"
+    assert by_name(resolve(config))["prepare"].config.columns.user == "who"
 
 
 def test_a_stage_can_be_added_and_left_out(no_files):
-    planned = plan(recipes.compose("slmrec", ["stages.more={fit: gru4rec}", "~stages.export", "~stages.student.callbacks"]))
+    planned = resolve(recipes.compose("slmrec", ["stages.more={fit: gru4rec}", "~stages.export", "~stages.student.callbacks"]))
     names = [stage.name for stage in planned]
     assert names[-1] == "more"
     assert "export" not in names
@@ -283,7 +285,7 @@ def test_a_stage_can_be_added_and_left_out(no_files):
 
 @pytest.mark.parametrize("overrides", [["student=sasrec"], ["student=gru4rec"], ["student=llm"]])
 def test_another_student_is_one_override(overrides, no_files):
-    planned = by_name(plan(recipes.compose("slmrec", [*overrides, "stages.student.model.layers=4"])))
+    planned = by_name(resolve(recipes.compose("slmrec", [*overrides, "stages.student.model.layers=4"])))
     assert planned["student"].config.fit == overrides[0].removeprefix("student=").replace("llm", "llm_decoder")
     assert planned["control"].config.fit == planned["student"].config.fit
 
@@ -294,7 +296,7 @@ def test_another_student_is_one_override(overrides, no_files):
 def test_a_recipe_by_path(mine, monkeypatch):
     config = recipes.compose(str(mine), ["trainer.max_epochs=2"])
     assert (config["recipe"], config["trainer"]["max_epochs"], config["sequences"]["max_length"]) == ("mine", 2, 7)
-    assert [stage.name for stage in plan(config)] == ["prepare", "model"]
+    assert [stage.name for stage in resolve(config)] == ["prepare", "model"]
     monkeypatch.chdir(mine.parent)
     assert recipes.compose("mine.yaml", [])["recipe"] == "mine"
 
@@ -328,7 +330,7 @@ def test_a_recipe_file_that_is_not_there(tmp_path):
 def test_a_recipe_file_that_is_wrong(mine, content, message):
     mine.write_text(content)
     with pytest.raises(UserError, match=message):
-        plan(recipes.compose(str(mine), []))
+        resolve(recipes.compose(str(mine), []))
 
 
 # ---- unknown names ---------------------------------------------------------------------------------------------------
@@ -367,7 +369,7 @@ def test_a_recipe_file_that_is_wrong(mine, content, message):
 )
 def test_what_is_unknown_is_named_with_the_nearest_known_name(override, message):
     with pytest.raises(UserError, match=message):
-        plan(recipes.compose("slmrec", [override]))
+        resolve(recipes.compose("slmrec", [override]))
 
 
 def test_an_option_of_a_group_that_the_recipe_does_not_have(mine):
@@ -379,7 +381,7 @@ def test_a_value_that_an_option_needs_is_asked_for():
     with pytest.raises(UserError, match="does not resolve: Missing mandatory value: path"):
         recipes.compose("slmrec", ["teacher=local"])
     with pytest.raises(UserError, match=r"data\.path=FOLDER"):
-        plan(recipes.compose("slmrec", ["data=local"]))
+        resolve(recipes.compose("slmrec", ["data=local"]))
 
 
 @pytest.mark.parametrize("name", ["os", "../fit", "..fit", "items", "__init__", "torch.nn.Linear", "lit_llmers.fit", "", "."])

@@ -8,8 +8,8 @@ from tiny import COMMON, by_name
 
 from lit_llmers import recipes
 from lit_llmers.fit import main
+from lit_llmers.resolving import resolve
 from lit_llmers.serving import load_exported
-from lit_llmers.stages import plan
 
 SMALL = {  # of recipes that hold more than students
     "bigrec": ["stages.teacher.samples=64", "stages.lists.k=10"],
@@ -36,7 +36,7 @@ def overrides(name: str, folder) -> list[str]:
 def test_a_method_runs_from_data_to_export(name, tmp_path):
     given = overrides(name, tmp_path)
     assert main([f"recipe={name}", *given]) == 0
-    stages = by_name(plan(recipes.compose(name, given)))
+    stages = by_name(resolve(recipes.compose(name, given)))
     assert all(stage.done for stage in stages.values())
     assert_planned(list(stages.values()))
     report = (stages["prepare"].run.folder / "report.md").read_text()
@@ -53,6 +53,6 @@ def test_a_method_of_two_papers_parts_is_one_yaml(tmp_path):
     recipe = str(recipes.PACKAGE.parent / "docs" / "dual-view-ranked.yaml")
     given = [each for each in given if "export" not in each]
     assert main([f"recipe={recipe}", *given]) == 0
-    stages = by_name(plan(recipes.compose(recipe, given)))
+    stages = by_name(resolve(recipes.compose(recipe, given)))
     assert [name for name, _ in stages["student"].config.terms] == ["self_distillation", "ranking_distillation"]
     assert (stages["prepare"].run.folder / "report.md").is_file()

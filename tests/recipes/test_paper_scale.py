@@ -13,7 +13,9 @@ from tiny_text import DECODER, ENCODER
 
 from lit_llmers import recipes
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.stages import Stage, plan, run
+from lit_llmers.resolving import resolve
+from lit_llmers.running import run
+from lit_llmers.stages import Stage
 
 SCALED = [name for name in sorted(recipes.available()) if "paper:" in recipes.find(name).read_text()]
 CUT = [
@@ -53,7 +55,7 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
     from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("encoders")
-    prepare, *_ = plan(recipes.compose("student", [*CUT[1:5], f"run.dir={folder}"]))
+    prepare, *_ = resolve(recipes.compose("student", [*CUT[1:5], f"run.dir={folder}"]))
     run([prepare], None)
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -105,7 +107,7 @@ def test_every_recipe_has_the_scale():
 
 @pytest.mark.parametrize("name", SCALED)
 def test_every_training_stage_takes_two_steps(name, done, encoders):
-    stages = plan(recipes.compose(name, given(name, done, encoders)))
+    stages = resolve(recipes.compose(name, given(name, done, encoders)))
     stages = [stage for stage in stages if stage.verb not in ("evaluate", "export")]
     for stage in stages:
         link(stage, done)

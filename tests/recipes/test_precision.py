@@ -3,7 +3,7 @@
 import pytest
 from tiny import by_name, small
 
-from lit_llmers.stages import run
+from lit_llmers.running import run
 
 
 @pytest.mark.parametrize("student", ["sasrec", "gru4rec", "bert4rec", "caser", "srgnn", "lightgcn"])

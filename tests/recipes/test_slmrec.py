@@ -105,7 +105,7 @@ def test_the_same_command_again_does_nothing(finished, caplog):
     stamps = {path: path.stat().st_mtime_ns for path in stages}
     report = (run / "report.md").read_text()
     assert fit.main(["recipe=slmrec", *arguments(run.parents[1], "seeds=[0,1]")]) == 0
-    messages = [record.getMessage() for record in caplog.records if record.name == "lit_llmers.stages"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "lit_llmers.running"]
     assert len(messages) == 11
     assert all("done before, skipped" in message for message in messages)
     assert {path: path.stat().st_mtime_ns for path in stages} == stamps

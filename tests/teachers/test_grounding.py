@@ -14,7 +14,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.journal import read_journal
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.record import open_signals
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer
 from lit_llmers.teachers.grounding import GroundedRecommender, Trie
 from lit_llmers.teachers.lora import with_lora

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lit_llmers.conf.stages import ContrastConfig, EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.text.contrast import Fields, TwoViews, ViewBatches
 from lit_llmers.text.transformer import TextEncoder
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset
-from lit_llmers.stages import run
+from lit_llmers.running import run
 from lit_llmers.teachers import language_model
 from lit_llmers.text import said
 from lit_llmers.text.prompts import item_texts

@@ -1,0 +1,224 @@
+"""From a composed recipe to typed stages: what each inherits, reads and needs, checked before anything runs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lit_llmers.conf.schema import SECTIONS, SHARDED, build
+from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
+from lit_llmers.errors import UserError, nearest, unknown
+from lit_llmers.files import sha256
+from lit_llmers.stages import MODULES, Run, Stage
+
+TRAINING = ("sequences", "optimizer", "trainer")
+SHARED = {"fit": TRAINING, "tune": TRAINING, "record": ("signals",), "evaluate": ("evaluation",)}
+GATHERING = ("evaluate", "export")  # run once, over all seeds
+
+
+def resolve(config: dict[str, Any]) -> list[Stage]:
+    """Turn a composed recipe into typed stages in run order, checked before anything runs.
+
+    Raises:
+        UserError: an unknown verb, key, stage name or option, or a stage that needs a later one.
+    """
+    for section in ("run", "stages"):
+        if section not in config:
+            raise UserError(
+                f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base."
+            )
+    for section, cls in SECTIONS.items():
+        build(cls, config[section], section)
+    _check_seeds(config["seed"], config["seeds"])
+    place = config["run"]
+    run = Run(Path(place["dir"]) / config["recipe"] / place["name"], config["recipe"], place["name"], config["logger"])
+    entries = {name: _inherit(name, config["stages"]) for name in config["stages"]}
+    for name in config["repeat"]:
+        if name not in entries:
+            raise unknown("stage in 'repeat'", name, entries)
+    planned: dict[str, list[Stage]] = {}
+    for name, entry in entries.items():
+        verb = _verb(name, entry)
+        typed, content = _typed(name, verb, entry, config)
+        wanted = _needs(verb, typed, entries)
+        for need in wanted:
+            if need not in planned:
+                where = "comes later in the recipe" if need in entries else "does not exist"
+                raise UserError(f"Stage '{name}' needs stage '{need}', which {where}.{nearest(need, planned)}")
+        _check_needs(name, typed, planned)
+        asked = {need: planned[need][0].config for need in wanted if verb in ("record", "evaluate")}
+        content |= {need: asdict(tuned.generation) for need, tuned in asked.items() if isinstance(tuned, TuneStage)}
+        repeated = verb not in GATHERING and (
+            name in config["repeat"] or any(stage.repeated for need in wanted for stage in planned[need])
+        )
+        seeds = config["seeds"] if repeated else [config["seed"]]
+        planned[name] = [
+            Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
+        ]
+    from lit_llmers.compatibility import check_blocks, check_targets
+
+    settings = {name: stages[0].config for name, stages in planned.items()}
+    check_targets(settings)
+    check_blocks(settings)
+    return [stage for stages in planned.values() for stage in stages]
+
+
+def _check_seeds(seed: Any, seeds: Any) -> None:
+    if type(seed) is not int or seed < 0:
+        raise UserError(f"seed is {seed}. It must be a whole number from 0.")
+    if not isinstance(seeds, list) or not seeds or any(type(each) is not int or each < 0 for each in seeds):
+        raise UserError(f"seeds is {seeds}. It must be a list of whole numbers from 0, as seeds=[0,1,2].")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {seeds}. It must be a list of different whole numbers.")
+
+
+def _inherit(name: str, stages: dict[str, Any], chain: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Follow `like`: the settings of another stage, or those of an option group, with this one's on top.
+
+    Mappings are merged key by key, lists and everything else replaced.
+    """
+    entry = dict(stages[name] or {})
+    other = entry.pop("like", None)
+    if other is None:
+        return entry
+    if isinstance(other, dict):
+        return _merge(other, entry)
+    if other not in stages:
+        raise unknown(f"stage in 'stages.{name}.like'", other, stages)
+    if other in chain:
+        raise UserError(f"'like' goes in a circle: {' -> '.join((*chain, name, other))}.")
+    return _merge(_inherit(other, stages, (*chain, name)), entry)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _verb(name: str, entry: dict[str, Any]) -> str:
+    verbs = [key for key in entry if key in MODULES]
+    if len(verbs) != 1:
+        raise UserError(
+            f"Stage '{name}' must have exactly one of {', '.join(MODULES)}; it has {', '.join(verbs) or 'none'}. "
+            "It says what the stage does."
+        )
+    return verbs[0]
+
+
+def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The stage's settings as a dataclass, and the identity of what it reads from outside."""
+    where = f"stages.{name}"
+    if verb == "prepare":
+        from lit_llmers.data import DataConfig
+        from lit_llmers.data.sources import source_of
+
+        data = build(DataConfig, config["data"], "data")
+        return data, source_of(data).fingerprint()
+    ranked = config["evaluation"]
+    if verb == "fit":
+        entry = {**entry, "mask_history": ranked["mask_history"], "validation_users": ranked["users"]}
+    if verb == "tune":
+        entry = {**entry, "mask_history": ranked["mask_history"]}
+    trains = verb == "encode" and (entry["encode"] == "said" or entry.get("contrast") is not None)
+    for section in ("optimizer", "trainer") if trains else SHARED.get(verb, ()):  # the run's own, with the stage's on top
+        said = entry.get(section, {})
+        settings = {**config[section], **said}
+        if section == "trainer" and not _shares(settings["strategy"], verb, entry):
+            settings |= {"strategy": "auto", "devices": 1, "num_nodes": 1} | said
+        own: Any = build(SECTIONS[section], settings, f"{where}.{section}")
+        entry = {**entry, section: own}
+    classes = {
+        "encode": EncodeStage,
+        "fit": FitStage,
+        "tune": TuneStage,
+        "record": RecordStage,
+        "evaluate": EvaluateStage,
+        "export": ExportStage,
+    }
+    typed: Any = build(classes[verb], entry, where)
+    if verb == "fit":
+        from lit_llmers.building import check
+
+        check(typed, where)
+    if verb == "tune":
+        from lit_llmers.building import check_base_of
+        from lit_llmers.teachers.base import BaseConfig
+
+        BaseConfig.of(typed.base)
+        check_base_of(typed.trainer, typed.base, where)
+    if verb == "encode":
+        from lit_llmers.text.prompts import check_prompt
+        from lit_llmers.text.transformer import identity
+
+        check_prompt(typed.prompt, typed.fields, f"{where}.prompt")
+        check_prompt(typed.user_prompt, ["history"], f"{where}.user_prompt")
+        return typed, identity(typed)
+    if verb == "evaluate" and (file := typed.evaluation.candidates):
+        if not Path(file).is_file():
+            raise UserError(f"There is no file {file}. Set evaluation.candidates to an npy or a parquet file, or to null.")
+        return typed, {"candidates": sha256(Path(file))}
+    return typed, {}
+
+
+def _shares(strategy: str, verb: str, entry: dict[str, Any]) -> bool:
+    """Whether the run's strategy is of use to a stage: nothing small is sharded, and what is counted has no gradients."""
+    if strategy in SHARDED:
+        return verb == "tune" or (verb == "fit" and "base" in (entry.get("model") or {}))
+    from lit_llmers.backbones import CountingBackbone
+    from lit_llmers.building import find
+
+    return verb != "fit" or not issubclass(find("backbones", entry["fit"]), CountingBackbone)
+
+
+def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
+    """Names of the stages whose artefacts a stage reads."""
+    if verb == "prepare":
+        return []
+    preparing = [name for name, entry in entries.items() if "prepare" in entry]
+    if verb == "fit":
+        from lit_llmers.building import references
+
+        return list(dict.fromkeys([*preparing, *(reference.stage for reference in references(typed))]))
+    of = getattr(typed, "of", [])
+    return [*preparing, *([of] if isinstance(of, str) else of)]
+
+
+def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None:
+    """Each reference must lead to a stage that leaves what is read there.
+
+    Raises:
+        UserError: it leads to a stage of another kind.
+    """
+    wanted: list[tuple[str, str, tuple[str, ...]]] = []
+    if isinstance(typed, FitStage):
+        from lit_llmers.building import KINDS, RECORDS, references
+
+        for reference in references(typed):
+            wanted.append((f"stages.{name}.{reference.where}", reference.stage, KINDS[reference.kind]))
+            record = planned[reference.stage][0].config
+            if isinstance(record, RecordStage) and record.record != RECORDS.get(reference.kind, record.record):
+                raise UserError(
+                    f"'stages.{name}.{reference.where}' needs a record of {RECORDS[reference.kind]}, but stage "
+                    f"'{reference.stage}' records {record.record}. Name another stage, or change its 'record'."
+                )
+    elif hasattr(typed, "of"):
+        of = [typed.of] if isinstance(typed.of, str) else typed.of
+        ranks = isinstance(typed, EvaluateStage) or getattr(typed, "record", None) == "ranking"  # all that a tuned one does
+        wanted = [(f"stages.{name}.of", model, ("fit", "tune") if ranks else ("fit",)) for model in of]
+    for where, other, verbs in wanted:
+        if planned[other][0].verb not in verbs:
+            raise UserError(
+                f"'{where}' names stage '{other}', which is a {planned[other][0].verb} stage. Name a stage that has "
+                f"'{' or '.join(verbs)}'."
+            )
+
+
+def _of_seed(planned: dict[str, list[Stage]], wanted: list[str], seed: int, verb: str) -> list[Stage]:
+    """The needed stages: of the same seed where they are repeated, of every seed for a stage that gathers."""
+    if verb == "export":
+        return [planned[need][0] for need in wanted]
+    return [
+        stage for need in wanted for stage in planned[need] if verb == "evaluate" or not stage.repeated or stage.seed == seed
+    ]

@@ -1,0 +1,131 @@
+"""Runs stages in order: skips what is done, goes on in what is not, alone or by a group of processes."""
+
+import importlib
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from lit_llmers.errors import UserError, unknown
+from lit_llmers.files import previous, remove, write_json
+from lit_llmers.locks import LOCK, Busy, alone
+from lit_llmers.preemption import stop_if_asked
+from lit_llmers.processes import Processes, launch
+from lit_llmers.stages import MODULES, Stage
+
+LAST = "last.ckpt"
+LEFT = (LAST, previous(Path(LAST)).name, LOCK)  # by a process that was killed after its stage was done
+
+log = logging.getLogger(__name__)
+
+
+def run(stages: list[Stage], until: str | None, only: str | None = None, arguments: Sequence[str] = ()) -> list[Stage]:
+    """Run the stages in order, those that are done excepted.
+
+    Args:
+        until: name of the stage to stop after.
+        only: name of the stage to run alone, for all its seeds; what it needs must be done.
+        arguments: of the command, which processes are started with for a stage that needs several.
+
+    Returns:
+        the stages that are done now.
+
+    Raises:
+        UserError: there is no such stage, or it is for another number of processes than there are.
+        Stopped: the process was asked to stop, and the command goes on from here when it is given again.
+    """
+    selected = select(stages, until, only)
+    here = Processes.here()
+    todo = [stage for stage in selected if not stage.done]
+    here.check(todo)
+    check_machine(todo)
+    for stage in selected:
+        stop_if_asked()
+        if stage.done:
+            log.info("%-24s done before, skipped (%s)", stage.label, stage.folder.name)
+            if here.first and any((stage.folder / left).exists() for left in LEFT):  # killed between `DONE` and the end
+                with suppress(Busy), alone(stage.folder):
+                    _tidy(stage)
+        elif stage.processes > here.world:
+            log.info("%-24s on %d processes", stage.name, stage.processes)
+            launch(stage.name, stage.processes, arguments)
+        elif stage.processes == 1 and not here.first:
+            here.wait_for(stage)
+        else:
+            with alone(stage.folder) if here.first else nullcontext():
+                _run_one(stage, here)
+    return selected
+
+
+def check_machine(stages: list[Stage]) -> None:
+    """Every stage's strategy must be one that this machine can run; see `lit_llmers.strategies`."""
+    settings = [stage.trainer for stage in stages if stage.trainer is not None and stage.trainer.strategy != "auto"]
+    if settings:
+        from lit_llmers import strategies
+
+        for trainer in settings:
+            strategies.check_machine(trainer)
+
+
+def select(stages: list[Stage], until: str | None, only: str | None = None) -> list[Stage]:
+    """The stages that `run` runs or finds done."""
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    if until is not None and only is not None:
+        raise UserError(f"stage={until} stops after a stage and only={only} runs one alone. Leave one of them out.")
+    for name in (until, only):
+        if name is not None and name not in names:
+            raise unknown("stage", name, names)
+    if only is not None:
+        return [stage for stage in stages if stage.name == only]
+    return stages if until is None else [stage for stage in stages if names.index(stage.name) <= names.index(until)]
+
+
+def check_needs_done(selected: list[Stage]) -> None:
+    """What stages that are run alone read must be there.
+
+    Raises:
+        UserError: a stage that one of them needs is not done.
+    """
+    for stage in selected:
+        missing = [need for need in stage.needs if not need.done]
+        if missing and not stage.done:
+            labels = ", ".join(need.label for need in missing)
+            raise UserError(
+                f"Stage '{stage.label}' (only={stage.name}) needs {labels}: not done in {stage.run.folder} with these "
+                f"settings. Run only={missing[0].name} first, or leave only={stage.name} out."
+            )
+
+
+def _run_one(stage: Stage, here: Processes) -> None:
+    """Run a stage by this process, or by each of a group."""
+    if stage.done:  # by another command, before this one had the lock
+        return
+    if here.first:
+        begun = (stage.folder / "config.json").is_file()
+        log.info("%-24s %s (%s)", stage.label, "goes on" if begun else "starts", stage.folder.name)
+        settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
+        write_json(stage.folder / "config.json", settings)
+    started = time.monotonic()
+    module = importlib.import_module(MODULES[stage.verb])
+    with here.sign_of_life(stage.folder):
+        with here.group() if stage.processes > 1 else nullcontext():
+            summary = module.run(stage)
+        if not here.first:
+            here.wait_for(stage)
+            return
+    seconds = time.monotonic() - started
+    if stage.verb not in ("fit", "tune"):  # which log while they train
+        from lit_llmers.loggers import finish_loggers
+
+        finish_loggers(stage.loggers(), {"seconds": seconds, **summary})
+    write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary})
+    _tidy(stage)
+    log.info("%-24s done in %.1f s", stage.label, seconds)
+
+
+def _tidy(stage: Stage) -> None:
+    """Remove the checkpoint that is of no more use once the stage is done."""
+    for path in (last := stage.folder / LAST, previous(last)):
+        remove(path)
