@@ -105,11 +105,13 @@ class ContrastConfig:
         drop: share of an item's fields that a view leaves out, rounded down.
         temperature: of the contrast, at its start: it is trained.
         lora: adapters on a frozen encoder, as a base's `lora`; null trains all of it.
+        gradient_checkpointing: recompute layers in the backward pass, to save memory.
     """
 
     drop: float = 0.4
     temperature: float = 3.0
     lora: dict[str, Any] | None = None
+    gradient_checkpointing: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:

@@ -11,7 +11,7 @@ from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, build_backbone, build_callbacks, build_fusions, references
 from lit_llmers.callbacks.distillation import Distillation
 from lit_llmers.conf.schema import build
-from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.stages import ContrastConfig, EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.data.histories import Histories
 from lit_llmers.planning.bases import on_paper
 from lit_llmers.planning.data import Known
@@ -20,7 +20,7 @@ from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
-from lit_llmers.teachers.base import DTYPES, BaseConfig, _architecture, _attention, _checkpoint_activations
+from lit_llmers.teachers.base import DTYPES, BaseConfig, _architecture, _attention, checkpoint_activations
 from lit_llmers.teachers.lora import LoraConfig, with_lora
 from lit_llmers.teachers.wording import INSTRUCTION, title_tokenizer
 
@@ -181,9 +181,7 @@ class Papers:
             if not config.train_base:
                 model.requires_grad_(False)
             return Paper(said_learner(model, self.dataset.n_items, config.dim), table=config.dim)
-        lora = config.contrast.lora if config.contrast else None
-        trained = config.contrast is not None and lora is None
-        model = encoder(base, build(LoraConfig, lora, f"{stage.name}.contrast.lora") if lora else None, trained)
+        model = encoder(base, config.contrast, f"{stage.name}.contrast.lora")
         return Paper(model, table=config.reduce or model.config.hidden_size)
 
 
@@ -195,20 +193,23 @@ def causal(base: BaseConfig, vocabulary: int, lora: LoraConfig | None) -> Any:
     sizes = _architecture(known) if base.path else _architecture(known, vocab_size=vocabulary)
     model: Any = AutoModelForCausalLM.from_config(sizes, dtype=DTYPES[base.dtype], **_attention(base))
     if base.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return with_lora(model, lora) if lora else model
 
 
-def encoder(base: BaseConfig, lora: LoraConfig | None, trained: bool) -> Any:
-    """A text encoder of shapes alone."""
+def encoder(base: BaseConfig, contrast: ContrastConfig | None, where: str) -> Any:
+    """A text encoder of shapes alone, as it is tuned; `where` its adapters' settings stand is for messages."""
     from transformers import AutoModel
 
     known = on_paper(base)
     model: Any = AutoModel.from_config(_architecture(known), dtype=DTYPES[base.dtype], **_attention(base))
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
-    model.requires_grad_(trained)
-    return with_lora(model, lora, task=None) if lora else model
+    model.requires_grad_(contrast is not None and contrast.lora is None)
+    if contrast is not None and contrast.gradient_checkpointing:
+        checkpoint_activations(model)
+    lora = contrast.lora if contrast else None
+    return with_lora(model, build(LoraConfig, lora, where), task=None) if lora else model
 
 
 def said_learner(model: Any, n_items: int, dim: int) -> nn.Module:

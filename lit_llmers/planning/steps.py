@@ -13,7 +13,7 @@ from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.planning.rehearsal import Rehearsal, faked, rehearse_inference, rehearse_training
 from lit_llmers.planning.sharing import Sizes, base_of, sizes_of
 from lit_llmers.students.recommender import Recommender
-from lit_llmers.teachers.base import _checkpoint_activations
+from lit_llmers.teachers.base import checkpoint_activations
 
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "16-true": torch.float16}
 FEW, SOME = 2, 3  # layers that stand for those of a deep language model, all of which are alike
@@ -135,7 +135,7 @@ def _cut(base: Any, parent: nn.Module, name: str, layers: int) -> Iterator[None]
 
 def _recompute(base: Any, recompute: bool) -> None:
     if recompute:
-        _checkpoint_activations(base)
+        checkpoint_activations(base)
     else:
         # renamed in the course of transformers 5
         disable = getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable

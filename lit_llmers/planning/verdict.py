@@ -44,7 +44,8 @@ def _cures(stage: Stage, estimate: Estimate, card: Card) -> list[str]:
     beyond = memory["peak"] - held_by(sizes, trainer).total
     otherwise = memory.get("peak_otherwise", memory["peak"])
     if otherwise < memory["peak"] and otherwise <= card.usable:
-        out.append(f"gradient_checkpointing=true of its base ({otherwise / GIB:.1f} GiB)")
+        of = "contrast" if stage.verb == "encode" and stage.config.contrast else "base"
+        out.append(f"gradient_checkpointing=true of its {of} ({otherwise / GIB:.1f} GiB)")
     if sizes.base_trained > 0.5 * sizes.base:
         adapters = replace(sizes, base_trained=0, trained=max(1, sizes.trained - _elements(training)))
         peak = held_by(adapters, trainer).total + beyond

@@ -94,7 +94,7 @@ def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTra
     model = _pretrained(config, config.path, layers) if config.path else _from_scratch(config, layers)
     tokenizer = _tokenizer(config, config.path) if config.path and config.prompt else None
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model, tokenizer
 
 
@@ -143,7 +143,7 @@ def load_causal(config: BaseConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pr
         model = _drawn(AutoModelForCausalLM, config, _architecture(config, vocab_size=len(tokenizer), **special))
     model.generation_config = GenerationConfig(**special)
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model
 
 
@@ -239,7 +239,8 @@ def _attention(config: BaseConfig) -> dict[str, str]:
     return {"attn_implementation": config.attention} if config.attention else {}
 
 
-def _checkpoint_activations(model: "PreTrainedModel") -> None:
+def checkpoint_activations(model: "PreTrainedModel") -> None:
+    """Recompute layers in the backward pass, to save memory."""
     # renamed in the course of transformers 5
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -22,7 +22,7 @@ from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.losses.alignment import soft_clip
 from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
-from lit_llmers.teachers.base import without_load_report
+from lit_llmers.teachers.base import checkpoint_activations, without_load_report
 from lit_llmers.teachers.lora import LoraConfig, with_lora
 from lit_llmers.text.learning import Learner, learn
 from lit_llmers.text.transformer import TextEncoder
@@ -99,6 +99,8 @@ def tune_by_contrast(stage: Stage, dataset: Dataset, encoder: TextEncoder) -> di
     cells = [[cell for cell in row if cell] for row in zip(*columns, strict=True)]
     rows = Fields([row for row in cells if row], config.contrast.drop)
     wrapped: Any = encoder.model.requires_grad_(config.contrast.lora is None)
+    if config.contrast.gradient_checkpointing:
+        checkpoint_activations(wrapped)
     if config.contrast.lora is not None:
         wrapped = with_lora(encoder.model, build(LoraConfig, config.contrast.lora, f"{stage.name}.contrast.lora"), task=None)
     encoder.model = wrapped

@@ -112,6 +112,15 @@ def test_the_tuned_encoder_makes_the_table_and_is_kept_for_others(stages, lora, 
     assert not (text.folder / "last.ckpt").exists()
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_layers_that_are_recomputed_end_in_the_same_vectors(stages, tmp_path, lora):
+    own = [LORA] if lora else []
+    kept = done(stages(*own))["text"]
+    again = done(stages(*own, "+stages.text.contrast.gradient_checkpointing=true", run_dir=tmp_path / "again"))["text"]
+    assert kept.fingerprint != again.fingerprint
+    np.testing.assert_allclose(table(again), table(kept), atol=1e-6)
+
+
 def test_tuning_brings_the_views_of_an_item_together(stages):
     stage = stages()["text"]
     encoder = TextEncoder(stage.config)
