@@ -17,7 +17,7 @@ from test_fit import HEAVY
 from test_report import make_run
 from tiny import arguments
 
-from lit_llmers import compare, fit, recipes
+from lit_llmers import comparable, compare, fit, recipes
 from lit_llmers.errors import UserError
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.reporting import comparison_report
@@ -255,7 +255,7 @@ def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path
 
 def test_a_run_goes_on_with_its_own_command(tmp_path, started):
     command = ["students=[sasrec]", *tiny(tmp_path / "a folder"), "run.name=mine"]
-    root, (run,) = compare.plan(compare.parse(command))
+    root, (run,) = comparable.planned_runs(comparable.parse(command))
     assert root == tmp_path / "a folder" / "compare" / "mine"
     assert main(*command) == 0
     assert (root / "compare.md").is_file()
@@ -290,7 +290,7 @@ def test_labels_name_what_differs(tmp_path, monkeypatch):
     given = ["students=[sasrec,gru4rec]", "student.model.layers=2", *(o for o in tiny(tmp_path) if not o.startswith("~"))]
 
     def called(names: str) -> dict[tuple[str, str], str]:
-        return compare.labels(compare.plan(compare.parse([f"recipes=[{names}]", *given]))[1])
+        return comparable.labels(comparable.planned_runs(comparable.parse([f"recipes=[{names}]", *given]))[1])
 
     assert called("one.yaml") == {
         ("sasrec", "student"): "sasrec",
