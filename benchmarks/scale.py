@@ -1,7 +1,7 @@
 """What a large data set costs: `python benchmarks/scale.py FOLDER [--sizes 1 10] [--record FILE]`.
 
 Two data sets are generated in FOLDER: a million interactions of 100,000 users with 50,000 items, and ten times all of that.
-Our own command prepares each, trains a few steps of SASRec with a sampled softmax and evaluates a sample of the users, every
+Our own command prepares each, trains a few steps of SASRec with a sampled softmax, in the rows of its batch alone, and evaluates a sample of the users, every
 stage in a process of its own, on one thread of the CPU. Peak memory is what the kernel counted for that process; costs are
 processor time. What an interaction costs is the difference to a start that finds the data prepared. What a step costs is the
 difference between two trainings that differ in their number of steps alone, what a user costs the difference between two
@@ -130,7 +130,8 @@ def run(data: Path, runs: Path, stage: str, steps: int, users: int) -> Used:
     """Our command up to `stage`, of which only the last is not done yet."""
     command = [
         *(sys.executable, "-m", "lit_llmers.fit", "recipe=student", "student=sasrec", "data=local", f"data.path={data}"),
-        *("stages.student.loss.kind=sampled_softmax", "trainer.max_epochs=1", f"trainer.limit_train_batches={steps}"),
+        *("student.loss.kind=sampled_softmax", "+student.model.sparse=true"),
+        *("trainer.max_epochs=1", f"trainer.limit_train_batches={steps}"),
         *(f"evaluation.users={users}", "logger=csv", "~stages.export", f"run.dir={runs}", f"stage={stage}"),
     ]
     print(f"{stage}: {steps} steps, {users} users", file=sys.stderr, flush=True)

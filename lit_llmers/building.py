@@ -129,6 +129,7 @@ def check(stage: FitStage, where: str) -> None:
                 else:
                     _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
     _check_processes(stage, where)
+    _check_sparse(stage, where)
     for kind, named in (("fusion", stage.fusions), ("callback", stage.terms)):
         given = [name for name, _ in named]
         for name in given:
@@ -151,6 +152,26 @@ def _check_processes(stage: FitStage, where: str) -> None:
                 f"'{where}': {name} puts all rows of a batch beside each other, but each of {stage.trainer.processes} "
                 f"processes has its own. Train this stage in one: {where}.trainer={{strategy: auto, devices: 1, num_nodes: 1}}."
             )
+
+
+def _check_sparse(stage: FitStage, where: str) -> None:
+    """With gradients of a batch's rows alone, nothing may touch all rows."""
+    if not stage.model.get("sparse"):
+        return
+    touching = {
+        "loss.kind=cross_entropy": stage.loss.kind == "cross_entropy",
+        "optimizer.weight_decay": stage.optimizer.weight_decay,
+        "trainer.gradient_clip_val": stage.trainer.gradient_clip_val,
+        "fusion": stage.fusion,
+        "objective": stage.objective,
+        "callbacks": stage.callbacks,
+    }
+    named = [name for name, given in touching.items() if given]
+    if named:
+        raise UserError(
+            f"'{where}': with model.sparse=true a step touches the rows of its batch alone, which does not go with "
+            f"{', '.join(named)}. Take {'it' if len(named) == 1 else 'them'} out, or use model.sparse=false."
+        )
 
 
 def check_base_of(trainer: TrainerConfig, base: Any, where: str) -> None:

@@ -1,10 +1,12 @@
 """AdamW and its learning-rate schedule, for every LightningModule here."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from lit_llmers.conf.schema import OptimizerConfig
 
@@ -13,7 +15,9 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
     """What `configure_optimizers` returns for the trainable parameters of the module."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     fused = not _clips_in_mixed_precision(module)
-    adam = torch.optim.AdamW(_groups(trainable), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    tables = any(isinstance(part, torch.nn.Embedding) and part.sparse for part in module.modules())
+    kind = RowwiseAdamW if tables else torch.optim.AdamW
+    adam = kind(_groups(trainable), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     warmup = config.warmup_steps
     if not warmup and config.schedule == "constant":
         return adam
@@ -30,6 +34,48 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
     return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class RowwiseAdamW(torch.optim.AdamW):
+    """AdamW whose step touches only the rows of a table that its gradient has, where the gradient is sparse.
+
+    A step then costs the same however long the table is. Rows that no batch meets keep their moments as they are, and are not
+    decayed; with AdamW their moments fade, and go on moving them for a while. Where every row is met the two are one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        met = [(group, table) for group in self.param_groups for table in group["params"] if _sparse(table.grad)]
+        gradients = [table.grad.coalesce() for _, table in met]
+        for _, table in met:
+            table.grad = None  # the others' step passes by it
+        super().step()
+        for (group, table), gradient in zip(met, gradients, strict=True):
+            self._step_rows(group, table, gradient)
+            table.grad = gradient
+        return loss
+
+    def _step_rows(self, group: dict[str, Any], table: Tensor, gradient: Tensor) -> None:
+        state, rows, values = self.state[table], gradient.indices()[0], gradient.values()
+        if not state:
+            zeros = {name: torch.zeros_like(table) for name in ("exp_avg", "exp_avg_sq")}
+            state |= {"step": torch.zeros((), device=table.device), **zeros}
+        state["step"] += 1
+        (decay, decay_square), step = group["betas"], float(state["step"])
+        mean = state["exp_avg"].index_select(0, rows).lerp_(values, 1 - decay)
+        square = state["exp_avg_sq"].index_select(0, rows).mul_(decay_square).addcmul_(values, values, value=1 - decay_square)
+        state["exp_avg"].index_copy_(0, rows, mean)
+        state["exp_avg_sq"].index_copy_(0, rows, square)
+        scale = square.sqrt_().div_(math.sqrt(1 - decay_square**step)).add_(group["eps"])
+        table.index_add_(0, rows, mean.div_(scale), alpha=-float(group["lr"]) / (1 - decay**step))
+
+
+def _sparse(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.is_sparse
 
 
 def _groups(parameters: list[torch.nn.Parameter]) -> list[Any]:

@@ -112,3 +112,14 @@ def test_the_same_with_other_settings(tmp_path, monkeypatch, settings):
         run(planned, "student")
         assert_equal_weights(weights(student), weights(whole["student"]))
         assert student.summary["best"] == whole["student"].summary["best"]
+
+
+def test_steps_in_the_rows_of_a_batch_alone_go_on_too(tmp_path, monkeypatch):
+    given = ["student=sasrec", "student.loss.kind=sampled_softmax", "+student.model.sparse=true", "student.model.dim=8"]
+    whole = by_name(small(tmp_path / "whole", *given, recipe="student"))
+    run(list(whole.values()), "student")
+    planned = small(tmp_path / "killed", *given, recipe="student")
+    student = link(planned, whole, "student")
+    interrupt(planned, "student", 13, monkeypatch)
+    run(planned, "student")
+    assert_equal_weights(weights(student), weights(whole["student"]))

@@ -35,10 +35,12 @@ class Backbone(nn.Module):
     Attributes:
         every_position: whether `forward` can read out at every position, as `sequences.examples=sequence` asks.
         causal: whether a position sees its past alone when it trains, so that a teacher's signals belong to it.
+        sparse: whether the item table's gradients are of the rows that are read alone.
     """
 
     every_position: ClassVar[bool] = True
     causal: ClassVar[bool] = True
+    sparse: bool = False
     layers: int
     width: int
     dim: int

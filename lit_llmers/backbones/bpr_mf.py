@@ -20,8 +20,8 @@ class BPRMF(CollaborativeBackbone):
         reg: lambda of BPR-Opt, one for all: weighs half the squares of the embeddings of a row's user, target and negatives
             (their mean), averaged over the batch.
         init_std: standard deviation of the initial embeddings.
-        sparse: gradients of the batch's rows alone, and an optimiser (torch's SparseAdam) that touches no other row nor its
-            moments. A step then costs the same however large the tables are; where a batch meets most rows it is slower.
+        sparse: gradients and optimiser steps for the batch's rows alone: see `lit_llmers.optimizer.RowwiseAdamW`. A step then
+            costs the same however large the tables are; where a batch meets most rows it is slower.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class BPRMF(CollaborativeBackbone):
     ) -> None:
         super().__init__()
         self.layers, self.width, self.dim, self.reg, self.sparse = 0, dim, dim, reg, sparse
-        self.users = nn.Embedding(n_users, dim)
+        self.users = nn.Embedding(n_users, dim, sparse=sparse)
         nn.init.normal_(self.users.weight, std=init_std)
-        self.items = item_embedding(n_items, dim, init_std)
+        self.items = item_embedding(n_items, dim, init_std, sparse)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.users.weight, self.items.weight

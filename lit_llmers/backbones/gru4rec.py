@@ -20,6 +20,8 @@ class GRU4Rec(Backbone):
         layers: stacked GRUs.
         dropout: probability, on the item embeddings.
         init_std: standard deviation of the initial item embeddings.
+        sparse: gradients and optimiser steps for the items of a batch and its negatives alone, so that a step costs the same
+            however large the catalogue is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
     """
 
     def __init__(
@@ -30,10 +32,11 @@ class GRU4Rec(Backbone):
         layers: int = 1,
         dropout: float = 0.2,
         init_std: float = 0.02,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
-        self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
-        self.items = item_embedding(n_items, dim, init_std)
+        self.layers, self.width, self.dim, self.max_length, self.sparse = layers, dim, dim, max_length, sparse
+        self.items = item_embedding(n_items, dim, init_std, sparse)
         self.dropout = nn.Dropout(dropout)
         self.grus = nn.ModuleList(nn.GRU(dim, dim, bias=False, batch_first=True) for _ in range(layers))
         self.dense = nn.Linear(dim, dim)

@@ -6,12 +6,12 @@ from lit_llmers.errors import UserError
 from lit_llmers.text.tables import has_vector
 
 
-def item_embedding(n_items: int, dim: int, init_std: float) -> nn.Embedding:
-    """Trainable, normal `[n_items+1, dim]` table with a zero row for padding.
+def item_embedding(n_items: int, dim: int, init_std: float, sparse: bool = False) -> nn.Embedding:
+    """Trainable, normal `[n_items+1, dim]` table with a zero row for padding; `sparse`: with gradients of the rows read alone.
 
     The padding row gets no gradient as long as item 0 is never a candidate, so it stays zero.
     """
-    table = nn.Embedding(n_items + 1, dim, padding_idx=0)
+    table = nn.Embedding(n_items + 1, dim, padding_idx=0, sparse=sparse)
     nn.init.normal_(table.weight, std=init_std)
     table.weight.data[0] = 0
     return table

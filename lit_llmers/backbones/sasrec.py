@@ -29,6 +29,8 @@ class SASRec(Backbone):
         dropout: probability.
         ffn: width of the feed-forward layer as a multiple of `dim`.
         init_std: standard deviation of the initial item and position embeddings. Items enter scaled by `sqrt(dim)`.
+        sparse: gradients and optimiser steps for the items of a batch and its negatives alone, so that a step costs the same
+            however large the catalogue is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
 
     Raises:
         UserError: `heads` does not divide `dim`, or a history is longer than `max_length`.
@@ -44,12 +46,13 @@ class SASRec(Backbone):
         dropout: float = 0.2,
         ffn: int = 1,
         init_std: float = 0.02,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads:
             raise UserError(f"SASRec's dim={dim} cannot be cut into heads={heads}. Choose heads that divide dim.")
-        self.layers, self.width, self.dim, self.max_length = layers, dim, dim, max_length
-        self.items = item_embedding(n_items, dim, init_std)
+        self.layers, self.width, self.dim, self.max_length, self.sparse = layers, dim, dim, max_length, sparse
+        self.items = item_embedding(n_items, dim, init_std, sparse)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * init_std)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, ffn) for _ in range(layers))

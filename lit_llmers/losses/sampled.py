@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def sampled_softmax(user: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+def sampled_softmax(
+    user: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor, log_q: Tensor, sparse: bool = False
+) -> Tensor:
     """Softmax cross-entropy whose denominator is estimated from shared negatives, with the log-q correction.
 
     Source: Bengio and Senecal, "Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language
@@ -26,11 +28,13 @@ def sampled_softmax(user: Tensor, item_table: Tensor, target: Tensor, negatives:
         target: `[T]` item 1..n.
         negatives: `[K]` items 1..n, drawn independently, with replacement; the same for all rows.
         log_q: `[n+1]` log-probability of each item in one draw.
+        sparse: the table's gradient is one of the drawn rows alone.
 
     Returns:
         `[T]`; 0 for a row whose negatives all are its target.
     """
-    drawn = item_table[torch.cat([target, negatives])]  # at once: each look-up's gradient is as large as the table
+    ids = torch.cat([target, negatives])  # at once: each look-up's gradient is as large as the table, unless it is sparse
+    drawn = F.embedding(ids, item_table, sparse=True) if sparse else item_table[ids]
     own, others = drawn.split([len(target), len(negatives)])
     positive = (user * own).sum(1)
     logits = torch.addmm(-log_q[negatives] - math.log(len(negatives)), user, others.T)  # [T, K]

@@ -1,9 +1,7 @@
 """The collaborative recommender: users and items are rows of two tables, learned from pairs."""
 
 from functools import cached_property
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from lit_llmers.backbones import CollaborativeBackbone
@@ -73,17 +71,6 @@ class CollaborativeRecommender(Recommender):
     def task_loss(self, output: TableOutput, batch: Batch) -> Tensor:  # type: ignore[override]
         positive, negative = self.backbone.pair_scores(batch, output.users, output.items)
         return self.reduce(PAIRWISE[self.loss.kind](positive, negative), batch) + self.backbone.penalty(batch)
-
-    def configure_optimizers(self) -> Any:
-        if not getattr(self.backbone, "sparse", False):
-            return super().configure_optimizers()
-        settings = self.optimizer
-        if settings.weight_decay or settings.warmup_steps or settings.schedule != "constant" or self.terms:
-            raise UserError(
-                "With model.sparse=true a step touches the rows of its batch alone: optimizer.weight_decay and warmup_steps "
-                "must be 0, optimizer.schedule constant, and there can be no callbacks. Or use model.sparse=false."
-            )
-        return torch.optim.SparseAdam(list(self.backbone.parameters()), lr=settings.lr)
 
     def item_table(self) -> Tensor:
         """`[n+1, d]` as it scores, row 0 is padding."""

@@ -279,12 +279,6 @@ def test_sparse_training_learns_and_leaves_other_rows_alone(data):
     assert student.task_loss(student(batch), batch).item() < first - 0.05
 
 
-def test_sparse_training_refuses_what_would_touch_every_row(data):
-    student = CollaborativeRecommender(build(BACKBONES["bpr_mf"], data, sparse=True), OptimizerConfig(weight_decay=0.1))
-    with pytest.raises(UserError, match="weight_decay.*model.sparse=false"):
-        trainer(1).fit(student, datamodule=PairDataModule(data, 64, 1, True, seed=0))
-
-
 @pytest.mark.parametrize("kind", ["cross_entropy", "gbce"])
 def test_a_loss_that_is_not_pairwise_is_refused(data, kind):
     with pytest.raises(UserError, match=f"loss.kind is {kind}.*bpr or bce"):

@@ -15,7 +15,7 @@ from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks.deep_supervision import DeepSupervision
 from lit_llmers.callbacks.feature_distillation import FeatureDistillation
 from lit_llmers.callbacks.resume import SeedEachStep, save
-from lit_llmers.conf.schema import OptimizerConfig, SequenceConfig
+from lit_llmers.conf.schema import LossConfig, OptimizerConfig, SequenceConfig
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches, SequenceDataModule, TrainingBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
@@ -400,3 +400,23 @@ def test_evaluation_does_not_depend_on_the_batch_size(make, data):
         results.append(ranks)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("kind", ["sampled_softmax", "bce", "gbce", "bpr"])
+@pytest.mark.parametrize("backbone", [SASRec, GRU4Rec])
+def test_sparse_gradients_are_the_dense_ones(data, backbone, kind):
+    rows = rows_of(data, "sequence")
+    batch = batch_of(rows, range(4))
+    popularity = torch.ones(N_ITEMS + 1)
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = backbone(N_ITEMS, MAX_LENGTH, dim=8, dropout=0.0, init_std=0.3, sparse=sparse)
+        student = SequentialRecommender(model, loss=LossConfig(kind, negatives=3), popularity=popularity)
+        student.task_loss(student(batch), batch).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    dense, sparse = gradients
+    assert sparse["items.weight"].is_sparse
+    assert not sparse["items.weight"].to_dense()[0].any(), "padding"
+    for name, gradient in sparse.items():
+        torch.testing.assert_close(gradient.to_dense() if gradient.is_sparse else gradient, dense[name])
