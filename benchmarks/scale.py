@@ -1,11 +1,11 @@
 """What a large data set costs: `python benchmarks/scale.py FOLDER [--sizes 1 10] [--record FILE]`.
 
 Two data sets are generated in FOLDER: a million interactions of 100,000 users with 50,000 items, and ten times all of that.
-Our own command prepares each, trains a few steps of SASRec with a sampled softmax, in the rows of its batch alone, and evaluates a sample of the users, every
-stage in a process of its own, on one thread of the CPU. Peak memory is what the kernel counted for that process; costs are
-processor time. What an interaction costs is the difference to a start that finds the data prepared. What a step costs is the
-difference between two trainings that differ in their number of steps alone, what a user costs the difference between two
-evaluations of differently many users.
+Our own command prepares each, trains a few steps of SASRec with a sampled softmax and `model.sparse`, and evaluates a
+sample of the users, every stage in a process of its own, on one thread of the CPU. Peak memory is what the kernel counted
+for that process; costs are processor time. What an interaction costs is the difference to a start that finds the data
+prepared. What a step costs is the difference between two trainings that differ in their number of steps alone, what a user
+costs the difference between two evaluations of differently many users.
 """
 
 import os
