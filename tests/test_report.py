@@ -185,6 +185,16 @@ def test_a_teacher_that_does_not_beat_the_control_is_a_warning(tmp_path, level, 
     assert f"WARNING: the teacher {said} the control." in summary_table(run)
 
 
+def test_of_two_controls_each_is_named_and_the_reason_said_once(tmp_path):
+    run = make_run(tmp_path, {"teacher": 0.9, "student": 1.6, "control": 1.6, "sasrec": 1.6})
+    about = json.loads((run / "run.json").read_text())
+    write(run / "run.json", about | {"pairs": [["student", "control"], ["student", "sasrec"]]})
+    text = write_report(run).read_text()
+    assert "**WARNING: the teacher is worse than control.**" in text
+    assert "**WARNING: the teacher is worse than sasrec.**" in text
+    assert text.count("has nothing to teach") == 1
+
+
 def test_main_table_has_every_metric_with_its_spread_and_the_best_bold(good):
     table = section((good / "report.md").read_text(), "## Results on the test users")
     header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]

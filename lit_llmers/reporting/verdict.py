@@ -5,6 +5,12 @@ from collections.abc import Sequence
 from lit_llmers.reporting.results import METRIC, Results
 from lit_llmers.reporting.tables import p_value, percent
 
+NOTHING_TO_TEACH = (
+    "A teacher that is no better than the undistilled control has nothing to teach: a gain of the student is then not the "
+    "teacher's knowledge passed on, and a loss is no surprise. Make the teacher better (more depth or width, item text, more "
+    "training examples or data); the recipe's record says in which settings the method pays."
+)
+
 
 def verdict(results: Results) -> str:
     """One or two sentences for each method: does it beat its control, by how much, and is that more than noise."""
@@ -32,21 +38,20 @@ def _verdict(results: Results, method: str, control: str) -> str:
 
 
 def teacher_warnings(results: Results) -> list[str]:
-    """A warning, as a Markdown quotation, for every control that the teacher does not clearly beat."""
-    out = []
-    for control in dict.fromkeys(control for _, control in results.pairs):
+    """A warning, as a Markdown quotation, for every control that the teacher does not clearly beat; the first says why."""
+    out: list[str] = []
+    controls = list(dict.fromkeys(control for _, control in results.pairs))
+    for control in controls:
         gain = results.compare(results.teacher, control) if results.teacher and results.teacher != control else None
         if gain is None or gain["low"] > 0:
             continue
         worse = "is worse than" if gain["high"] < 0 else "does not clearly beat"
-        out.append(
-            f"> **WARNING: the teacher {worse} the control.** {results.teacher} against {control}: "
-            f"{gain['difference']:+.4f} {METRIC} ({percent(gain['relative'])}, 95 % interval "
-            f"[{gain['low']:+.4f}, {gain['high']:+.4f}], p {_equals(p_value(gain['p']))}). A teacher that is no better "
-            "than the undistilled control has nothing to teach: a gain of the student is then not the teacher's "
-            "knowledge passed on, and a loss is no surprise. Make the teacher better (more depth or width, item text, "
-            "more training examples or data); the recipe's record says in which settings the method pays."
+        warning = (
+            f"> **WARNING: the teacher {worse} {'the control' if len(controls) == 1 else control}.** "
+            f"{results.teacher} against {control}: {gain['difference']:+.4f} {METRIC} ({percent(gain['relative'])}, "
+            f"95 % interval [{gain['low']:+.4f}, {gain['high']:+.4f}], p {_equals(p_value(gain['p']))})."
         )
+        out.append(warning if out else f"{warning} {NOTHING_TO_TEACH}")
     return out
 
 
