@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
 from lit_llmers import report
 from lit_llmers.errors import UserError
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.report import publish, summary_table, write_report
+from lit_llmers.reporting import plots
 from lit_llmers.reporting.results import Results
 
 USERS, KS, SEEDS = 600, (1, 5, 10, 20), (0, 1, 2)
@@ -248,6 +251,25 @@ def test_every_plot_is_there_and_shown(good):
     for path in plots.values():
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"](plots/{path.name})" in text
+
+
+def test_a_group_without_a_gain_keeps_its_place():
+    gains = [{"group": group, "users": 9, "ours": 0.1, "theirs": 0.0, "relative": None} for group in GROUPS]
+    gains[-1] |= {"theirs": 0.2, "relative": -0.5, "difference": -0.1, "low": -0.15, "high": -0.05}
+    results = SimpleNamespace(fits={"student": [], "control": []})
+    figure, (left, right) = pyplot.subplots(1, 2)
+    plots._levels(results, gains, "student", "control", left)
+    plots._gain(results, gains, "student", "control", right)
+    pyplot.close(figure)
+    assert left.get_xlim() == right.get_xlim()
+    assert right.get_xlim()[0] < 0, "the first group does not stand on the axis"
+
+
+def test_one_loss_is_one_curve(good):
+    figure, axes = pyplot.subplots()
+    plots._losses("control", Results(good).fits["control"], axes)
+    pyplot.close(figure)
+    assert axes.get_legend_handles_labels()[1] == ["total"]
 
 
 def test_the_metrics_of_all_stages_are_merged(good):

@@ -117,6 +117,8 @@ def _figure(results: Evaluated, columns: int = 1, height: float = 4.0) -> Iterat
 def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
     """Every loss term over the steps: the first seed strong, the others thin."""
     keys = {key for stage in stages for entry in stage.metrics for key in entry if _is_loss(key)}
+    if keys == {"loss", "loss/task"}:
+        keys = {"loss"}  # the two are one curve
     ends: list[float] = []
     for number, term in enumerate(sorted(keys)):  # the total first, then each term before its parts
         colour = "black" if term == "loss" else COLOURS[(number - 1) % len(COLOURS)]
@@ -201,7 +203,8 @@ def _comparison(results: Results, axes: "Axes") -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
-    axes.set(title=f"Test {METRIC} (whisker: 95 % interval over users; dot: one seed)", xlabel=f"test {METRIC}")
+    dots = "; dot: one seed" if max(map(len, results.models.values())) > 1 else ""
+    axes.set(title=f"Test {METRIC} (whisker: 95 % interval over users{dots})", xlabel=f"test {METRIC}")
 
 
 def _level(rows: list[np.ndarray], user: np.ndarray) -> tuple[float, float, float]:
@@ -227,6 +230,7 @@ def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
 
 def _labels(gains: list[dict[str, Any]], axes: "Axes") -> None:
     axes.set_xticks(range(len(gains)), [f"{gain['group']}\nn={gain['users']}" for gain in gains], fontsize=8)
+    axes.set_xlim(-0.6, len(gains) - 0.4)  # so that a group stands at one place in both plots, with a gain or without
     axes.set_xlabel("training interactions of the target item (n: test users)")
     axes.grid(axis="x", visible=False)
 
@@ -258,7 +262,6 @@ def _gain(results: Results, gains: list[dict[str, Any]], method: str, control: s
             linewidth=1.6,
         )
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.margins(x=0.08)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -110), min(high, 210))
     _labels(gains, axes)
