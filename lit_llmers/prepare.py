@@ -77,10 +77,15 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         rows.note(f"{name}: texts of {int((column != '').sum())} of {len(column)} {entry['of']}.{leaks}")
     parts = np.bincount(split, minlength=3).tolist()
     _check(parts, len(item_ids), config)
-    met = np.sort(users.astype(np.int64) * len(item_ids) + items)
-    repeats = np.count_nonzero(met[1:] == met[:-1])
+    met = users.astype(np.int64) * len(item_ids) + items
+    ordered = np.sort(met)
+    repeats = np.count_nonzero(ordered[1:] == ordered[:-1])
     if repeats:
-        rows.note(f"{repeats} interactions repeat an item that the user had before; they are kept.")
+        twice = int(pd.DataFrame({"met": met, "time": rows.table["time"].to_numpy()}).duplicated().sum())
+        alike = f", {twice} of them at the same time" if twice else ""
+        rows.note(f"{repeats} interactions repeat an item that the user had before{alike}; they are kept.")
+    if untitled := int((catalogue["title"] == "").sum()):
+        rows.note(f"{untitled} of {len(catalogue)} items have no title.")
     counts = {"users": len(user_ids), "items": len(item_ids), "interactions": len(users)}
     dropped = rows.dropped | {"items_without_interactions": len(tables.items) - len(item_ids)}
     info = {

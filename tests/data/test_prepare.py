@@ -217,6 +217,18 @@ def test_repeated_items_are_kept_and_said(folder: Path, tmp_path: Path) -> None:
     assert info["counts"]["interactions"] == 10
 
 
+def test_rows_that_stand_twice_and_items_without_title_are_said(folder: Path, tmp_path: Path) -> None:
+    table = pd.read_parquet(folder / "interactions.parquet")
+    pd.concat([table, table.iloc[:2]]).to_parquet(folder / "interactions.parquet")
+    items = pd.read_parquet(folder / "items.parquet")
+    items.loc[0, "title"] = None
+    items.to_parquet(folder / "items.parquet")
+    assert prepare(local(folder), tmp_path / "out")["notes"] == [
+        "2 interactions repeat an item that the user had before, 2 of them at the same time; they are kept.",
+        f"1 of {len(items)} items have no title.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
