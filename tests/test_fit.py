@@ -111,6 +111,8 @@ def test_config_prints_what_the_recipe_composes_to(capsys, tmp_path, monkeypatch
         (["recipe=slmrec", "logger=csv", "stage=teachr"], "Unknown stage 'teachr'. Did you mean 'teacher'?"),
         (["recipe=slmrec", "logger.kind=wand", "stage=prepare"], "Did you mean 'wandb'?"),
         (["recipe=slmrec", "data=local", "data.path=nowhere"], "nowhere"),
+        (["recipe=slmrec", "data.root=FOLDER"], "data=demo is generated and reads no data.root"),
+        (["recipe=slmrec", "data.path=FOLDER"], "reads no data.path. Say which data lie there: data=local."),
         (["recipe=slmrec", "logger=csv", "run.dir=/proc/runs"], "run folder /proc/runs/slmrec/default cannot be written"),
     ],
 )

@@ -30,7 +30,8 @@ def source_of(config: DataConfig) -> Source:
     """Choose the source: the generator, the folder that was named, or else the publisher.
 
     Raises:
-        UserError: `data=local` without `data.path`, or texts are asked of a source that has none.
+        UserError: `data=local` without `data.path`, a folder for the generated catalogue, or texts are asked of a source that
+            has none.
     """
     if config.texts and config.source != "folder" and config.root is None:
         raise UserError(
@@ -38,6 +39,11 @@ def source_of(config: DataConfig) -> Source:
             "data.root=FOLDER, or leave them out."
         )
     if config.source == "demo":
+        if config.root is not None or config.path is not None:
+            place, named = ("root", "ml-1m") if config.path is None else ("path", "local")
+            raise UserError(
+                f"data={config.name} is generated and reads no data.{place}. Say which data lie there: data={named}."
+            )
         return Demo(config.generator)
     if config.source == "folder":
         if config.path is None:
