@@ -159,12 +159,13 @@ def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str],
         temporary.write_text(OmegaConf.to_yaml(config))
     write_json(folder / "environment.json", environment())
     prepared = next((stage for stage in stages if stage.verb == "prepare" and stage.done), None)
+    whole = [argument for argument in arguments if not argument.startswith(("stage=", "only="))]
     write_json(
         folder / "run.json",
         {
             "recipe": config["recipe"],
             "run": config["run"]["name"],
-            "command": shlex.join(["python", "-m", "lit_llmers.fit", *arguments]),
+            "command": shlex.join(["python", "-m", "lit_llmers.fit", *whole]),  # what makes the run, not a stage of it
             "data": prepared.summary if prepared else {},
             "stages": describe(stages),
             "pairs": config["pairs"],

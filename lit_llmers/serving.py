@@ -5,7 +5,6 @@ An export is `config.json` (how to build the model, and where it comes from), `i
 themselves and not by their histories has `users.parquet` beside them: who they are and what they have met.
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +41,7 @@ def find_export(folder: Path) -> Path:
     exports = [folder / stage["folder"] for stage in record["stages"] if stage["verb"] == "export"]
     done = [path for path in exports if (path / "DONE").is_file()]
     if not done:
-        command = re.sub(r" stage=\S+", "", record["command"])
-        raise UserError(f"{folder} has no finished export. Finish the run: {command}")
+        raise UserError(f"{folder} has no finished export. Finish the run: {record['command']}")
     if len(done) > 1:
         raise UserError(f"{folder} has several exports. Give one of them as run=: {', '.join(map(str, done))}.")
     return done[0]

@@ -154,4 +154,5 @@ def test_an_error_in_a_stage_leaves_a_run_that_says_how_far_it_came(capsys, tmp_
     report = (run / "report.md").read_text()
     assert "not finished" in report
     assert "teacher (seed 0)" in report
+    assert " stage=" not in report, "the command that it names makes the whole run"
     assert "Report:" in capsys.readouterr().out

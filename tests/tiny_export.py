@@ -84,6 +84,6 @@ def finish(stage: Stage) -> dict:
     """Run the stage and mark it and its run as `lit_llmers.running` and `lit_llmers.fit` do."""
     summary = export.run(stage)
     write_json(stage.folder / "DONE", {"seconds": 0.0, "summary": summary})
-    record = {"command": "python -m lit_llmers.fit recipe=tiny stage=student seed=1", "stages": describe([*stage.needs, stage])}
+    record = {"command": "python -m lit_llmers.fit recipe=tiny seed=1", "stages": describe([*stage.needs, stage])}
     (stage.run.folder / "run.json").write_text(json.dumps(record))
     return summary
