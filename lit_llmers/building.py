@@ -35,14 +35,15 @@ def find(room: str, name: str) -> Any:
     """The class that a file in `lit_llmers/<room>` is named after.
 
     Raises:
-        UserError: there is no such file; the message lists those there are.
+        UserError: there is no such file, or no such class in it; the message lists those there are.
     """
     files = [path.stem for path in (Path(__file__).parent / room).glob("*.py") if path.stem != "__init__"]
-    if name not in files:
-        raise unknown(f"name in lit_llmers/{room}", name, [file for file in files if _class(room, file)])
-    found = _class(room, name)
+    found = _class(room, name) if name in files else None
     if found is None:
-        raise unknown(f"name in lit_llmers/{room}", name, [file for file in files if _class(room, file)])
+        refused = unknown(f"name in lit_llmers/{room}", name, [file for file in files if _class(room, file)])
+        called = name.title().replace("_", "")
+        own = f" {name}.py is there, but no class {called} in it that a recipe can name." if name in files else ""
+        raise UserError(f"{refused}{own}")
     return found
 
 

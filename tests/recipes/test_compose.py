@@ -391,6 +391,11 @@ def test_names_never_resolve_outside_their_room(room, name):
         find(room, name)
 
 
+def test_a_file_whose_class_has_another_name_is_said():
+    with pytest.raises(UserError, match="Unknown name .* ranking_samples.py is there, but no class RankingSamples in it"):
+        find("callbacks", "ranking_samples")
+
+
 def test_the_names_of_the_rooms():
     assert find("backbones", "sasrec").__name__ == "SASRec"
     assert find("backbones", "llm_decoder").__name__ == "LLMDecoder"
