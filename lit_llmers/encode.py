@@ -40,14 +40,14 @@ def run(stage: Stage) -> dict[str, Any]:
         table, summary = said_vectors(stage, dataset, texts)
     else:
         table, users, summary = _transformer(stage, dataset, texts)
+    if not Processes.here().of(stage).first:
+        return {}
     if config.shuffle:
         random = np.random.default_rng(stage.seed)
         table[1:] = table[1:][random.permutation(len(texts))]
         users = None if users is None else users[random.permutation(len(users))]
     if config.users == "mean":
         users = mean_of_histories(table, dataset.training_pairs, dataset.n_users)
-    if not Processes.here().of(stage).first:
-        return {}
     _save(stage.folder / TABLE, table)
     summary = {"items": len(texts), "dim": table.shape[1], "without_text": int((~has_vector(table[1:])).sum())} | summary
     if users is not None:
@@ -84,11 +84,12 @@ def check_leaks(config: EncodeStage, dataset: Dataset) -> list[str]:
 def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """The tables of items and users, and what they cost."""
     config: EncodeStage = stage.config
-    encoder = TextEncoder(config)
+    mine = Processes.here().of(stage)
+    encoder = TextEncoder(config, mine.local_rank)
     settings: list[Any] = [config.pooling, config.max_tokens, config.normalise]
     tuned = tune_by_contrast(stage, dataset, encoder) if config.contrast else {}
     identity = digest([encoder.base.name, encoder.revision, stage.content, *settings, *([stage.fingerprint] if tuned else [])])
-    record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label, Processes.here().of(stage), stage.folder)
+    record = Recorder(encoder, identity, stage.run.folder / RECORDS, stage.label, mine, stage.folder)
     vectors = record(texts)
     filled = has_vector(vectors)
     if not filled.any():
@@ -105,7 +106,7 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
         assert dataset.user_texts is not None
         users = project(record(dataset.user_texts[config.profile].tolist()))
     table = np.concatenate([np.zeros((1, vectors.shape[1]), np.float32), vectors])
-    return project(table), users, {"model": encoder.base.name, "identity": identity, **record.work.summary, **tuned}
+    return project(table), users, {"model": encoder.base.name, "identity": identity, **record.cost(), **tuned}
 
 
 def _save(path: Path, table: np.ndarray) -> None:

@@ -233,8 +233,16 @@ class Processes:
         """Wait for one another; the group is formed at the first time. For stages that need nothing else of a group.
 
         Raises:
+            Stopped: this process was asked to stop, and the others had stopped before they came.
             RuntimeError: the others do not come.
         """
+        try:
+            self._meet()
+        except RuntimeError:
+            preemption.stop_if_asked()
+            raise
+
+    def _meet(self) -> None:
         import torch.distributed as dist
 
         if not dist.is_initialized():
@@ -245,6 +253,17 @@ class Processes:
                 os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
             dist.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=timedelta(seconds=PATIENCE))
         dist.barrier()
+
+    def total(self, *numbers: int) -> list[int]:
+        """Each number's sum over the processes, which must have met and all call it."""
+        if self.world == 1:
+            return list(numbers)
+        import torch
+        import torch.distributed as dist
+
+        sums = torch.tensor(numbers)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
 
 def _sign(folder: Path, rank: int) -> Path:

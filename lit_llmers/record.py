@@ -22,19 +22,16 @@ from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import Batch, OrderedBatches, seen_before, windows
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
-from lit_llmers.files import read_json
 from lit_llmers.losses.feature import block_boundaries
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import Processes
 from lit_llmers.ranking import Catalogue, top_items
-from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
+from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter, shard_rows
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import GroundedRecommender
-
-SHARDS_EACH = 4  # of a process among several, at least, as far as there are rows
 
 log = logging.getLogger(__name__)
 
@@ -227,10 +224,9 @@ def run(stage: Stage) -> dict[str, Any]:
         return {"rows": question.rows, "bytes": 0, "online": True}
     writers: dict[str, SignalWriter] = {}
     with mine.first_goes_first():
-        shard_rows = config.signals.shard_rows or _shard_rows(stage.folder, question, mine.world)
+        per_shard = config.signals.shard_rows or _shard_rows(stage.folder, question, mine.world)
         for name, (shape, dtype) in question.signals.items():
-            spec = SignalSpec(name, question.rows, shape, dtype, teacher.fingerprint, question.split, shard_rows)
-            shard_rows = spec.rows_per_shard  # the same for all
+            spec = SignalSpec(name, question.rows, shape, dtype, teacher.fingerprint, question.split, per_shard)
             writers[name] = SignalWriter(stage.folder / name, spec)
     started = time.perf_counter()
     recorded = sum(map(len, _missing(writers, Processes())))
@@ -261,15 +257,10 @@ def _missing(writers: dict[str, SignalWriter], mine: Processes) -> list[range]:
     return [rows for _, rows in sorted(found.items())]
 
 
-def _shard_rows(folder: Path, question: Question, world: int) -> int | None:
-    """Rows of a shard where nobody said so: as the record was begun; else None, or so few that every process has its share."""
-    begun = folder / next(iter(question.signals)) / "spec.json"
-    if begun.is_file():
-        return read_json(begun)["rows_per_shard"]
-    if world == 1:
-        return None
-    sizes = (SignalSpec(name, question.rows, *signal, "", "").rows_per_shard for name, signal in question.signals.items())
-    return min(-(-question.rows // (SHARDS_EACH * world)), *filter(None, sizes))
+def _shard_rows(folder: Path, question: Question, world: int) -> int:
+    """Rows of a shard of every signal, where nobody said so."""
+    sizes = [SignalSpec(name, question.rows, *signal, "", "").rows_per_shard for name, signal in question.signals.items()]
+    return shard_rows(folder / next(iter(question.signals)), question.rows, min(filter(None, sizes)), world)
 
 
 def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[int]) -> Tensor:

@@ -22,7 +22,17 @@ from lit_llmers.files import atomic_write, digest, read_json, sha256, write_json
 
 FORMAT_VERSION = 1
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+MANIFEST = "manifest.json"  # of a record that is whole
 SHARD_BYTES = 128 * 2**20
+SHARDS_EACH = 4  # of a process among several, at least, as far as there are rows
+
+
+def shard_rows(folder: Path, rows: int, most: int, world: int) -> int:
+    """Rows of a shard of the record in `folder`: as it was begun; else `most`, or so few that each process has its share."""
+    begun = folder / "spec.json"
+    if begun.is_file():
+        return int(read_json(begun)["rows_per_shard"])
+    return max(1, min(most, rows if world == 1 else -(-rows // (SHARDS_EACH * world))))
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,7 @@ class SignalWriter:
         if None in entries:
             raise RuntimeError(f"shard {entries.index(None)} of {self.folder} is missing")
         listed = [{key: entry[key] for key in ("file", "rows", "bytes", "sha256")} for entry in entries if entry]
-        write_json(self.folder / "manifest.json", self.spec.to_json() | {"shards": listed})
+        write_json(self.folder / MANIFEST, self.spec.to_json() | {"shards": listed})
 
     @property
     def _digest(self) -> str:
@@ -234,7 +244,7 @@ class SignalReader:
         verify: bool = True,
     ) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
+        path = self.folder / MANIFEST
         if not path.exists():
             state = "is unfinished (it has no manifest.json)" if self.folder.is_dir() else "does not exist"
             raise UserError(f"The teacher's record {self.folder} {state}. Run the stage that records it to its end first.")

@@ -77,7 +77,10 @@ class Stage:
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits over format, settings, seed, outside content and the stages it needs."""
-        settings = _without(NOT_IN_FINGERPRINT.get(self.verb, set()), fingerprinted(self.config))
+        left_out = NOT_IN_FINGERPRINT.get(self.verb, set())
+        if self.verb == "encode" and not self.config.trains:
+            left_out = left_out | {"optimizer", "trainer"}
+        settings = _without(left_out, fingerprinted(self.config))
         needs = [need.fingerprint for need in self.needs]
         return digest([FORMAT, self.verb, settings, self.seed, self.content, needs])
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from tiny import by_name, small
-from tiny_text import TITLES, save_model
+from tiny_text import TITLES, save_data, save_model
 
 from lit_llmers import encode
 from lit_llmers.conf.stages import EncodeStage
@@ -40,16 +40,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Items with titles of one to nine words, the last one without any; users with three to eight items."""
+    """Texts about items and users too."""
     folder = tmp_path_factory.mktemp("data") / "set"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    titles = [" ".join(random.choice(TITLES, random.integers(1, 10))) for _ in range(N - 1)] + [""]
-    items = pd.DataFrame({"item_id": range(1, N + 1), "title": titles, "categories": ["wood"] * (N - 1) + [""]})
-    items.to_parquet(folder / "items.parquet")
-    rows = [(user, item, time) for user in range(U) for time, item in enumerate(random.choice(N, random.integers(3, 9)) + 1)]
-    rows += [(U, item, item) for item in range(1, N + 1)]  # so that every item occurs
-    pd.DataFrame(rows, columns=["user_id", "item_id", "position"]).to_parquet(folder / "interactions.parquet")
+    titles, random = save_data(folder, N, U), np.random.default_rng(1)
     knowledge = pd.DataFrame({"item_id": range(1, N + 1), "llm_text": [f"glass {title}" for title in titles]})
     for name in ("llm_item_knowledge", "llm_item_memory"):
         knowledge.to_parquet(folder / f"{name}.parquet")

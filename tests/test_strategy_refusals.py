@@ -44,6 +44,8 @@ def test_an_encode_stage_trains_in_one_process_or_under_ddp():
     assert EncodeStage(**said, trainer=settings("ddp")).trainer.processes == 2
     with pytest.raises(UserError, match="zero3 does not train an encode stage"):
         EncodeStage(**said, trainer=settings("zero3"))
+    with pytest.raises(UserError, match="tfidf is counted by one process, not by 2. Leave trainer out"):
+        EncodeStage("tfidf", trainer=settings("ddp"))
     with pytest.raises(UserError, match="contrast of the encode stage puts all rows of a batch beside each other"):
         EncodeStage("transformer", model="x", contrast=ContrastConfig(), trainer=settings("ddp"))
 

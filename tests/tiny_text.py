@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,3 +51,21 @@ def make_tokenizer(kind: str):
     else:  # decoders often have no padding token, and say that they pad on the left
         special |= {"bos_token": "<s>", "padding_side": "left"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_data(folder: Path, items: int, users: int) -> list[str]:
+    """Items with titles of one to nine words, the last one without any; users with three to eight items, and one with all.
+
+    Returns:
+        the titles.
+    """
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    titles = [" ".join(random.choice(TITLES, random.integers(1, 10))) for _ in range(items - 1)] + [""]
+    catalogue = {"item_id": range(1, items + 1), "title": titles, "categories": ["wood"] * (items - 1) + [""]}
+    pd.DataFrame(catalogue).to_parquet(folder / "items.parquet")
+    chosen = [(user, random.choice(items, random.integers(3, 9)) + 1) for user in range(users)]
+    rows = [(user, item, time) for user, own in chosen for time, item in enumerate(own)]
+    rows += [(users, item, item) for item in range(1, items + 1)]  # so that every item occurs
+    pd.DataFrame(rows, columns=["user_id", "item_id", "position"]).to_parquet(folder / "interactions.parquet")
+    return titles

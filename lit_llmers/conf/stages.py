@@ -151,7 +151,8 @@ class EncodeStage:
             says nothing otherwise.
         vocabulary: of `said`: size of the tokenizer that is trained on the texts, for a base from scratch, which has none.
         optimizer, trainer: of `said` and `contrast`; override the run's own for this stage. There is no validation: the last
-            epoch counts.
+            epoch counts. A `transformer` that is not tuned takes `trainer.devices` and `trainer.num_nodes`: so many processes
+            encode, each its own texts.
     """
 
     encode: str
@@ -213,6 +214,10 @@ class EncodeStage:
             raise UserError(f"encode: {self.encode} does not take train_base. Use encode: said for it.")
         if self.trainer is not None and self.trainer.strategy in SHARDED:
             raise UserError(f"trainer.strategy={self.trainer.strategy} does not train an encode stage. Use ddp or auto.")
+        if self.encode == "tfidf" and self.trainer is not None and self.trainer.processes > 1:
+            raise UserError(
+                f"encode: tfidf is counted by one process, not by {self.trainer.processes}. Leave trainer out of this stage."
+            )
         if self.contrast and self.trainer is not None and self.trainer.processes > 1:
             raise UserError(
                 "contrast of the encode stage puts all rows of a batch beside each other, but each of "
@@ -224,6 +229,11 @@ class EncodeStage:
                 "users: profile of the encode stage goes with profile: NAME, a text of users among data.texts such as "
                 "llm_user_profile. Give both or none."
             )
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train; `trainer` otherwise says only how many processes encode."""
+        return self.encode == "said" or self.contrast is not None
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Estimator:
             out.notes.append(UNKNOWN_TEXTS)
             lengths = Lengths(config.max_tokens, config.max_tokens)
         share, longest = lengths.mean / lengths.longest, lengths.longest
-        if config.trainer is not None and (config.contrast is not None or config.encode == "said"):
+        if config.trainer is not None and config.trains:
             self._epochs(out, self.data.n_items, config.trainer)
             local = _local(config.trainer.batch_size, config.trainer)
             loss = _saying(paper, local, longest) if config.encode == "said" else _views(paper, local, longest)
@@ -176,7 +176,7 @@ class Estimator:
         if config.encode == "transformer":
             reading = steps.reading_step(paper.model, lambda: steps.states(paper.model, config.batch_size, longest))
             out.memory = _larger(out.memory, inference_memory(sizes_of(paper.model), reading))
-            self._add(out, reading, share, -(-vectors // config.batch_size), steps.precision(paper.model))
+            self._add(out, reading, share, -(-vectors // config.batch_size), steps.precision(paper.model), stage.processes)
             if config.users in ("history", "profile"):
                 out.notes.append("texts of users are taken to be as long as those of items")
 

@@ -109,6 +109,7 @@ class TextEncoder:
 
     Args:
         config: of the stage.
+        local_rank: of the process among those of its machine, which takes the GPU of that number, if there are any.
 
     Attributes:
         width: D of the vectors.
@@ -118,8 +119,9 @@ class TextEncoder:
         UserError: the model, its tokenizer or the adapter cannot be had, or does not fit the settings.
     """
 
-    def __init__(self, config: EncodeStage) -> None:
+    def __init__(self, config: EncodeStage, local_rank: int = 0) -> None:
         self.config, self.base = config, base_of(config)
+        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.model, self.tokenizer = _load(self.base)
         if config.adapter is not None:
             self.model = _adapted(self.model, _adapter(config.adapter))
@@ -132,7 +134,7 @@ class TextEncoder:
 
     def place(self) -> None:
         """Move the model to where it encodes."""
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        self.model.to(self.device)  # type: ignore[arg-type]
 
     def _check(self) -> None:
         config, needs = self.config, {"eos": "eos_token_id", "cls": "cls_token_id"}

@@ -15,7 +15,7 @@ from lit_llmers.files import digest
 from lit_llmers.locks import alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import PATIENCE, Processes
-from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter
+from lit_llmers.signals import MANIFEST, SignalReader, SignalSpec, SignalWriter, shard_rows
 from lit_llmers.text.tables import has_vector
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Work:
-    """What encoding cost in this process; what the record already held is not in it."""
+    """What encoding cost; what the record already held is not in it."""
 
     texts: int = 0
     tokens: int = 0
@@ -65,51 +65,49 @@ class Recorder:
     label: str
     mine: Processes
     signs: Path
-    work: Work = field(default_factory=Work)
+    own: Work = field(default_factory=Work)
+
+    def cost(self) -> dict[str, float]:
+        """What it has cost all processes together, which must all ask; the seconds are this one's."""
+        texts, tokens, cut = self.mine.total(self.own.texts, self.own.tokens, self.own.cut)
+        return Work(texts, tokens, cut, self.own.seconds).summary
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """`n` texts to `[n, D]` float32; an empty text has a row of zeros."""
-        batch = self.encoder.config.batch_size
-        spec = SignalSpec(
-            name="text",
-            rows=len(texts),
-            shape=(self.encoder.width,),
-            dtype="float32",
-            teacher=self.identity,
-            split=digest(texts),
-            rows_per_shard=min(len(texts), SHARD_BATCHES * batch),
-        )
-        folder = self.folder / digest(spec.to_json())
+        split = digest(texts)
+        folder = self.folder / digest([self.identity, self.encoder.width, split])
         started = time.perf_counter()
-        if not (folder / "manifest.json").is_file():
+        if self.mine.world > 1 or not (folder / MANIFEST).is_file():  # several meet there, whatever each of them sees now
             with alone(folder, patience=PATIENCE) if self.mine.first else nullcontext():
-                self._fill(folder, spec, texts)
-        self.work.seconds += time.perf_counter() - started
+                self._fill(folder, split, texts)
+        self.own.seconds += time.perf_counter() - started
         return SignalReader(folder, verify=False)[np.arange(len(texts))].numpy()
 
-    def _fill(self, folder: Path, spec: SignalSpec, texts: list[str]) -> None:
+    def _fill(self, folder: Path, split: str, texts: list[str]) -> None:
         """Encode what is missing, and leave when all is there."""
         batch, mine = self.encoder.config.batch_size, self.mine
         with mine.first_goes_first():
+            per_shard = shard_rows(folder, len(texts), SHARD_BATCHES * batch, mine.world)
+            spec = SignalSpec("text", len(texts), (self.encoder.width,), "float32", self.identity, split, per_shard)
             writer = SignalWriter(folder, spec)
         for rows in writer.missing(mine.rank, mine.world):
             tokens = self.encoder.tokens([texts[row] for row in rows])
             filled = [row for row in rows if texts[row] and tokens[row - rows.start]]
-            self.work.cut += self._cut([texts[row] for row in filled if self._full(tokens[row - rows.start])])
+            self.own.cut += self._cut([texts[row] for row in filled if self._full(tokens[row - rows.start])])
             with writer.shard(rows) as shard:
                 empty = np.setdiff1d(rows, filled)
                 shard.write(empty, np.zeros((len(empty), self.encoder.width), np.float32))
                 for chosen in _by_length(filled, [len(tokens[row - rows.start]) for row in filled], batch):
                     shard.write(chosen, self.encoder.vectors([tokens[row - rows.start] for row in chosen]))
-            self.work.texts += len(filled)
-            self.work.tokens += sum(len(tokens[row - rows.start]) for row in filled)
+            self.own.texts += len(filled)
+            self.own.tokens += sum(len(tokens[row - rows.start]) for row in filled)
             log.info("%-24s %d of %d texts", self.label, rows.stop, len(texts))
             stop_if_asked()
         if mine.first:
             mine.wait(self.signs, lambda: not writer.missing(), "the texts of the others")
             writer.finish()
         else:
-            mine.wait(self.signs, (folder / "manifest.json").is_file, "the texts of the others")
+            mine.wait(self.signs, (folder / MANIFEST).is_file, "the texts of the others")
 
     def _full(self, tokens: list[int]) -> bool:
         return len(tokens) >= self.encoder.config.max_tokens

@@ -1,7 +1,6 @@
 """Kills at random times over all stages, and process groups that are stopped, lose a process, and go on."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import TORCHRUN, alive, start, until, workers
 from runs import assert_same_run, ended, fork, logged, results, strays
 from tiny import arguments, assert_equal_weights, by_name, small, weights
 
@@ -103,49 +103,14 @@ TWO = [
 
 def launch(folder: Path, *launcher: str) -> subprocess.Popen[str]:
     """The recipe up to its record, in a session of its own."""
-    program = [sys.executable, *launcher, "-m", "lit_llmers.fit", "recipe=slmrec", *arguments(folder, *TWO), "stage=signals"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def until(process: subprocess.Popen[str], pattern: str) -> str:
-    """What a process says up to the line that matches."""
-    said = ""
-    assert process.stderr is not None
-    for line in process.stderr:
-        said += line
-        if re.search(pattern, line):
-            return said
-    raise AssertionError(f"it never said {pattern!r}:\n{said}")
-
-
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that it started for a stage, by rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            stat = (path.parent / "stat").read_text().rpartition(")")[2].split()
-            variables = path.read_text()
-        except OSError:
-            continue
-        rank = re.search(r"(?:^|\0)RANK=(\d+)\0", variables)
-        if int(stat[1]) == process.pid and rank:
-            found[int(rank[1])] = int(path.parent.name)
-    return [found[rank] for rank in sorted(found)]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return start("recipe=slmrec", *arguments(folder, *TWO), "stage=signals", launcher=launcher)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[str, Stage]:
     """By two processes that torchrun starts: they walk all stages, and form a group for the teacher and one for the record."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = launch(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = launch(folder, *TORCHRUN)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     assert said.count("prepare                  starts") == 1, "rank 0 alone does what is for one process"
