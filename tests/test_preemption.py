@@ -11,13 +11,15 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_run, ended, fork, results, strays
+from runs import assert_same_run, ended, fork, logged, results, strays
 from tiny import arguments, assert_equal_weights, by_name, small, weights
 
 from lit_llmers import compare, fit, preemption
 from lit_llmers.callbacks.preemption import leave_signals_alone
-from lit_llmers.journal import read_metrics
+from lit_llmers.data.loader import EvaluationBatches, SequenceDataModule
+from lit_llmers.journal import read_journal, read_metrics
 from lit_llmers.running import run
+from lit_llmers.stages import Stage
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 FEW = ["signals.shard_rows=300", "stages.export.export=[safetensors]"]
@@ -81,19 +83,20 @@ def read_losses(stage) -> list[float]:
 
 
 class AskAt(L.Callback):
-    """A signal that comes within a batch, counted from where training began this time, or within a validation."""
+    """A signal that comes within a batch, or within a batch of a validation, counted from where training began this time."""
 
-    def __init__(self, batch: int | None) -> None:
-        self.left, self.validating = batch, batch is None
+    def __init__(self, batch: int, validating: bool) -> None:
+        self.left, self.validating = batch, validating
 
     def on_train_batch_start(self, *_args) -> None:
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                preemption._asked = signal.SIGUSR1
+        self._count(not self.validating)
 
-    def on_validation_start(self, *_args) -> None:
-        if self.validating:
+    def on_validation_batch_end(self, *_args) -> None:
+        self._count(self.validating)
+
+    def _count(self, counts: bool) -> None:
+        self.left -= counts
+        if self.left < 0:
             preemption._asked = signal.SIGUSR1
 
 
@@ -104,10 +107,12 @@ def interrupted(monkeypatch, asked):
 
     make = training.make_trainer
 
-    def interrupted(planned, name: str, batch: int | None) -> int | None:
+    def interrupted(planned, name: str, batch: int, validating: bool = False) -> int | None:
         asked(None)
         with monkeypatch.context() as patch:
-            patch.setattr(training, "make_trainer", lambda stage, callbacks: make(stage, [AskAt(batch), *callbacks]))
+            patch.setattr(
+                training, "make_trainer", lambda stage, callbacks: make(stage, [AskAt(batch, validating), *callbacks])
+            )
             try:
                 run(planned, name)
             except preemption.Stopped:
@@ -124,8 +129,7 @@ def interrupted(monkeypatch, asked):
     [
         ([], 0, 1),
         ([], 4, 5),
-        ([], 9, 10),  # the last batch of the first epoch: it is validated first
-        ([], None, 10),
+        ([], 9, 10),  # the last batch of the first epoch
         (["trainer.accumulate_grad_batches=4"], 0, 1),  # three batches more, so that no gradient is lost
         (["trainer.accumulate_grad_batches=4"], 4, 2),
         (["trainer.accumulate_grad_batches=4"], 8, 3),  # the epoch ends within a step
@@ -142,10 +146,44 @@ def test_it_stops_after_the_optimiser_step_at_hand_and_goes_on_exactly(tmp_path,
     assert read_losses(ours) == read_losses(theirs)
 
 
-def test_asked_in_the_last_epoch_s_validation_a_stage_is_brought_to_its_end(tmp_path, interrupted, asked):
+@pytest.mark.parametrize(
+    ("settings", "batch", "step"),
+    [
+        ([], 0, 10),
+        ([], 2, 10),
+        ([], 10, 20),  # of the second epoch, as there are eight
+        (["trainer.max_epochs=4", "trainer.validate_every=2", "trainer.accumulate_grad_batches=4"], 0, 6),
+        (["trainer.max_epochs=3", "trainer.patience=1", "optimizer.lr=0.3"], 10, 20),  # the second is no better: the end
+    ],
+)
+def test_a_validation_is_left_and_begun_anew(tmp_path, monkeypatch, interrupted, settings, batch, step):
+    monkeypatch.setattr("lit_llmers.data.loader.SequenceDataModule.val_dataloader", small_batches)
+    whole, planned = (small(tmp_path / name, "trainer.max_epochs=2", *settings) for name in ("whole", "stopped"))
+    run(whole, "item_embeddings")
+    assert interrupted(planned, "item_embeddings", batch, validating=True) == step
+    ours, theirs = by_name(planned)["item_embeddings"], by_name(whole)["item_embeddings"]
+    assert len(logged(ours, "val/")) == (step == 20), "nothing is said of a validation that was left"
+    run(planned, "item_embeddings")
+    assert_equal_weights(weights(ours), weights(theirs))
+    for name in ("best", "epochs"):
+        assert ours.summary[name] == theirs.summary[name]
+    assert written(ours) == written(theirs), "each step and each validation is there once"
+
+
+def written(stage: Stage) -> list[dict]:
+    """Every line of a loss or of a validation, in order, without times."""
+    lines = [entry for entry in read_journal(stage.folder / "metrics.jsonl") if {"loss", "val/MRR"} & set(entry)]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def small_batches(data: SequenceDataModule) -> EvaluationBatches:
+    """Eight batches of a validation."""
+    return EvaluationBatches(data.validation, -(-len(data.validation) // 8), data.mask_history)
+
+
+def test_asked_between_two_stages_the_next_one_is_not_begun(tmp_path, asked):
     planned = small(tmp_path, "trainer.max_epochs=1")
-    assert interrupted(planned, "item_embeddings", None) is None
-    assert by_name(planned)["item_embeddings"].done
+    run(planned, "item_embeddings")
     asked(signal.SIGTERM)
     with pytest.raises(preemption.Stopped):
         run(planned, "text")

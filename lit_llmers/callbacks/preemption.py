@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_llmers import preemption
 from lit_llmers.callbacks.resume import LastCheckpoint, save
@@ -17,7 +18,8 @@ class StopWhenAsked(L.Callback):
     """Looks at every optimiser step whether a process was asked to stop, saves `last.ckpt` and leaves with `Stopped`.
 
     The processes agree by a maximum over one number, on the host, so that an accelerator need not be waited for. They leave
-    at the start of the next batch or epoch, when what was logged with the step is written.
+    at the start of the next batch or epoch, when what was logged with the step is written. A validation may take long, so
+    they look before each of its batches too; it is begun anew when training goes on.
 
     Args:
         last: the callback that writes `last.ckpt`; it must come before this one.
@@ -39,6 +41,17 @@ class StopWhenAsked(L.Callback):
         within = done < trainer.num_training_batches  # what the last batch ends, the end of the epoch saves
         if done % trainer.accumulate_grad_batches == 0 and within and self._agreed():
             save(trainer, self.last.path)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._agreed():
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            for counts in (progress.total, progress.current):  # as within the first batch, which is where Lightning goes on
+                counts.ready = counts.started = 1
+                counts.processed = counts.completed = 0
+            save(trainer, self.last.path)
+            self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._agreed()
