@@ -15,7 +15,7 @@ class Columns:
 
     Attributes:
         user, item: the ids; the item's column has the same name in both tables unless `catalogue_item` says otherwise.
-        time: seconds, milliseconds or an order number, ascending; usual names `timestamp`, `position`.
+        time: seconds, milliseconds, dates (ISO 8601) or an order number, ascending; usual names `timestamp`, `position`.
         rating: read only with `data.min_rating`.
         split: read only with `data.split=given`; train, valid (val, validation) or test.
         title: the item's title.

@@ -153,7 +153,9 @@ def check_tables(
     result = pd.DataFrame({name: raw[column] for name, column in wanted.items()}).reset_index(drop=True)
     for name in ("user_id", "item_id"):
         result[name] = as_ids(result[name], wanted[name], interactions.origin)
-    result["time"] = _numbers(result["time"], wanted["time"], interactions.origin)
+    result["time"] = _numbers(
+        _seconds(result["time"]), wanted["time"], interactions.origin, "Fill them in, write dates as 2026-05-17T12:00,"
+    )
     if (negative := np.flatnonzero(result["time"] < 0)).size:
         row = negative[0]
         raise UserError(
@@ -235,13 +237,22 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
     return column.astype(str)
 
 
-def _numbers(column: pd.Series, name: str, origin: str) -> pd.Series:
+def _seconds(column: pd.Series) -> pd.Series:
+    """Dates (ISO 8601, in UTC where no zone is named) as seconds; what holds numbers, or no date at all, as it is."""
+    is_date = pd.api.types.is_datetime64_any_dtype(column)
+    if not is_date and pd.to_numeric(column, errors="coerce").notna().any():
+        return column
+    dates = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
+    return (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1) if is_date or dates.notna().any() else column
+
+
+def _numbers(column: pd.Series, name: str, origin: str, cure: str = "Fill them in") -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce")
     wrong = np.flatnonzero(~np.isfinite(numbers.to_numpy(dtype=float, na_value=np.nan)))
     if wrong.size:
         raise UserError(
             f"{origin}: column '{name}' is empty (NaN) or not a number in {wrong.size} rows, first in row "
-            f"{wrong[0] + 1} ({column.iloc[wrong[0]]!r}). Fill them in or drop the rows."
+            f"{wrong[0] + 1} ({column.iloc[wrong[0]]!r}). {cure} or drop the rows."
         )
     return numbers
 

@@ -79,6 +79,15 @@ def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path: Path)
     assert read_folder(tmp_path, Columns()).interactions.iloc[0].tolist() == ["01", "007", 1400000000]
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns", "text", "date"])
+def test_dates_are_seconds(unit: str, folder: Path) -> None:
+    dates = pd.Series(pd.date_range("2026-05-17", periods=10, freq="D"))
+    written = {"text": dates.dt.strftime("%Y-%m-%d"), "date": dates.dt.date}
+    rewrite(folder, "interactions", timestamp=written[unit] if unit in written else dates.astype(f"datetime64[{unit}]"))
+    time = read_folder(folder, COLUMNS).interactions["time"]
+    assert time.tolist() == [1778976000 + 86400 * day for day in range(10)]
+
+
 def test_integers_and_whole_floats_are_the_same_id(folder: Path) -> None:
     rewrite(folder, "interactions", item_id=np.array([4, 1, 2, 1, 3, 2, 4, 3, 1, 4], dtype=float))
     rewrite(folder, "items", item_id=np.array([1, 2, 3, 4], dtype=np.int32))
@@ -168,6 +177,8 @@ class TestBadInput:
                 r"'timestamp' is empty \(NaN\) or not a number in 1 rows, first in row 3",
             ),
             (["1", "2", "3", "x", "5", "6", "7", "8", "9", "y"], r"in 2 rows, first in row 4 \('x'\)"),
+            (["17.05.2026"] * 10, r"in 10 rows, first in row 1 \('17.05.2026'\)\. .* write dates as 2026-05-17T12:00, or drop"),
+            (["2026-05-17"] * 9 + [None], r"in 1 rows, first in row 10"),
             ([1, 2, 3, 4, -5, 6, 7, -8, 9, 10], r"'timestamp' is negative in 2 rows, first in row 5 \(-5\)"),
         ],
     )
