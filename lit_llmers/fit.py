@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a recipe and return the exit status.
 
     That is 0 when it is done, 2 for something that the user can mend, 1 when a process of a group died, 3 when it was
-    stopped by SIGUSR1 and 143 when by SIGTERM: it then goes on when the same command is given again.
+    stopped by SIGUSR1, 130 when by Ctrl-C and 143 when by SIGTERM: it then goes on when the same command is given again.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text())
