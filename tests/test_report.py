@@ -265,11 +265,14 @@ def test_a_group_without_a_gain_keeps_its_place():
     assert right.get_xlim()[0] < 0, "the first group does not stand on the axis"
 
 
-def test_one_loss_is_one_curve(good):
-    figure, axes = pyplot.subplots()
-    plots._losses("control", Results(good).fits["control"], axes)
+def test_one_loss_is_one_curve_and_several_say_what_they_are(good):
+    figure, (one, several) = pyplot.subplots(1, 2)
+    plots._losses("control", Results(good).fits["control"], one)
+    plots._losses("student", Results(good).fits["student"], several)
     pyplot.close(figure)
-    assert axes.get_legend_handles_labels()[1] == ["total"]
+    assert one.get_legend_handles_labels()[1] == ["total"]
+    assert one.get_ylabel() == "loss, mean over targets"
+    assert several.get_ylabel() == "loss, mean over targets; terms before their weights"
 
 
 def test_the_metrics_of_all_stages_are_merged(good):

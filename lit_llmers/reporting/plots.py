@@ -137,7 +137,8 @@ def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
         axes.yaxis.set_major_formatter("{x:g}")
     seeds = f"; first of {len(stages)} seeds strong" if len(stages) > 1 else ""
     title = f"Training loss of {name} by term (moving average{seeds})"
-    axes.set(title=title, xlabel="optimiser step", ylabel="loss, mean over targets")
+    weights = "; terms before their weights" if len(keys) > 1 else ""
+    axes.set(title=title, xlabel="optimiser step", ylabel=f"loss, mean over targets{weights}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
