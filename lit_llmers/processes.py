@@ -200,7 +200,8 @@ class Processes:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            dist.destroy_process_group()
+            deepspeed = sys.modules.get("deepspeed")  # which keeps groups of its own, of no use without this one
+            (deepspeed.comm if deepspeed and deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
     def _another_port(self) -> int:
         """A port of rank 0's machine for the store of the next group; the same in all processes."""
