@@ -1,11 +1,12 @@
 """Run by torchrun: each process trains the stages of `CASES` under their strategies, below the folder that it is given.
 
 What the stages need was done there before, in the run `auto`, whose own stages they are compared with by
-`test_strategies.py`. Two things differ from a user's run: tensors of the base are cut up however small they are, and
-`interrupted` cases are killed inside their second epoch and begun again.
+`test_strategies.py`. Two things differ from a user's run: tensors of the base are cut up however small they are, and some
+cases are stopped in their first validation, killed inside their second epoch, and begun again each time.
 """
 
 import json
+import signal
 import sys
 import time
 from importlib import import_module
@@ -18,7 +19,7 @@ import lightning as L
 import torch
 from tiny import by_name, small
 
-from lit_llmers import strategies
+from lit_llmers import preemption, strategies
 from lit_llmers.fit import quiet
 from lit_llmers.processes import Processes
 from lit_llmers.stages import MODULES, Stage
@@ -75,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lightgcn": {"stage": "student", "recipe": "student", "settings": [*TWENTY, "student=lightgcn"]},
 }
 EVERY = ("ddp", "zero2", "zero3", "fsdp2")
-RUNS = [  # case, strategy, whether it is killed and begun again
+RUNS = [  # case, strategy, whether it is stopped and killed and begun again
     *(("full", strategy, False) for strategy in (*EVERY, "zero3-offload")),
     *(("lora", strategy, True) for strategy in EVERY),
     ("terms", "zero3", False),
@@ -94,6 +95,14 @@ class KillInSecondEpoch(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if (trainer.current_epoch, batch_idx) == (1, 7):
             raise Killed
+
+
+class AskInFirstValidation(L.Callback):
+    """Asks the last process alone to stop, as a signal does."""
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        if trainer.current_epoch == 0 and trainer.global_rank == trainer.world_size - 1:
+            preemption._asked = signal.SIGUSR1
 
 
 class Look(L.Callback):
@@ -149,12 +158,15 @@ def main(root: Path, wanted: list[str]) -> None:
             continue
         stage = stage_of(root, case, strategy, again)
         if again:
-            try:
-                train(stage, KillInSecondEpoch())
-            except Killed:
-                assert (stage.folder / "last.ckpt").exists()
-            else:
-                raise AssertionError("it was to be killed")
+            for how, by in ((preemption.Stopped, AskInFirstValidation()), (Killed, KillInSecondEpoch())):
+                try:
+                    train(stage, by)
+                except how:
+                    assert (stage.folder / "last.ckpt").exists()
+                    assert (stage.folder / "best.ckpt").exists() == (how is Killed), "one validation was ended"
+                else:
+                    raise AssertionError(f"it was to be {how.__name__}")
+                preemption._asked = None
         summary = train(stage)
         if here.first:
             (stage.folder / "summary.json").write_text(json.dumps(summary))

@@ -73,7 +73,7 @@ def summary(stage):
 
 @pytest.mark.parametrize(("case", "strategy", "again"), runs.RUNS)
 def test_it_is_the_training_of_one_process(root, case, strategy, again):
-    """`lora` was killed inside an epoch and begun again."""
+    """`lora` was stopped within a validation, killed inside an epoch, and begun again each time."""
     ours, one = runs.stage_of(root, case, strategy, again), runs.stage_of(root, case)
     assert ours.fingerprint == one.fingerprint
     values, expected = losses(ours, "loss"), losses(one, "loss")
