@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,12 @@ STRATEGY = "zero3" if importlib.util.find_spec("deepspeed") else "ddp"
 STEPS = 38  # of the teacher in an epoch
 TEACHER = "stages.teacher.trainer={strategy: %s, devices: 1, num_nodes: %d, batch_size: 4, max_epochs: 3}"
 # without dropout, for which every process draws numbers of its own
-FEW = ["seeds=[0,1]", "stages.teacher.model.dropout=0", "stages.export.export=[safetensors]"]
+FEW = [
+    "seeds=[0,1]",
+    "stages.teacher.model.dropout=0",
+    "stages.student.model.dropout=0",
+    "stages.export.export=[safetensors]",
+]
 
 
 class Cluster:
@@ -189,6 +195,20 @@ def test_the_interrupted_chain_ends_in_the_metrics_of_an_uninterrupted_run(both)
     for model, other in zip(models, expected, strict=True):
         one_user = 1 / other["metrics"]["all"]["users"]
         assert model["metrics"]["all"] == pytest.approx(other["metrics"]["all"], abs=one_user), (model["name"], model["seed"])
+
+
+def test_one_srun_walks_the_list_and_forms_a_group_for_each_stage_of_both_nodes(cluster, whole, tmp_path):
+    theirs, ours = stages_in(whole), stages_in(tmp_path)
+    for label in ("prepare", "item_embeddings", "text"):  # which the chain has shown
+        shutil.copytree(theirs[label].folder, ours[label].folder)
+    student = "stages.student.trainer={strategy: ddp, devices: 1, num_nodes: 2}"
+    given = [*arguments(tmp_path, *FEW, TEACHER % (STRATEGY, 2), student, "seeds=[0]"), "stage=student"]
+    cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "lit_llmers.fit", "recipe=slmrec", *given)
+    assert ours["signals"].done
+    for label in ("teacher", "student-seed0"):
+        assert ours[label].done
+        assert losses(ours[label], "loss") == pytest.approx(losses(theirs[label], "loss"), rel=1e-4), label
+        assert ours[label].summary["best"] == pytest.approx(theirs[label].summary["best"], abs=0.01), label
 
 
 def test_what_follows_a_stage_that_fails_is_cancelled_and_the_reason_can_be_found(cluster, chain, tmp_path):
