@@ -215,13 +215,13 @@ def _totals(described: list[dict[str, Any]]) -> dict[str, Any]:
 
 def accelerated(stage: "Stage") -> bool:
     """Whether the stage would use a GPU if there were one."""
+    if stage.trainer is not None and stage.trainer.accelerator == "cpu":
+        return False
     if stage.verb == "encode":
         return bool(stage.config.encode != "tfidf")
     if stage.verb == "evaluate":
         return any(accelerated(need) for need in stage.needs)
     if stage.verb not in ("fit", "tune", "record"):
-        return False
-    if stage.trainer is not None and stage.trainer.accelerator == "cpu":
         return False
     if stage.verb == "fit":
         from lit_llmers.backbones import CountingBackbone

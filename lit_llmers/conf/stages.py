@@ -151,8 +151,8 @@ class EncodeStage:
             says nothing otherwise.
         vocabulary: of `said`: size of the tokenizer that is trained on the texts, for a base from scratch, which has none.
         optimizer, trainer: of `said` and `contrast`; override the run's own for this stage. There is no validation: the last
-            epoch counts. A `transformer` that is not tuned takes `trainer.devices` and `trainer.num_nodes`: so many processes
-            encode, each its own texts.
+            epoch counts. A `transformer` that is not tuned takes `trainer.devices`, `num_nodes` and `accelerator`: so many
+            processes encode, each its own texts.
     """
 
     encode: str

@@ -109,7 +109,8 @@ class TextEncoder:
 
     Args:
         config: of the stage.
-        local_rank: of the process among those of its machine, which takes the GPU of that number, if there are any.
+        local_rank: of the process among those of its machine, which takes the GPU of that number, if there are any
+            and the stage's trainer does not say `cpu`.
 
     Attributes:
         width: D of the vectors.
@@ -121,7 +122,9 @@ class TextEncoder:
 
     def __init__(self, config: EncodeStage, local_rank: int = 0) -> None:
         self.config, self.base = config, base_of(config)
-        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        on_cpu = config.trainer is not None and config.trainer.accelerator == "cpu"
+        accelerated = torch.cuda.is_available() and not on_cpu
+        self.device = torch.device("cuda", local_rank) if accelerated else torch.device("cpu")
         self.model, self.tokenizer = _load(self.base)
         if config.adapter is not None:
             self.model = _adapted(self.model, _adapter(config.adapter))
