@@ -211,19 +211,28 @@ def _task(run: PlannedRun) -> dict[str, Any]:
 def labels(runs: Sequence[PlannedRun]) -> dict[tuple[str, str], str]:
     """What the table calls each model, by run and by the run's name for it.
 
-    A run's main model has the run's label and the others `label/name`. A model that several runs train alike is one row:
-    it is called after the run that it is the main model of, or else by its name alone.
+    A run's main model has the run's label and the others `label/name`. A model that several runs train alike is one row: it is
+    called after the run that it is the main model of, or else by its name alone, or with its backbone's where others have that
+    name too.
     """
     alike: dict[tuple[str, ...], list[tuple[PlannedRun, str]]] = {}
     for run in runs:
         for name in run.models:
             alike.setdefault(run.identity(name), []).append((run, name))
-    shared = [places[0][1] for places in alike.values() if len(places) > 1]
+    names = [places[0][1] for places in alike.values() if all(own != run.main for run, own in places)]
+    kinds = [_kind(*places[0]) for places in alike.values()]
     out: dict[tuple[str, str], str] = {}
     for places in alike.values():
         first, name = places[0]
+        kind = _kind(first, name)
         label = next((run.label for run, own in places if own == run.main), None)
-        if label is None:
-            label = name if len(places) > 1 and shared.count(name) == 1 else f"{first.label}/{name}"
-        out |= {(run.label, own): label for run, own in places}
+        if label is None and len(places) > 1 and kinds.count(kind) == 1:
+            label = name if names.count(name) == 1 else kind
+        out |= {(run.label, own): label or f"{first.label}/{name}" for run, own in places}
     return out
+
+
+def _kind(run: PlannedRun, name: str) -> str:
+    """A model's backbone and name, as `gru4rec/control`."""
+    stage = next(stage for stage in run.stages if stage.name == name)
+    return f"{getattr(stage.config, 'fit', stage.verb)}/{name}"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lit_llmers.errors import UserError, unknown
-from lit_llmers.files import previous, remove, write_json
+from lit_llmers.files import previous, read_json, remove, write_json
 from lit_llmers.locks import LOCK, Busy, alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import Processes, launch
@@ -105,8 +105,9 @@ def _run_one(stage: Stage, here: Processes) -> None:
     if here.first:
         begun = (stage.folder / "config.json").is_file()
         log.info("%-24s %s (%s)", stage.label, "goes on" if begun else "starts", stage.folder.name)
+        spent = _spent(stage.folder)
         settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
-        write_json(stage.folder / "config.json", settings)
+        write_json(stage.folder / "config.json", settings | {"started": time.time(), "spent": spent})
     started = time.monotonic()
     module = importlib.import_module(MODULES[stage.verb])
     with here.sign_of_life(stage.folder):
@@ -115,7 +116,7 @@ def _run_one(stage: Stage, here: Processes) -> None:
         if not here.first:
             here.wait_for(stage)
             return
-    seconds = time.monotonic() - started
+    seconds = spent + time.monotonic() - started
     if stage.verb not in ("fit", "tune"):  # which log while they train
         from lit_llmers.loggers import finish_loggers
 
@@ -123,6 +124,16 @@ def _run_one(stage: Stage, here: Processes) -> None:
     write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary})
     _tidy(stage)
     log.info("%-24s done in %.1f s", stage.label, seconds)
+
+
+def _spent(folder: Path) -> float:
+    """Seconds that earlier starts of a stage took, each until the last that it wrote."""
+    if not (folder / "config.json").is_file():
+        return 0.0
+    before = read_json(folder / "config.json")
+    written = [path for path in folder.rglob("*") if path.exists() and path.name != LOCK]  # which is this start's own
+    last = max(path.stat().st_mtime for path in written)
+    return before.get("spent", 0.0) + max(0.0, last - before.get("started", last))
 
 
 def _tidy(stage: Stage) -> None:

@@ -300,7 +300,7 @@ def test_labels_name_what_differs(tmp_path, monkeypatch):
     }
     both = called("one.yaml,two.yaml")
     assert both["two/sasrec", "student"] == "two/sasrec"
-    assert both["one/sasrec", "control"] == both["two/sasrec", "control"] == "one/sasrec/control", "two controls: which is said"
+    assert both["one/sasrec", "control"] == both["two/sasrec", "control"] == "sasrec/control", "two controls: which is said"
     Path("more").mkdir()
     shutil.copy("two.yaml", "more/one.yaml")
     with pytest.raises(UserError, match="Two recipes are called 'one/sasrec'"):

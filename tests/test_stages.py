@@ -13,6 +13,7 @@ from tiny import by_name, small
 from lit_llmers import prepare as prepare_stage
 from lit_llmers import recipes
 from lit_llmers.errors import UserError
+from lit_llmers.files import read_json, write_json
 from lit_llmers.locks import alone
 from lit_llmers.resolving import resolve
 from lit_llmers.running import run
@@ -319,6 +320,20 @@ def test_done_comes_last_and_holds_seconds_and_summary(tmp_path, monkeypatch):
     assert done["seconds"] > 0
     newest = max((path.stat().st_mtime_ns, path.name) for path in prepare.folder.iterdir())
     assert newest[1] == "DONE"
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_starts(tmp_path):
+    stage = small(tmp_path)[0]
+    run([stage], None)
+    once = read_json(stage.folder / "DONE")["seconds"]
+    (stage.folder / "DONE").unlink()  # as if it had been killed then
+    begun = read_json(stage.folder / "config.json")
+    began = begun["started"] - 100
+    write_json(stage.folder / "config.json", begun | {"started": began, "spent": 1000.0})
+    for path in stage.folder.rglob("*"):
+        os.utime(path, (began, began + 70))
+    run([stage], None)
+    assert 1070 < read_json(stage.folder / "DONE")["seconds"] < 1070 + 20 * once + 5
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
