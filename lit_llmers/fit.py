@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llmers import processes, recipes
+from lit_llmers import launching, recipes
 from lit_llmers.allocator import keep_memory
 from lit_llmers.errors import UserError
+from lit_llmers.processes import Processes, RankFailed
 
 PATIENCE = 600  # seconds that a process waits while another one of the same run writes the report
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     keep_memory()
     try:
-        here = processes.Processes.here()
+        here = Processes.here()
         logging.basicConfig(format="%(message)s", level=logging.INFO if here.first else logging.ERROR, stream=sys.stderr)
         name, overrides = recipes.split(arguments)
         config = recipes.compose(name, [override for override in overrides if override != "--config"])
@@ -43,34 +44,34 @@ def main(arguments: Sequence[str]) -> int:
         fit(config, arguments, here)
     except UserError as error:
         return _failed(2, str(error))
-    except processes.RankFailed as error:
+    except RankFailed as error:
         return _failed(1, str(error))
     except preemption.Stopped as stopped:
-        if not processes.conducted():
+        if not launching.conducted():
             print(f"\n{stopped}", file=sys.stderr)
         return stopped.status
     except (KeyboardInterrupt, SystemExit) as error:
         if not isinstance(error if isinstance(error, KeyboardInterrupt) else error.__context__, KeyboardInterrupt):
             raise
-        if not processes.conducted():
+        if not launching.conducted():
             print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
     except Exception as error:
-        processes.report_failure(1, f"{type(error).__name__}: {error}")
+        launching.report_failure(1, f"{type(error).__name__}: {error}")
         raise
     return 0
 
 
 def _failed(status: int, message: str) -> int:
     """Say what is wrong, once for all processes of a group where somebody collects what they say."""
-    if not processes.report_failure(status, message):
-        here = processes.Processes.here()
+    if not launching.report_failure(status, message):
+        here = Processes.here()
         rank = "" if here.world == 1 else f" (rank {here.rank} of {here.world})"
         print(f"\nerror{rank}: {message}", file=sys.stderr)
     return status
 
 
-def fit(config: dict[str, Any], arguments: Sequence[str], here: processes.Processes) -> None:
+def fit(config: dict[str, Any], arguments: Sequence[str], here: launching.Processes) -> None:
     """Run a composed recipe: its stages in order, or one alone, then the report."""
     quiet()
     preemption.stop_if_asked()
@@ -99,7 +100,7 @@ def fit(config: dict[str, Any], arguments: Sequence[str], here: processes.Proces
     with alone(folder, patience=PATIENCE, deep=False):
         describe_run(folder, config, arguments, stages)  # the data are prepared now
         report = report_run(stages[0].run, config)
-    if not processes.conducted():
+    if not launching.conducted():
         print(summary_table(folder))
         print(f"\nReport: {report}")
 
@@ -191,4 +192,4 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    processes.as_program(main)
+    launching.as_program(main)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import previous, read_json, remove, write_json
+from lit_llmers.launching import launch
 from lit_llmers.locks import LOCK, Busy, alone
 from lit_llmers.preemption import stop_if_asked
-from lit_llmers.processes import Processes, launch
+from lit_llmers.processes import Processes
 from lit_llmers.stages import MODULES, Stage
 
 LAST = "last.ckpt"

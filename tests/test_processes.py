@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from tiny import arguments, by_name, small
 
-from lit_llmers import fit, processes
+from lit_llmers import fit, launching, processes
 from lit_llmers.errors import UserError
+from lit_llmers.launching import RankFailed
 from lit_llmers.preemption import Stopped
-from lit_llmers.processes import Processes, RankFailed
+from lit_llmers.processes import Processes
 from lit_llmers.running import run
 
 TWO = "stages.teacher.trainer={strategy: ddp, devices: 2, accelerator: cpu}"
@@ -107,7 +108,7 @@ def end(tmp_path: Path, exits: dict[int, tuple[int, float]], said: dict[int, tup
         failures[rank].timestamp = int(second)
     for rank, (status, error, moment) in said.items():
         (tmp_path / f"{rank}.json").write_text(json.dumps({"status": status, "error": error, "time": moment}))
-    processes._explain(ChildFailedError("fit", failures), "teacher", 2, tmp_path)
+    launching._explain(ChildFailedError("fit", failures), "teacher", 2, tmp_path)
 
 
 @pytest.mark.parametrize(
