@@ -62,7 +62,7 @@ def metric_rows(results: Evaluated, columns: Sequence[tuple[str, str]]) -> Rows:
         best = max((mean for mean in means if mean is not None), default=None)
         for row, values, mean in zip(rows, found, means, strict=True):
             cell = _with_spread(values)
-            row.append(f"**{cell}**" if mean is not None and mean == best and len(rows) > 1 else cell)
+            row.append(f"**{cell}**" if mean and mean == best and len(rows) > 1 else cell)
     return rows
 
 
