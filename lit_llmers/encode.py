@@ -98,7 +98,7 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
         )
     if not filled.all():
         log.warning("%d of %d items have no text; their text vectors are zero", int((~filled).sum()), len(texts))
-    project = Projection.fit(vectors[filled], config.reduce, stage.seed)
+    project = Projection.fit(vectors[filled], config.reduce, stage.seed, config.whiten)
     users = None
     if config.users == "history":
         users = project(record(history_texts(dataset, encoder.lengths, config.max_tokens, config.user_prompt)))

@@ -308,6 +308,7 @@ def test_the_model_s_content_names_the_stage_and_its_place_does_not(stages, mode
         ({"model": None}, "encode: transformer needs a model"),
         ({"encode": "tfidf"}, "encode: tfidf has no model"),
         ({"encode": "tfidf", "model": None, "reduce": 8}, r"does not take reduce \(use dim\)"),
+        ({"whiten": True}, "whiten .* is of principal components. Say how many, as reduce: 128"),
         ({"encode": "tfidf", "model": None, "users": "history"}, r"does not take users: history \(use mean\)"),
         ({"users": "profile"}, "goes with profile: NAME"),
         ({"profile": "llm_user_profile"}, "goes with profile: NAME"),

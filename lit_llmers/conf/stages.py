@@ -140,6 +140,8 @@ class EncodeStage:
         normalise: vectors of length one, before `reduce`.
         dtype: of the model's weights; null is the base's own, or float32.
         reduce: keep so many principal components of the items' vectors; null keeps all.
+        whiten: give those components one variance. Text vectors point mostly one way, and what is trained on them learns the
+            other ways late.
         shuffle: give every vector to another item, drawn at random: what remains is the spectrum without the meaning.
         users: vectors of users too: `mean` of their training items' vectors; `history`: the encoded titles of their training
             items, the latest that fit; `profile`: an encoded text about the user.
@@ -167,6 +169,7 @@ class EncodeStage:
     normalise: bool = field(default=True, metadata=ADDED)
     dtype: str | None = field(default=None, metadata=ADDED)
     reduce: int | None = field(default=None, metadata=ADDED)
+    whiten: bool = field(default=False, metadata=ADDED)
     shuffle: bool = field(default=False, metadata=ADDED)
     users: str | None = field(default=None, metadata=ADDED)
     user_prompt: str | None = field(default=None, metadata=ADDED)
@@ -205,6 +208,10 @@ class EncodeStage:
         if self.encode != "transformer" and any(foreign.values()):
             what = next(name for name, value in foreign.items() if value)
             raise UserError(f"encode: {self.encode} does not take {what}. Use encode: transformer for it.")
+        if self.whiten and self.reduce is None:
+            raise UserError(
+                "whiten of the encode stage is of principal components. Say how many, as reduce: 128, or drop whiten."
+            )
         if self.contrast and (self.prompt or self.adapter or len(self.fields) < 2):
             raise UserError(
                 "contrast of the encode stage leaves fields of an item out and puts them in any order: it takes two fields or "

@@ -124,14 +124,21 @@ def _by_length(rows: list[int], lengths: list[int], size: int) -> Iterable[np.nd
 
 @dataclass(frozen=True)
 class Projection:
-    """Principal components, without whitening, and one common factor."""
+    """Principal components, whitened or not, and one common factor.
+
+    Whitening: Zhang et al., "Are ID Embeddings Necessary? Whitening Pre-trained Text Embeddings for Effective Sequential
+    Recommendation", ICDE 2024 (arXiv 2402.10602), by principal components and in one group.
+    """
 
     components: "PCA | None"
     factor: float
 
     @classmethod
-    def fit(cls, vectors: np.ndarray, reduce: int | None, seed: int) -> "Projection":
+    def fit(cls, vectors: np.ndarray, reduce: int | None, seed: int, whiten: bool = False) -> "Projection":
         """The projection of `vectors` `[n, D]` onto `reduce` components; None keeps them as they are.
+
+        Args:
+            whiten: all components get one variance.
 
         The factor makes the mean square of the projected entries 1, so tables of all encoders have the same size.
 
@@ -148,7 +155,7 @@ class Projection:
                 f"reduce={reduce} is more than {len(vectors)} texts with vectors of width {vectors.shape[1]} can give. "
                 f"Choose reduce={possible} or less, or null."
             )
-        components = PCA(reduce, random_state=seed).fit(vectors)
+        components = PCA(reduce, whiten=whiten, random_state=seed).fit(vectors)
         return cls(components, _factor(components.transform(vectors)))
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:

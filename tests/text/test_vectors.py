@@ -31,6 +31,15 @@ def test_principal_components_without_whitening():
     np.testing.assert_allclose(found.mean(0), 0, atol=1e-5)
 
 
+def test_whitened_components_have_one_variance_and_say_nothing_of_each_other():
+    given = vectors()
+    found = Projection.fit(given, 5, 0, whiten=True)(given)
+    assert np.mean(found**2) == pytest.approx(1, rel=1e-5)
+    np.testing.assert_allclose(np.cov(found.T), np.eye(5) * 60 / 59, atol=1e-3)
+    plain = Projection.fit(given, 5, 0)(given)
+    np.testing.assert_allclose(found / found.std(0), plain / plain.std(0), rtol=1e-3, atol=1e-4)  # the same ways
+
+
 def test_distances_stay_up_to_one_factor_and_other_rows_go_the_same_way():
     given = vectors()
     project = Projection.fit(given, 8, 0)
