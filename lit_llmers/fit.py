@@ -71,7 +71,7 @@ def _failed(status: int, message: str) -> int:
     return status
 
 
-def fit(config: dict[str, Any], arguments: Sequence[str], here: launching.Processes) -> None:
+def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> None:
     """Run a composed recipe: its stages in order, or one alone, then the report."""
     quiet()
     preemption.stop_if_asked()

@@ -39,7 +39,7 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
 class RowwiseAdamW(torch.optim.AdamW):
     """AdamW whose step touches only the rows of a table that its gradient has, where the gradient is sparse.
 
-    A step then costs the same however long the table is. Rows that no batch meets keep their moments as they are, and are not
+    The work of a step then does not grow with the table. Rows that no batch meets keep their moments as they are, and are not
     decayed; with AdamW their moments fade, and go on moving them for a while. Where every row is met the two are one.
     """
 

@@ -129,6 +129,18 @@ def test_recomputed_layers_keep_less_and_compute_more() -> None:
     assert 1.15 < recomputed["flops"] / teacher["flops"] < 1.4
 
 
+@pytest.mark.parametrize("student", ["sasrec", "gru4rec", "bpr-mf"])
+def test_a_step_in_the_rows_of_its_batch_is_planned(student: str) -> None:
+    loss = [] if student == "bpr-mf" else ["student.loss.kind=sampled_softmax", "trainer.gradient_clip_val=null"]
+    sparse = "student.model.sparse=true" if student == "bpr-mf" else "+student.model.sparse=true"
+    dense = of(planned("recipe=student", f"student={student}", *loss), "student")
+    rows = of(planned("recipe=student", f"student={student}", *loss, sparse), "student")
+    assert rows["memory"]["weights"] == dense["memory"]["weights"]
+    assert rows["memory"]["activations"] > 0
+    if student != "bpr-mf":  # whose dense products are sparse matrices' on a CPU
+        assert rows["flops"] == pytest.approx(dense["flops"], rel=0.01)
+
+
 def test_a_deep_model_drawn_from_its_first_layers_is_the_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = of(planned("recipe=slmrec", *SMALL), "teacher")
     monkeypatch.setattr("lit_llmers.planning.steps.SOME", 100)

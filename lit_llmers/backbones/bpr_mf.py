@@ -20,8 +20,8 @@ class BPRMF(CollaborativeBackbone):
         reg: lambda of BPR-Opt, one for all: weighs half the squares of the embeddings of a row's user, target and negatives
             (their mean), averaged over the batch.
         init_std: standard deviation of the initial embeddings.
-        sparse: gradients and optimiser steps for the batch's rows alone: see `lit_llmers.optimizer.RowwiseAdamW`. A step then
-            costs the same however large the tables are; where a batch meets most rows it is slower.
+        sparse: gradients and optimiser steps for the batch's rows alone: see `lit_llmers.optimizer.RowwiseAdamW`. The
+            work of a step then does not grow with the tables; where a batch meets most rows it is slower.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ class GRU4Rec(Backbone):
         layers: stacked GRUs.
         dropout: probability, on the item embeddings.
         init_std: standard deviation of the initial item embeddings.
-        sparse: gradients and optimiser steps for the items of a batch and its negatives alone, so that a step costs the same
-            however large the catalogue is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
+        sparse: gradients and optimiser steps for the items of a batch and its negatives alone, however large the catalogue
+            is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
     """
 
     def __init__(

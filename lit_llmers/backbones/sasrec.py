@@ -29,8 +29,8 @@ class SASRec(Backbone):
         dropout: probability.
         ffn: width of the feed-forward layer as a multiple of `dim`.
         init_std: standard deviation of the initial item and position embeddings. Items enter scaled by `sqrt(dim)`.
-        sparse: gradients and optimiser steps for the items of a batch and its negatives alone, so that a step costs the same
-            however large the catalogue is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
+        sparse: gradients and optimiser steps for the items of a batch and its negatives alone, however large the catalogue
+            is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
 
     Raises:
         UserError: `heads` does not divide `dim`, or a history is longer than `max_length`.

@@ -186,6 +186,8 @@ class _Live(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> bool:
         """Whether its storage is new."""
+        if tensor.is_sparse:  # it has none: its indices and values are tensors of their own
+            return any([self._see(tensor._indices()), self._see(tensor._values())])
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.own or key in self.sizes:

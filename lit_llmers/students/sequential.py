@@ -6,7 +6,6 @@ a teacher and its student: one training step, one evaluation, one export.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.conf.schema import LossConfig, OptimizerConfig
@@ -112,14 +111,12 @@ class SequentialRecommender(Recommender):
             drawn = self.draw(self.loss.negatives)
             return sampled.sampled_softmax(user, table, target, drawn, self.draw.log_q, self.backbone.sparse)
         negatives = draw_uniform(target, self.loss.negatives, n_items)  # [T, K]
-        positive = (user * self._rows(table, target)).sum(1)
-        negative = torch.einsum("td,tkd->tk", user, self._rows(table, negatives))
+        own, others = (sampled.look_up(table, ids, self.backbone.sparse) for ids in (target, negatives))
+        positive = (user * own).sum(1)
+        negative = torch.einsum("td,tkd->tk", user, others)
         if kind == "gbce":
             return sampled.gbce(positive, negative, n_items, self.loss.t)
         return sampled.binary(positive, negative) if kind == "bce" else sampled.bpr(positive, negative)
-
-    def _rows(self, table: Tensor, items: Tensor) -> Tensor:
-        return F.embedding(items, table, sparse=True) if self.backbone.sparse else table[items]
 
     def reduce(self, per_target: Tensor, batch: Batch) -> Tensor:
         """Mean over the targets of a typical batch: `sum [T] / (rows x targets_per_row)`."""

@@ -58,9 +58,9 @@ def test_sampled_softmax_equals_a_plain_loop_with_hits_and_repeats():
 
 def test_the_denominator_is_unbiased_whatever_the_draw_is():
     user, table, target = inputs(rows=1)
-    weight = torch.rand(20, dtype=torch.float64) + 0.1
-    log_q = F.pad((weight / weight.sum()).log(), (1, 0), value=-torch.inf)
     generator = torch.Generator().manual_seed(2)
+    weight = torch.rand(20, dtype=torch.float64, generator=generator) + 0.1
+    log_q = F.pad((weight / weight.sum()).log(), (1, 0), value=-torch.inf)
     own, drawn = table[target] @ user[0], torch.multinomial(weight, 200_000, replacement=True, generator=generator) + 1
     estimate = own + sampled_softmax(user, table, target, drawn, log_q)
     torch.testing.assert_close(estimate, (user @ table[1:].T).logsumexp(1), rtol=0, atol=0.01)
