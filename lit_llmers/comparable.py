@@ -146,13 +146,14 @@ class PlannedRun:
 def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     """Compose and check every run before any starts; return the comparison's folder and its runs.
 
+    What an override chooses is for the recipes that have it (`text=minilm`: not for `student`); if none has, it is refused.
+
     Raises:
         UserError: whatever `lit_llmers.fit` would refuse, and runs that cannot be compared.
     """
     from lit_llmers.resolving import resolve
 
     own = tuple(f"{key}=" for key in ("run.name", "run.dir"))
-    passed_on = [override for override in asked.overrides if not override.startswith(own)]
     root: Path | None = None
     runs: list[PlannedRun] = []
     for recipe, student in product(asked.recipes, asked.students or [""]):  # "": the recipe's own student
@@ -160,8 +161,11 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
         name = student or "default"
         recipe_name = Path(recipe).stem  # of a recipe given by path
         label = recipe_name if not student else student if len(asked.recipes) == 1 else f"{recipe_name}/{student}"
+        overrides = [
+            o for o in asked.overrides if recipes.takes(recipe, o) or not any(recipes.takes(r, o) for r in asked.recipes)
+        ]
         try:
-            config = recipes.compose(recipe, [*chosen, *asked.overrides])
+            config = recipes.compose(recipe, [*chosen, *overrides])
             root = root or _root(config, asked.overrides)
             config["run"] = {"dir": str(root), "name": name}
             planned = resolve(config)
@@ -170,6 +174,7 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
         for verb in ("prepare", "evaluate"):
             if not any(stage.verb == verb for stage in planned):
                 raise UserError(f"Recipe '{recipe}' has no {verb} stage, so it leaves nothing to compare.")
+        passed_on = [override for override in overrides if not override.startswith(own)]
         arguments = [f"recipe={recipe}", *chosen, *passed_on, f"run.dir={_quoted(str(root))}", f"run.name={name}"]
         if label in [run.label for run in runs]:
             raise UserError(f"Two recipes are called '{label}'. Rename one of the files, for it names the folder too.")

@@ -64,6 +64,31 @@ def find(name: str) -> Path:
     return recipes[name]
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A recipe's file as it stands, neither composed nor resolved.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return plain or {}
+
+
+def takes(name: str, override: str) -> bool:
+    """Whether a recipe has what an override chooses: `text=minilm` and `text.fields=[title]` need a `/text` in its defaults."""
+    group = re.split("[.=]", override.lstrip("+~"), maxsplit=1)[0]
+    defaults = read(find(name)).get("defaults", [])
+    listed = {str(next(iter(entry))).split()[-1] for entry in defaults if isinstance(entry, dict)}
+    built_on_another = any(entry not in ("_self_", "/base") for entry in defaults if isinstance(entry, str))
+    return group not in GROUPS or f"/{group}" in listed or built_on_another
+
+
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Compose a recipe with command-line overrides (Hydra's syntax) and resolve it.
 
@@ -81,13 +106,9 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     path = find(name)
-    try:
-        OmegaConf.load(path)
-    except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    read(path)
     scale, given = _split_scale(overrides)
     for override in given:
         if not re.match(r"^[+~]*[\w@/.-]+(=|$)", override) or ("=" not in override and not override.startswith("~")):
@@ -95,6 +116,8 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         group, _, option = override.partition("=")
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
+        if not takes(name, override):
+            raise UserError(f"Recipe '{name}' has no {_key(group).partition('.')[0]} to choose. Leave '{override}' out.")
     layers = [_scale_overrides(path, scale), given]
     others = [_open(override) for layer in layers for override in layer if not _STAGE_KEY.match(override)]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
@@ -168,8 +191,7 @@ def scale_settings(path: Path, scale: str) -> dict[str, Any]:
 
     if scale == "laptop":
         return {}
-    scales: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    scales = (scales or {}).get("scales") or {}
+    scales = read(path).get("scales") or {}
     if scale not in scales:
         raise unknown(f"scale of {path.stem}", scale, ["laptop", *scales])
     own = dict(scales[scale])

@@ -309,6 +309,16 @@ def test_labels_name_what_differs(tmp_path, monkeypatch):
     assert plain["one/gru4rec", "control"] == plain["student/gru4rec", "student"] == "student/gru4rec"
 
 
+def test_a_choice_is_for_the_recipes_that_have_it(tmp_path):
+    given = [f"run.dir={tmp_path}", "logger=csv", "seeds=[0]"]
+    with_text, without = comparable.planned_runs(comparable.parse(["recipes=[llm2x,said]", "text=minilm", *given]))[1]
+    assert "text=minilm" in with_text.arguments
+    assert not [argument for argument in without.arguments if argument.startswith("text")]
+    assert next(stage for stage in with_text.stages if stage.name == "text").config.model == "minilm"
+    with pytest.raises(UserError, match="Recipe 'said' has no text to choose. Leave 'text=minilm' out"):
+        comparable.planned_runs(comparable.parse(["recipes=[said,student]", "text=minilm", *given]))
+
+
 def test_runs_on_other_data_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("one.yaml").write_text(METHOD.format(weight=0.1))
