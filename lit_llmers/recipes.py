@@ -232,12 +232,26 @@ def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:
         key = override.get_key_element().lstrip("+~")
         if (name := key.split(".")[1]) not in tree.stages and (key.count(".") > 1 or override.is_delete()):
             raise unknown("stage", name, tree.stages)
+        _check_places(tree, key)
         if override.is_delete():
             parent, _, last = key.rpartition(".")
-            OmegaConf.select(tree, parent).pop(last)
+            node = OmegaConf.select(tree, parent)
+            node.pop(int(last) if OmegaConf.is_list(node) else last)
         else:
             OmegaConf.update(tree, key, override.value(), merge=False, force_add=True)
     return OmegaConf.to_container(tree, resolve=True)
+
+
+def _check_places(tree: Any, key: str) -> None:
+    """What follows a list in a key, as in `stages.student.callbacks.0.ranking_distillation.weight`, is a place in it."""
+    from omegaconf import OmegaConf
+
+    parts = key.split(".")
+    for number, place in enumerate(parts[1:], start=1):
+        before = ".".join(parts[:number])
+        node = OmegaConf.select(tree, before)
+        if OmegaConf.is_list(node) and not (place.isdigit() and int(place) < len(node)):
+            raise UserError(f"'{key}': {before} is a list of {len(node)}, counted from 0; '{place}' is no place in it.")
 
 
 def _open(override: str) -> str:

@@ -275,6 +275,18 @@ def test_settings_that_no_yaml_writes_can_be_given():
     assert by_name(resolve(config))["prepare"].config.columns.user == "who"
 
 
+def test_an_entry_of_a_list_is_set_and_left_out_by_its_place():
+    weight = "stages.student.callbacks.0.ranking_distillation.weight=0.5"
+    (entry,) = recipes.compose("rrd", [weight])["stages"]["student"]["callbacks"]
+    assert entry["ranking_distillation"]["weight"] == 0.5
+    assert recipes.compose("rrd", ["~stages.student.callbacks.0"])["stages"]["student"]["callbacks"] == []
+    for wrong in ("1", "x"):
+        with pytest.raises(
+            UserError, match=rf"stages\.student\.callbacks is a list of 1, counted from 0; '{wrong}' is no place"
+        ):
+            recipes.compose("rrd", [weight.replace(".0.", f".{wrong}.")])
+
+
 def test_a_stage_can_be_added_and_left_out(no_files):
     planned = resolve(recipes.compose("slmrec", ["stages.more={fit: gru4rec}", "~stages.export", "~stages.student.callbacks"]))
     names = [stage.name for stage in planned]
