@@ -22,7 +22,7 @@ ITEMS, SCORES = "teacher_items", "teacher_scores"
 _OF_LIST = ("top", "rank", "discrepancy")
 LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
     "bce": _OF_LIST,
-    "listwise": _OF_LIST,
+    "listwise": ("top", "rank"),
     "softmax": _OF_LIST,
     "pairwise": ("popularity",),
 }
@@ -93,9 +93,28 @@ class RankingTerm(Term):
         return loss + self.settings.dros * robust
 
     def _listwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
+        correction = self._correction(lists) if self.settings.underestimated else None
+        if not self.settings.uninteresting:
+            assert correction is not None
+            return correction
         self._choose(lists, batch, drawn, self.settings.uninteresting)
         assert lists.others is not None
-        return losses.relaxed_listwise(lists.listed, lists.others, lists.valid, lists.free)
+        listed = losses.relaxed_listwise(lists.listed, lists.others, lists.valid, lists.free)
+        if correction is None:
+            return listed
+        lists.parts = {"listed": listed, "correction": correction}
+        return listed + correction
+
+    def _correction(self, lists: "_Lists") -> Tensor:
+        """DCD's: what the student ranks too low, in the teacher's order, above what it ranks too high."""
+        lists.score()
+        lists.rank = self._ranks(lists)
+        epsilon = self.settings.epsilon
+        low = samples.discrepancy_log_weight(lists.rank, lists.place, epsilon)
+        high = samples.discrepancy_log_weight(-lists.rank, -lists.place, epsilon)
+        better, real = samples.draw_places(low, lists.valid, self.settings.underestimated)
+        worse, free = samples.draw_places(high, lists.valid, self.settings.overestimated)
+        return losses.relaxed_listwise(lists.listed.gather(1, better), lists.listed.gather(1, worse), real, free)
 
     def _softmax(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         self._choose(lists, batch, drawn, 0)
@@ -124,18 +143,14 @@ class RankingTerm(Term):
             taken = torch.cat([lists.items, samples.met_items(batch, drawn)], 1)
             other, lists.free = samples.draw_others(taken, others, len(lists.table) - 1)
             lists.others = losses.shared_scores(lists.user, lists.table, other)
+        if settings.sampler == "top":
+            lists.cut(number)
         if settings.sampler == "rank":
             log_weight = samples.rank_log_weight(lists.items.shape[1], settings.rank_temperature, device)
             lists.keep(*samples.draw_places(log_weight, lists.valid, number))
         lists.score()
         if settings.sampler == "discrepancy":
             lists.rank = self._ranks(lists)
-            if settings.overestimated:
-                high = samples.discrepancy_log_weight(-lists.rank, -lists.place, settings.epsilon)
-                place, real = samples.draw_places(high, lists.valid, settings.overestimated)
-                rated = lists.listed.gather(1, place)
-                lists.others = rated if lists.others is None else torch.cat([rated, lists.others], 1)
-                lists.free = real if lists.free is None else torch.cat([real, lists.free], 1)
             low = samples.discrepancy_log_weight(lists.rank, lists.place, settings.epsilon)
             lists.keep(*samples.draw_places(low, lists.valid, number))
 
@@ -179,8 +194,14 @@ class _Lists:
         self.parts: dict[str, Tensor] = {}
 
     def score(self) -> None:
-        """Ask the student."""
-        self.listed = losses.list_scores(self.user, self.table, self.items)
+        """Ask the student, once."""
+        if not hasattr(self, "listed"):
+            self.listed = losses.list_scores(self.user, self.table, self.items)
+
+    def cut(self, number: int) -> None:
+        """Only the first so many."""
+        if number < self.items.shape[1]:
+            self.keep(self.place[:, :number], self.valid[:, :number])
 
     def keep(self, place: Tensor, drawn: Tensor) -> None:
         """Only these places `[T, k]`, as far as they were drawn."""
@@ -195,15 +216,14 @@ class RankingDistillation(Distillation):
 
     The methods, by what they set: DLLM2Rec `loss: bce, negatives: 1, weights: {position, confidence, consistency}`; RD
     `loss: bce, weights: {position, discrepancy}, combine: product`; RRD `loss: listwise` (its authors later found the plain
-    first k better than `sampler: rank`); DCD `loss: listwise, sampler: discrepancy`; UnKD `loss: pairwise`; and
+    first k better than `sampler: rank`); DCD that with `underestimated` and `overestimated`; UnKD `loss: pairwise`; and
     `loss: softmax` is the plain soft top-K.
 
     What is different here, because a teacher's record is a list of K items and not a ranking of the catalogue. DCD draws
     from the list alone, as public ports of it do; its item side is left out, as is every item-side ranking, for a
-    sequential student has no ranking of users. Items that the student overrates stand under the list with `overestimated`,
-    random ones with `uninteresting`. UnKD's groups are those of the items in the list, of which a list may hold few unpopular
-    ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at all. RD's
-    random items are the same for all targets of a step, and 16 neighbouring targets share their items off the list.
+    sequential student has no ranking of users. UnKD's groups are those of the items in the list, of which a list may hold few
+    unpopular ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at
+    all. RD's random items are the same for all targets of a step, and 16 neighbouring targets share their items off the list.
 
     Args:
         ranking: the teacher's lists.
@@ -211,14 +231,15 @@ class RankingDistillation(Distillation):
         loss: `bce`, `listwise` (relaxed, RRD's), `pairwise` (UnKD's) or `softmax`.
         k: items that a step takes of each list; null is all of it, as always for `pairwise`.
         sampler: which k: the `top`; by `rank`, p ~ e^(-r / rank_temperature); by `discrepancy`, p ~ tanh(epsilon (r_S - r_T))
-            where that is positive (DCD). `pairwise` has `popularity`, the only one it can.
+            where that is positive (DCD's draw, for `bce` and `softmax`). `pairwise` has `popularity`, the only one it can.
         weights: of `bce` and `softmax`: factors of `position`, `confidence`, `consistency`, `discrepancy`. Without any they
             are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
         negatives: of `bce`: items off the list, and not in the row, to be scored low.
-        uninteresting: of `listwise`: such items under the list.
-        overestimated: of `listwise` by discrepancy: items of the list that the student ranks higher than the teacher.
+        uninteresting: of `listwise`: such items under the list; 0 leaves the correction alone.
+        underestimated, overestimated: of `listwise`: DCD's correction, a second list-wise loss of equal weight. So many items
+            of the list that the student ranks lower than the teacher, drawn by discrepancy, above so many that it ranks higher.
         pairs, groups, group_power: of `pairwise`: pairs for each target, popularity groups, and how much more of the pairs
             unpopular groups get (UnKD's `lamda`).
         temperature: of `softmax`.
@@ -259,6 +280,7 @@ class RankingDistillation(Distillation):
         normalise: bool | None = None,
         negatives: int = 0,
         uninteresting: int = 40,
+        underestimated: int = 0,
         overestimated: int = 0,
         pairs: int = 30,
         groups: int = 2,
@@ -285,7 +307,8 @@ class RankingDistillation(Distillation):
         self.ranking, self.popularity = ranking, None if popularity is None else torch.as_tensor(popularity)
         self.loss, self.k, self.weights, self.combine = loss, k, dict(weights or {}), combine
         self.normalise = combine == "sum" if normalise is None else normalise
-        self.negatives, self.uninteresting, self.overestimated = negatives, uninteresting, overestimated
+        self.negatives, self.uninteresting = negatives, uninteresting
+        self.underestimated, self.overestimated = underestimated, overestimated
         self.pairs, self.groups, self.group_power = pairs, groups, group_power
         self.temperature, self.over, self.steepness, self.mu, self.epsilon = temperature, over, steepness, mu, epsilon
         self.rank_temperature, self.rank_samples, self.start_epoch = rank_temperature, rank_samples, start_epoch
@@ -317,11 +340,24 @@ class RankingDistillation(Distillation):
             for key in ("negatives", "dros", "official_negative_term", "official_dros_mean"):
                 if getattr(self, key):
                     raise UserError(f"ranking_distillation: {key} belongs to loss: bce, not to {self.loss}. Leave it out.")
-        if self.overestimated and (self.loss, self.sampler) != ("listwise", "discrepancy"):
-            raise UserError("ranking_distillation: overestimated belongs to loss: listwise with sampler: discrepancy.")
-        if self.loss == "listwise" and not self.uninteresting + self.overestimated:
+        if (self.underestimated or self.overestimated) and self.loss != "listwise":
+            raise UserError("ranking_distillation: underestimated and overestimated belong to loss: listwise. Leave them out.")
+        if bool(self.underestimated) != bool(self.overestimated):
+            raise UserError(
+                "ranking_distillation: underestimated stand above overestimated. Set both to 1 or more, or neither."
+            )
+        if self.loss == "listwise" and not self.uninteresting + self.underestimated:
             raise UserError("ranking_distillation: uninteresting is 0, so nothing stands under the list. Set it to 1 or more.")
-        least = {"k": 1, "negatives": 0, "uninteresting": 0, "overestimated": 0, "pairs": 1, "groups": 1, "start_epoch": 0}
+        least = {
+            "k": 1,
+            "negatives": 0,
+            "uninteresting": 0,
+            "underestimated": 0,
+            "overestimated": 0,
+            "pairs": 1,
+            "groups": 1,
+            "start_epoch": 0,
+        }
         for key, low in (least | {"rank_samples": 1, "dros": 0, "group_power": 0}).items():
             value = getattr(self, key)
             if value is not None and value < low:
@@ -344,7 +380,7 @@ class RankingDistillation(Distillation):
         pl_module.distillation[self.name].epoch = trainer.current_epoch  # type: ignore[index, union-attr]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        whole = self.k is None or self.sampler != "top"
+        whole = self.k is None or self.sampler != "top" or self.underestimated
         for key, values in zip((ITEMS, SCORES), self.ranking.read(batch), strict=True):
             batch[key] = (values if whole else values[:, : self.k]).to(pl_module.device, non_blocking=True)
 

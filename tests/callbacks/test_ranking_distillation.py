@@ -37,8 +37,8 @@ METHODS = {
     "rd": {"weights": {"position": 1.0, "discrepancy": 1.0}, "combine": "product", "start_epoch": 1},
     "rrd": {"loss": "listwise", "uninteresting": 6},
     "rrd by rank": {"loss": "listwise", "sampler": "rank", "k": 4},
-    "dcd": {"loss": "listwise", "sampler": "discrepancy", "k": 4, "uninteresting": 6},
-    "dcd from the list alone": {"loss": "listwise", "sampler": "discrepancy", "k": 4, "overestimated": 4, "uninteresting": 0},
+    "dcd": {"loss": "listwise", "k": 4, "uninteresting": 6, "underestimated": 4, "overestimated": 4},
+    "bce by discrepancy": {"sampler": "discrepancy", "k": 4},
     "unkd": {"loss": "pairwise", "pairs": 12, "rank_temperature": 20.0},
     "soft top-k": {"loss": "softmax", "temperature": 2.0},
     "dllm2rec by softmax": {"loss": "softmax", "over": "catalogue", "weights": {"position": 0.3, "confidence": 0.5}},
@@ -284,7 +284,7 @@ def test_rd_weighs_by_the_teacher_alone_until_its_start_epoch():
 
 def test_dcd_puts_what_is_underrated_above_what_is_overrated():
     output, batch = case()
-    settings = METHODS["dcd from the list alone"] | {"k": 8, "overestimated": 8, "rank_samples": None}
+    settings = METHODS["dcd"] | {"uninteresting": 0, "underestimated": 8, "overestimated": 8, "rank_samples": None}
     loss = term(reduce=lambda loss, batch: loss, **settings)(output, batch)
     scores = output.user @ output.items.T
     ranks = scores[:, 1:].argsort(1, descending=True).argsort(1)
@@ -293,6 +293,22 @@ def test_dcd_puts_what_is_underrated_above_what_is_overrated():
         low, high = scores[t, items[own > place]], scores[t, items[own < place]]
         expected = sum((torch.cat([low[i:], high]).logsumexp(0) - low[i]).item() for i in range(len(low)))
         assert loss[t].item() == pytest.approx(expected), "all of either kind are drawn"
+
+
+def test_dcd_is_rrd_and_its_correction(monkeypatch):
+    output, batch = case()
+    fixed = torch.tensor([[21, 22, 23, 24, 25, 26]]), torch.ones(12, 6, dtype=torch.bool)
+    monkeypatch.setattr(samples, "draw_others", lambda taken, number, n_items: fixed)
+    settings = METHODS["dcd"] | {"underestimated": 8, "overestimated": 8, "rank_samples": None}
+    dcd = term(**settings)
+    both = dcd(output, batch)
+    plain = term(**(settings | {"underestimated": 0, "overestimated": 0}))(
+        output, batch | {key: batch[key][:, :4] for key in ("teacher_items", "teacher_scores")}
+    )
+    correction = term(**(settings | {"uninteresting": 0}))(output, batch)
+    assert min(plain, correction) > 0
+    torch.testing.assert_close(both, plain + correction)
+    torch.testing.assert_close([dcd.parts["listed"], dcd.parts["correction"]], [plain.detach(), correction.detach()])
 
 
 def test_rrd_draws_from_the_list_and_keeps_its_order():
@@ -452,7 +468,9 @@ def test_bf16_is_finite(tmp_path):
         ({"loss": "listwise", "weights": {"position": 1.0}}, "weights belong to loss: bce or softmax"),
         ({"loss": "softmax", "negatives": 1}, "negatives belongs to loss: bce"),
         ({"loss": "softmax", "dros": 1.0}, "dros belongs to loss: bce"),
-        ({"overestimated": 3}, "overestimated belongs to loss: listwise"),
+        ({"overestimated": 3}, "overestimated belong to loss: listwise"),
+        ({"loss": "listwise", "overestimated": 3}, "Set both to 1 or more, or neither"),
+        ({"loss": "listwise", "sampler": "discrepancy"}, "sampler discrepancy does not fit loss listwise. Choose top or rank"),
         ({"loss": "listwise", "uninteresting": 0}, "uninteresting is 0"),
         ({"k": 0}, "k is 0. It must be at least 1"),
         ({"rank_samples": 0}, "rank_samples is 0"),
