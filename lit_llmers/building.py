@@ -29,6 +29,10 @@ KINDS = {  # of artefacts that a callback or a fusion can read -> the verbs of t
     "users": ("encode",),  # user vectors [U, D]
     "model": ("fit",),  # the trained backbone
 }
+STUDENTS = {
+    Backbone: "a student that reads histories, such as student=sasrec",
+    CollaborativeBackbone: "one that learns users and items from pairs, such as student=lightgcn",
+}
 
 
 def find(room: str, name: str) -> Any:
@@ -220,13 +224,24 @@ def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
 def _check_callback(name: str, arguments: dict[str, Any], backbone: Any, where: str) -> None:
     cls = find("callbacks", name)
     if not issubclass(backbone, cls.fits):
-        wanted = " or ".join(kind.__name__ for kind in (cls.fits if isinstance(cls.fits, tuple) else (cls.fits,)))
-        raise UserError(f"'{where}' does not fit {backbone.__name__}: it needs a {wanted}, of another kind of student.")
+        kinds = cls.fits if isinstance(cls.fits, tuple) else (cls.fits,)
+        wanted = " or ".join(STUDENTS.get(kind, f"{kind.__name__} or what is built on it") for kind in kinds)
+        raise UserError(f"'{where}' does not fit {backbone.__name__}. It needs {wanted}.")
     _check_sources(cls, arguments, where)
     if set(RECORDS) & set(cls.sources) and issubclass(backbone, Backbone) and not backbone.causal:
         raise UserError(
             f"'{where}': the teacher spoke about each next item, and {backbone.__name__} does not train on next items. "
             "Choose a causal sequential student, such as student=sasrec."
+        )
+    _check_rows(cls, backbone, where)
+
+
+def _check_rows(cls: Any, backbone: Any, where: str) -> None:
+    """What reads whole rows does not go with a backbone that trains on rows in which items are hidden."""
+    if cls.whole_rows and not backbone.causal:
+        raise UserError(
+            f"'{where}' reads whole histories, but {backbone.__name__} trains on rows in which items are hidden. Choose a "
+            "causal sequential student, such as student=sasrec."
         )
 
 
@@ -239,6 +254,7 @@ def _check_fusion(name: str, arguments: dict[str, Any], backbone: Any, stage: Fi
             f"'{where}' mixes all positions of a row, so that one sees what comes after it. Use "
             f"stages.{where.split('.')[1]}.sequences.examples=prefixes, or last."
         )
+    _check_rows(cls, backbone, where)
     _check_sources(cls, arguments, where)
 
 

@@ -1,10 +1,13 @@
 """Checks across stages: what one asks of another must be what that one has. Names and arguments: `lit_llmers.building`."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from lit_llmers.backbones import Backbone
-from lit_llmers.building import RECORDS, Reference, find, references
+from lit_llmers.building import RECORDS, Reference, build_callbacks, find, references
 from lit_llmers.conf.stages import FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError
 
@@ -35,6 +38,54 @@ def check_blocks(stages: dict[str, Any]) -> None:
                     f"The {layers} layers of stage '{model}' cannot be cut into the {blocks} equal blocks that stage "
                     f"'{name}' asks for. Choose stages.{model}.model.layers divisible by them, or other blocks."
                 )
+
+
+def check_terms(stages: dict[str, Any]) -> None:
+    """Check the settings of all callbacks, as each does when it is made, which is after the teachers' training.
+
+    They are made of what stands for the work of other stages: vectors of one number, and records without content.
+
+    Args:
+        stages: typed settings of all stages, by name.
+
+    Raises:
+        UserError: a setting that its callback refuses, or more items of a teacher's list than it has.
+    """
+    for name, stage in stages.items():
+        if not isinstance(stage, FitStage):
+            continue
+        named = [each for each in references(stage) if each.argument.startswith("callbacks.")]
+        build_callbacks(stage, {each.argument: _stand_in(each.kind, stages[each.stage]) for each in named}, _offered(stage))
+        for reference in named:
+            term = reference.where.split(".")[1]
+            asked, listed = dict(stage.terms)[term].get("k"), stages[reference.stage]
+            if reference.kind == "ranking" and asked is not None and asked > listed.k:
+                raise UserError(
+                    f"'stages.{name}.callbacks.{term}.k' is {asked}, but the lists of stage '{reference.stage}' have "
+                    f"{listed.k} items. Lower it, or set stages.{reference.stage}.k={asked}."
+                )
+
+
+def _stand_in(kind: str, source: Any) -> Any:
+    """What a callback can be made of in place of what another stage will leave."""
+    if kind == "ranking":
+        return SimpleNamespace(k=source.k)
+    if kind == "signals":
+        return SimpleNamespace(shape=(source.blocks, 1))
+    return torch.zeros(2, 1)
+
+
+def _offered(stage: FitStage) -> dict[str, Any]:
+    """The same in place of what the data will offer: `lit_llmers.building.INJECTED`."""
+    return {
+        "n_items": 1,
+        "n_users": 2,
+        "max_length": stage.sequences.max_length,
+        "item_table": torch.zeros(2, 1),
+        "training_pairs": torch.zeros(0, 2, dtype=torch.int64).numpy(),
+        "popularity": torch.zeros(2, dtype=torch.int64),
+        "histories": None,
+    }
 
 
 def check_targets(stages: dict[str, Any]) -> None:

@@ -54,11 +54,12 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
         planned[name] = [
             Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
         ]
-    from lit_llmers.compatibility import check_blocks, check_targets
+    from lit_llmers.compatibility import check_blocks, check_targets, check_terms
 
     settings = {name: stages[0].config for name, stages in planned.items()}
     check_targets(settings)
     check_blocks(settings)
+    check_terms(settings)
     return [stage for stages in planned.values() for stage in stages]
 
 

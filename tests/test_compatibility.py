@@ -1,8 +1,11 @@
 """Recipes whose stages do not fit each other, which are refused before any of them runs."""
 
+from pathlib import Path
+
 import pytest
 from tiny import small
 
+from lit_llmers import building
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 
@@ -11,6 +14,7 @@ RECIPE = """\
 defaults: [/base, /data: demo, /teacher: tiny-llama, /student: sasrec, /trainer: single, /logger: csv, _self_]
 stages:
   prepare: {prepare: interactions}
+  text: {encode: tfidf, dim: 8, users: mean}
   teacher: {fit: sasrec, model: {dim: 8, layers: 1}}
   lists: {record: ranking, of: teacher, k: 7}
   states: {record: block_states, of: teacher, blocks: 1}
@@ -80,3 +84,68 @@ def test_the_same_targets_however_rows_are_cut(overrides, tmp_path):
 def test_other_targets_are_refused_with_a_cure(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
         planned(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        ("{ranking_distillation:{from:lists,temperature:0}}", "ranking_distillation: temperature is 0. It must be positive"),
+        ("{ranking_distillation:{from:lists,temperature:-1}}", "ranking_distillation: temperature is -1. It must be positive"),
+        ("{ranking_distillation:{from:lists,loss:bse}}", "'bse'.*'bce'"),
+        ("{response_distillation:{from:lists,temperature:0}}", "response_distillation: temperature is 0"),
+        ("{alignment:{from:text,temperature:-1}}", "alignment: temperature is -1"),
+        ("{embedding_distillation:{from:text,map:liner}}", "'liner'.*'linear'"),
+        ("{self_distillation:{from:text,kind:soft_clip,temperature:0}}", "self_distillation: temperature is 0"),
+        ("{sequence_contrast:{temperature:0}}", "sequence_contrast: temperature is 0"),
+        ("{deep_supervision:{blocks:2,share:0}}", "deep_supervision: share is 0"),
+        (
+            "{ranking_distillation:{from:lists,k:9}}",
+            "'stages.student.callbacks.ranking_distillation.k' is 9, but the lists of stage 'lists' have 7 items. Lower it, or "
+            "set stages.lists.k=9",
+        ),
+        ("{response_distillation:{from:lists,k:8}}", "response_distillation.k' is 8, but the lists of stage 'lists' have 7"),
+    ],
+)
+def test_a_callback_s_settings_are_refused_before_its_teacher_is_trained(callback, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, f"stages.student.callbacks=[{callback}]")
+
+
+@pytest.mark.parametrize("view", ["noise", "edge_dropout"])
+def test_a_callback_of_a_graph_is_refused_as_early(view, tmp_path):
+    callback = f"[{{graph_contrast:{{view:{view},temperature:0}}}},{{masked_reconstruction:{{from:text}}}}]"
+    with pytest.raises(UserError, match="graph_contrast: temperature is 0"):
+        planned(tmp_path, "student=lightgcn", f"stages.student.callbacks={callback}")
+
+
+def test_every_callback_can_be_made_before_anything_runs(tmp_path):
+    """With its own defaults, whatever it reads."""
+    fitting = {"graph_contrast": "lightgcn", "masked_reconstruction": "lightgcn"}
+    source = {"ranking": "{from:lists}", "signals": "{from:states}", "items": "{from:text}", "users": "{from:text}"}
+    for file in Path(building.__file__).with_name("callbacks").glob("*.py"):
+        if (cls := building._class("callbacks", file.stem)) is not None:
+            given = source[next(iter(cls.sources))] if cls.sources else "{}"
+            given = given if file.stem != "deep_supervision" else "{blocks:2}"
+            overrides = [f"student={fitting.get(file.stem, 'sasrec')}", "stages.lists.per=user"]
+            assert planned(tmp_path, *overrides, f"stages.student.callbacks=[{{{file.stem}:{given}}}]"), file.stem
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "stages.student.callbacks=[{self_distillation:{from:text}}]",
+        "stages.student.callbacks=[{sequence_contrast:{}}]",
+        "+stages.student.fusion=[{frequency:{from:text}}]",
+    ],
+)
+def test_what_reads_whole_rows_refuses_a_student_that_hides_items_before_anything_runs(added, tmp_path):
+    given = ["student=bert4rec", "stages.student.callbacks=[]", "sequences.examples=last", added]
+    with pytest.raises(UserError, match="reads whole histories, but BERT4Rec .*student=sasrec"):
+        planned(tmp_path, *given)
+
+
+def test_a_callback_that_does_not_fit_names_students_that_do(tmp_path):
+    with pytest.raises(UserError, match="self_distillation' does not fit BPRMF. It needs a student that reads"):
+        planned(tmp_path, "student=bpr-mf", "stages.student.callbacks=[{self_distillation:{from:text}}]")
+    with pytest.raises(UserError, match="graph_contrast' does not fit SASRec. It needs LightGCN or what is built on it"):
+        planned(tmp_path, "stages.student.callbacks=[{graph_contrast:{}}]")

@@ -59,6 +59,7 @@ class Distillation(L.Callback):
 
     name: str
     fits: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]] = Backbone  # the kind of backbone that the term reads
+    whole_rows: ClassVar[bool] = False  # whether it needs a backbone that hides no items of the rows that it trains on
     sources: ClassVar[Sources] = {}  # constructor arguments that other stages make, see `lit_llmers.fusion.Fusion`
 
     def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:

@@ -123,6 +123,7 @@ class SelfDistillation(Distillation):
     """
 
     name = "self_distillation"
+    whole_rows = True
     sources: ClassVar[dict[str, tuple[str, str]]] = {"users": ("from", "users")}
 
     def __init__(

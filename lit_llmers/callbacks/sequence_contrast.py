@@ -62,6 +62,7 @@ class SequenceContrast(Distillation):
     """
 
     name = "sequence_contrast"
+    whole_rows = True
 
     def __init__(
         self,

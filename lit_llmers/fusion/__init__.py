@@ -20,10 +20,12 @@ class Fusion(Backbone):
         inner: the backbone inside.
         sources: which constructor arguments are made by other stages: argument -> (key in the recipe that names the stage,
             kind of artefact), see `lit_llmers.building`.
+        whole_rows: whether it needs a backbone that hides no items of the rows that it trains on.
         reads_ahead: whether a position sees what comes after it, so that only the read-out position may be trained.
     """
 
     sources: ClassVar[Sources] = {}
+    whole_rows: ClassVar[bool] = False
     reads_ahead: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone) -> None:

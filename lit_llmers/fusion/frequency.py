@@ -44,6 +44,7 @@ class Frequency(Fusion):
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}
+    whole_rows: ClassVar[bool] = True
     reads_ahead: ClassVar[bool] = True
     cosine: Tensor
     sine: Tensor
