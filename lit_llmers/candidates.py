@@ -58,14 +58,31 @@ def make_candidates(
         keys[row, items[at]] = 2  # above every key
         keys[np.arange(len(who)), target[start : start + step]] = 2
         keys[:, 0] = 2
-        left = (keys < 2).sum(1)
-        if left.min() < n:
-            raise UserError(
-                f"protocol=sampled-{n} needs {n} items that a user never met, but user number {who[left.argmin()]} has "
-                f"only {left.min()} of the catalogue's {n_items} left. Use protocol=full."
-            )
+        _enough((keys < 2).sum(1), who, n, n_items)
         out[start : start + step] = np.argpartition(keys, n - 1, axis=1)[:, :n]
     return out
+
+
+def check_enough(dataset: Dataset, user: np.ndarray, n: int) -> None:
+    """Check that n items are left to draw from for each of the users `[rows]`, without drawing.
+
+    Raises:
+        UserError: a user has met too many.
+    """
+    owner = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
+    met = np.unique(owner * (dataset.n_items + 1) + dataset.items)
+    _enough(
+        dataset.n_items - np.bincount(met // (dataset.n_items + 1), minlength=dataset.n_users)[user], user, n, dataset.n_items
+    )
+
+
+def _enough(left: np.ndarray, user: np.ndarray, n: int, n_items: int) -> None:
+    """Refuse users `[rows]` of whom one has fewer than n items `left` `[rows]`."""
+    if left.min() < n:
+        raise UserError(
+            f"protocol=sampled-{n} needs {n} items that a user never met, but user number {user[left.argmin()]} has "
+            f"only {left.min()} of the catalogue's {n_items} left. Use protocol=full."
+        )
 
 
 def save_candidates(path: Path, candidates: np.ndarray, split: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_llmers.candidates import load_candidates, make_candidates, read_candidates, save_candidates
+from lit_llmers.candidates import check_enough, load_candidates, make_candidates, read_candidates, save_candidates
 from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches
@@ -54,6 +54,22 @@ def run(stage: Stage) -> dict[str, Any]:
         log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
     best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
     return {"models": len(models), "best": best["name"], "NDCG@10": best["metrics"]["all"]["NDCG@10"]}
+
+
+def check(stage: Stage) -> None:
+    """Check that the stage can have its candidates, which is known once the data are prepared, before any training.
+
+    Raises:
+        UserError: the user's own file does not fit the data, or the catalogue is too small for a sampled protocol.
+    """
+    settings = stage.config.evaluation
+    if settings.candidates or settings.protocol != "full":
+        dataset = load_dataset(stage)
+        rows = EvaluationRows(dataset, "test", 1, settings.users)
+        if settings.candidates:
+            read_candidates(Path(settings.candidates), dataset, rows)
+        else:
+            check_enough(dataset, rows.user, _number(settings.protocol))
 
 
 def _evaluate(
@@ -199,12 +215,15 @@ def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str 
         return None, None
     path = stage.folder / "candidates.npy"
     if not path.with_name(f"{path.name}.json").is_file():  # it comes after the candidates
-        number = int(settings.protocol.partition("-")[2])
-        drawn = make_candidates(
-            dataset.items, dataset.offsets, dataset.n_items, rows.user, rows.target, number, settings.candidate_seed
-        )
+        number, seed = _number(settings.protocol), settings.candidate_seed
+        drawn = make_candidates(dataset.items, dataset.offsets, dataset.n_items, rows.user, rows.target, number, seed)
         save_candidates(path, drawn, dataset.fingerprint)
     return load_candidates(path, dataset.fingerprint)
+
+
+def _number(protocol: str) -> int:
+    """Of the candidates of a sampled protocol."""
+    return int(protocol.partition("-")[2])
 
 
 def _protocol(stage: Stage, dataset: Dataset, rows: int, candidates_hash: str | None) -> dict[str, Any]:

@@ -57,7 +57,18 @@ def run(stages: list[Stage], until: str | None, only: str | None = None, argumen
         else:
             with alone(stage.folder) if here.first else nullcontext():
                 _run_one(stage, here)
+        if stage.verb == "prepare" and here.first:
+            check_evaluation(stages)
     return selected
+
+
+def check_evaluation(stages: list[Stage]) -> None:
+    """What the data decide about the evaluation is checked once they are prepared, and not after all training."""
+    for stage in stages:
+        if stage.verb == "evaluate" and not stage.done:
+            from lit_llmers import evaluate
+
+            evaluate.check(stage)
 
 
 def check_machine(stages: list[Stage]) -> None:

@@ -2,13 +2,14 @@
 
 import hashlib
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import dataset
+from tiny import dataset, random_dataset
 
-from lit_llmers.candidates import load_candidates, make_candidates, read_candidates, save_candidates
+from lit_llmers.candidates import check_enough, load_candidates, make_candidates, read_candidates, save_candidates
 from lit_llmers.data.dataset import TEST, TRAIN, VALID
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
@@ -70,6 +71,18 @@ def test_too_small_a_catalogue_is_named():
     assert make_candidates(**data, n=left).shape == (40, left)
     with pytest.raises(UserError, match=f"needs {left + 1} items .* user number {longest} has only {left} of .* 60 left"):
         make_candidates(**data, n=left + 1)
+
+
+def test_enough_to_draw_from_is_what_can_be_drawn():
+    data = random_dataset(users=40, n_items=30, longest=20)
+    users = np.arange(40)
+    left = 30 - max(len(set(data.items[first:last].tolist())) for first, last in pairwise(data.offsets))
+    check_enough(data, users, left)
+    target = data.items[data.offsets[1:] - 1]
+    assert make_candidates(data.items, data.offsets, 30, users, target, left).shape == (40, left)
+    for ask in (check_enough, lambda *_: make_candidates(data.items, data.offsets, 30, users, target, left + 1)):
+        with pytest.raises(UserError, match=f"needs {left + 1} items .* has only {left} of .* 30 left"):
+            ask(data, users, left + 1)
 
 
 def test_stored_candidates_are_read_back_and_guarded(tmp_path):

@@ -410,6 +410,17 @@ def test_too_small_a_catalogue_for_the_protocol(whole):
         run(list(planned.values()), "evaluate")
 
 
+@pytest.mark.parametrize("given", ["protocol=sampled-999", "candidates=FILE"])
+def test_candidates_that_cannot_be_are_refused_before_anything_is_trained(whole, tmp_path, given):
+    """Be they too many for the catalogue, or of another split."""
+    data = load_dataset(whole[-1])
+    stored.save_candidates(tmp_path / "c.npy", np.ones((data.n_users, 2), np.int32), "another split")
+    planned = small(tmp_path, "evaluation." + given.replace("FILE", str(tmp_path / "c.npy")))
+    with pytest.raises(UserError, match="sampled-999 needs 999 items|c.npy holds candidates for the split another split"):
+        run(planned, None)
+    assert [stage.verb for stage in planned if stage.folder.exists()] == ["prepare"]
+
+
 def test_the_users_own_file_of_candidates(sampled):
     folder, planned = sampled
     theirs = planned["evaluate"]
