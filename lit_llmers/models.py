@@ -54,9 +54,15 @@ def _load_table(source: Stage, file: str) -> np.ndarray:
     """The vectors that a stage left, `[n+1, d]` or `[U, d]`; a row of zeros is none.
 
     Raises:
-        UserError: there is not one vector among them.
+        UserError: there is not one vector among them, or one is not finite.
     """
     table: np.ndarray = np.load(source.folder / file, allow_pickle=False)
+    if len(wrong := np.flatnonzero(~np.isfinite(table).all(1))):
+        raise UserError(
+            f"Stage '{source.name}' leaves vectors that are not finite: {len(wrong)} of {len(table)} rows of its {file}, first "
+            f"row {wrong[0]}. Remove {source.folder} to make them anew, with a lower optimizer.lr or trainer.precision=32-true "
+            "where they are trained."
+        )
     if not has_vector(table).any():
         raise UserError(
             f"Stage '{source.name}' leaves no vector: all {len(table)} rows of its {file} are zero. Give it text to encode "

@@ -83,6 +83,20 @@ def test_a_table_without_any_vector_is_refused(name, tmp_path):
         run([stages[name]], None)
 
 
+@pytest.mark.parametrize("name", ["started", "reader", "aligned"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_is_refused_by_who_reads_it(name, value, tmp_path):
+    """And not called a loss that is not finite, which has another cure."""
+    stages = planned(tmp_path)
+    table = np.load(stages["text"].folder / TABLE)
+    table[3, 1] = value
+    np.save(stages["text"].folder / TABLE, table)
+    with pytest.raises(
+        UserError, match=r"'text' leaves vectors that are not finite: 1 of \d+ rows of its item_table.npy, first row 3"
+    ):
+        run([stages[name]], None)
+
+
 def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):
     given = ["student.model.dim=8", "text.dim=8", "stages.export.export=[safetensors]", "trainer.max_epochs=1"]
     stages = small(tmp_path, *given, recipe="pad")
