@@ -41,7 +41,13 @@ def add_texts(tables: Tables, folder: Path, names: list[str], columns: Columns) 
         of_users = name.startswith("llm_user_")
         frame, key = (users, "user_id") if of_users else (items, "item_id")
         id_names = [columns.user] if of_users else [columns.catalogue_item or columns.item, columns.item]
-        frame[name] = frame[key].map(_read(open_table(_find(folder, name)), id_names)).fillna("").astype(str)
+        path = _find(folder, name)
+        frame[name] = frame[key].map(_read(open_table(path), id_names)).fillna("").astype(str)
+        if not (frame[name] != "").any():
+            raise UserError(
+                f"{path} has no text for any {key} of the data, the first of which is '{frame[key].iloc[0]}'. Give it the "
+                f"data's ids and texts that are not empty, or leave {name} out of data.texts."
+            )
         about[name] = {"of": "users" if of_users else "items", "leaks": of_users or _made_from_interactions(folder, name)}
     has_users = len(users.columns) > 1
     return replace(tables, items=items, users=users if has_users else None, info={**tables.info, "texts": about})

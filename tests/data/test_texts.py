@@ -108,6 +108,17 @@ def test_wrong_files(written, tmp_path):
     frame.rename(columns={"item_id": "asin"}).to_parquet(written / "llm_item_asin.parquet")
     with pytest.raises(UserError, match=r"llm_item_asin\.parquet has no column 'item_id'. It has: asin, llm_text"):
         made(written, tmp_path, "llm_item_asin")
+    for name, other in {
+        "llm_item_strange": {"item_id": "x" + frame["item_id"].astype(str)},
+        "llm_item_empty": {"llm_text": " "},
+    }.items():
+        frame.assign(**other).to_parquet(written / f"{name}.parquet")
+        with pytest.raises(UserError, match=rf"{name}\.parquet has no text for any item_id of the data, .*leave {name} out"):
+            made(written, tmp_path, name)
+    people = pd.read_parquet(written / f"{USER}.parquet")
+    people.assign(llm_text="").to_parquet(written / "llm_user_empty.parquet")
+    with pytest.raises(UserError, match=r"llm_user_empty\.parquet has no text for any user_id"):
+        made(written, tmp_path, "llm_user_empty")
     (written / f"{ITEM}.json").write_text('{"made_from": "interaction"}')
     with pytest.raises(UserError, match="Unknown 'made_from' .* 'interaction'. Did you mean 'interactions'"):
         made(written, tmp_path, ITEM)
