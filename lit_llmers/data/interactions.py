@@ -252,7 +252,7 @@ def _numbers(column: pd.Series, name: str, origin: str, cure: str = "Fill them i
     if wrong.size:
         raise UserError(
             f"{origin}: column '{name}' is empty (NaN) or not a number in {wrong.size} rows, first in row "
-            f"{wrong[0] + 1} ({column.iloc[wrong[0]]!r}). {cure} or drop the rows."
+            f"{wrong[0] + 1} ({column.iloc[wrong[:1]].tolist()[0]!r}). {cure} or drop the rows."
         )
     return numbers
 

@@ -170,7 +170,7 @@ class TestBadInput:
         [
             (
                 [1.0, np.nan, 3, 4, 5, 6, 7, 8, 9, 10],
-                r"'timestamp' is empty \(NaN\) or not a number in 1 rows, first in row 2",
+                r"'timestamp' is empty \(NaN\) or not a number in 1 rows, first in row 2 \(nan\)\. Fill",
             ),
             (
                 [1.0, 2, np.inf, 4, 5, 6, 7, 8, 9, 10],
