@@ -28,6 +28,16 @@ stages:
   reader: {fit: sasrec, model: {dim: 16, layers: 1}, fusion: [{frozen_adapter: {from: text, with_id: true}}]}
   lists: {record: ranking, of: reader, k: 10}
   user_lists: {record: ranking, of: reader, k: 10, per: user}
+  sayer:
+    tune: bigrec
+    base: ${teacher}
+    history: 4
+    samples: 64
+    vocabulary: 300
+    instruction: Go on.
+    validation_users: 20
+    generation: {num_beams: 1, max_new_tokens: 8, embedder: tuned}
+  said_lists: {record: ranking, of: sayer, k: 10, per: user}
   ranked:
     fit: gru4rec
     model: {dim: 8}
@@ -52,8 +62,10 @@ stages:
     callbacks:
       - alignment: {from: text, users: text}
       - ranking_distillation: {from: user_lists, k: 5}
+  counted: {fit: item_knn}
+  popular: {fit: popularity}
 """
-FAMILY = ["reader", "ranked", "dual", "gated", "graph"]
+FAMILY = ["reader", "sayer", "ranked", "dual", "gated", "graph", "counted", "popular"]
 
 
 def replaced(interactions: pd.DataFrame, place: int) -> pd.DataFrame:
@@ -157,7 +169,7 @@ def test_no_channel_of_distillation_knows_what_is_held_out(runs, name, stage):
 
 
 @pytest.mark.parametrize("name", ["test", "valid"])
-@pytest.mark.parametrize("stage", ["signals", "lists", "user_lists"])
+@pytest.mark.parametrize("stage", ["signals", "lists", "user_lists", "said_lists"])
 def test_what_the_teacher_says_is_the_same(runs, name, stage):
     base, other = (run[stage].folder for run in (runs[SAME[name]], runs[name]))
     shards = sorted(path.relative_to(base) for path in base.glob("*/shard-*.npy"))
