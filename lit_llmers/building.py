@@ -97,9 +97,18 @@ def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: se
         if key not in own:
             raise UserError(f"Unknown configuration key '{where}.{key}'.{nearest(key, own)} It has: {', '.join(own)}.")
         check_type(arguments[key], parameters[key].annotation, f"{where}.{key}")
+        _check_range(key, arguments[key], f"{where}.{key}")
     for name in own:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:
             raise UserError(f"'{where}.{name}' is missing: {cls.__name__} needs it.")
+
+
+def _check_range(key: str, value: Any, where: str) -> None:
+    """What means the same in every model: widths and heads are counted from 1, and dropout is a share."""
+    if key in ("dim", "heads", "hidden") and isinstance(value, int) and value < 1:
+        raise UserError(f"'{where}' is {value}. It must be at least 1.")
+    if key.endswith("dropout") and isinstance(value, int | float) and not 0 <= value <= 1:
+        raise UserError(f"'{where}' is {value}. It is a share, from 0 to 1.")
 
 
 def check(stage: FitStage, where: str) -> None:

@@ -240,6 +240,13 @@ BAD = [
     ("t: {fit: sasrec, trainer: {validate_every: 0}}", r"trainer.validate_every"),
     ("t: {fit: sasrec, sequences: {targets_per_user: -1}}", r"targets_per_user"),
     ("t: {fit: sasrec, optimizer: {warmup_steps: -1}}", r"warmup_steps"),
+    ("t: {fit: sasrec, optimizer: {weight_decay: -1}}", r"optimizer.weight_decay is -1. It must be 0 or more"),
+    ("t: {fit: sasrec, trainer: {limit_train_batches: 0}}", r"limit_train_batches is 0.* or null for all"),
+    ("t: {fit: sasrec, trainer: {gradient_clip_val: -1}}", r"gradient_clip_val is -1.* or null for no limit"),
+    ("t: {fit: sasrec, model: {dim: 0}}", r"'stages.t.model.dim' is 0. It must be at least 1"),
+    ("t: {fit: sasrec, model: {heads: 0}}", r"'stages.t.model.heads' is 0"),
+    ("t: {fit: sasrec, model: {dropout: 2}}", r"'stages.t.model.dropout' is 2. It is a share"),
+    ("t: {fit: caser, model: {dropout: -0.5}}", r"'stages.t.model.dropout' is -0.5"),
     ("a: {encode: tfid}", "tfidf"),
 ]
 

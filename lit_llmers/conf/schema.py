@@ -147,6 +147,8 @@ class OptimizerConfig:
             raise UserError(f"optimizer.lr is {self.lr}. It must be positive.")
         if self.warmup_steps < 0:
             raise UserError(f"optimizer.warmup_steps is {self.warmup_steps}. It must be 0 or more.")
+        if not self.weight_decay >= 0:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}. It must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,14 @@ class TrainerConfig:
         for name in ("devices", "num_nodes", *counts):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}. It must be at least 1.")
+        if self.limit_train_batches is not None and self.limit_train_batches < 1:
+            raise UserError(
+                f"trainer.limit_train_batches is {self.limit_train_batches}. It must be at least 1, or null for all."
+            )
+        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
+            raise UserError(
+                f"trainer.gradient_clip_val is {self.gradient_clip_val}. It must be positive, or null for no limit."
+            )
         if self.precision not in PRECISIONS:
             raise unknown("precision (trainer.precision)", self.precision, PRECISIONS)
         if self.strategy not in STRATEGIES:
