@@ -8,7 +8,7 @@ import torch
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.building import RECORDS, Reference, build_callbacks, find, references
-from lit_llmers.conf.stages import FitStage, RecordStage, TuneStage
+from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError
 
 
@@ -49,7 +49,7 @@ def check_terms(stages: dict[str, Any]) -> None:
         stages: typed settings of all stages, by name.
 
     Raises:
-        UserError: a setting that its callback refuses, or more items of a teacher's list than it has.
+        UserError: a setting that its callback refuses, more items of a teacher's list than it has, or vectors of other widths.
     """
     for name, stage in stages.items():
         if not isinstance(stage, FitStage):
@@ -58,12 +58,30 @@ def check_terms(stages: dict[str, Any]) -> None:
         build_callbacks(stage, {each.argument: _stand_in(each.kind, stages[each.stage]) for each in named}, _offered(stage))
         for reference in named:
             term = reference.where.split(".")[1]
-            asked, listed = dict(stage.terms)[term].get("k"), stages[reference.stage]
-            if reference.kind == "ranking" and asked is not None and asked > listed.k:
+            asked, source = dict(stage.terms)[term].get("k"), stages[reference.stage]
+            if reference.kind == "ranking" and asked is not None and asked > source.k:
                 raise UserError(
                     f"'stages.{name}.callbacks.{term}.k' is {asked}, but the lists of stage '{reference.stage}' have "
-                    f"{listed.k} items. Lower it, or set stages.{reference.stage}.k={asked}."
+                    f"{source.k} items. Lower it, or set stages.{reference.stage}.k={asked}."
                 )
+            mapped = not find("callbacks", term).compares_as_they_are(dict(stage.terms)[term])
+            if reference.kind != "items" or mapped:
+                continue
+            own, theirs = _dim(stage), _dim(source)
+            if own is not None and theirs is not None and own != theirs:
+                raise UserError(
+                    f"'stages.{name}.callbacks.{term}' compares vectors as they are, but those of '{name}' have {own} "
+                    f"numbers and those of '{reference.stage}' {theirs}. Let it map them, or give both the same dim."
+                )
+
+
+def _dim(stage: Any) -> int | None:
+    """Width of a stage's item vectors, where its settings say so."""
+    if isinstance(stage, EncodeStage):
+        return stage.reduce if stage.encode == "transformer" else stage.dim
+    argument = inspect.signature(find("backbones", stage.fit)).parameters.get("dim")
+    known = argument is not None and isinstance(argument.default, int) and not stage.fusion
+    return stage.model.get("dim", argument.default) if known and argument is not None else None
 
 
 def _stand_in(kind: str, source: Any) -> Any:

@@ -149,3 +149,16 @@ def test_a_callback_that_does_not_fit_names_students_that_do(tmp_path):
         planned(tmp_path, "student=bpr-mf", "stages.student.callbacks=[{self_distillation:{from:text}}]")
     with pytest.raises(UserError, match="graph_contrast' does not fit SASRec. It needs LightGCN or what is built on it"):
         planned(tmp_path, "stages.student.callbacks=[{graph_contrast:{}}]")
+
+
+@pytest.mark.parametrize(
+    "callback",
+    ["{embedding_distillation:{from:text,map:none}}", "{alignment:{from:text,projector:none}}"],
+)
+def test_vectors_of_two_widths_that_nothing_maps_are_refused_before_anything_runs(callback, tmp_path):
+    added = f"stages.student.callbacks=[{callback}]"
+    message = "compares vectors as they are, but those of 'student' have 12 numbers and those of 'text' 8"
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, added, "student.model.dim=12")
+    assert planned(tmp_path, added, "student.model.dim=8")
+    assert planned(tmp_path, added.replace("none", "linear"), "student.model.dim=12")

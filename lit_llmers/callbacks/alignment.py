@@ -301,6 +301,10 @@ class Alignment(Distillation):
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:
         return arguments.get("kind") != "cosine" and arguments.get("negatives") != "all"
 
+    @classmethod
+    def compares_as_they_are(cls, arguments: dict[str, Any]) -> bool:
+        return arguments.get("projector") == "none"
+
     def build(self, student: Any) -> AlignmentTerm:
         items: Tensor | Views | None = self.items
         if items is None:

@@ -72,6 +72,11 @@ class Distillation(L.Callback):
         """Whether the term, with these arguments, puts rows of a batch beside each other, so that one process must have all."""
         return False
 
+    @classmethod
+    def compares_as_they_are(cls, arguments: dict[str, Any]) -> bool:
+        """Whether the term, with these arguments, needs vectors of one width at the student and where they come from."""
+        return False
+
     def build(self, student: Any) -> Term:
         """Check that the student and the signals fit together and return the term.
 

@@ -242,6 +242,10 @@ class EmbeddingDistillation(Distillation):
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:
         return arguments.get("kind") == "topology"  # of the groups that are in a batch
 
+    @classmethod
+    def compares_as_they_are(cls, arguments: dict[str, Any]) -> bool:
+        return arguments.get("kind", "hint") == "hint" and arguments.get("map") == "none"
+
     def build(self, student: Any) -> EmbeddingTerm:
         dim, width = student.backbone.dim, self.items.shape[1]
         distance: nn.Module
