@@ -1,6 +1,7 @@
 """Checks across stages: what one asks of another must be what that one has. Names and arguments: `lit_llmers.building`."""
 
 import inspect
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ from lit_llmers.backbones import Backbone
 from lit_llmers.building import RECORDS, Reference, build_callbacks, find, references
 from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def check_blocks(stages: dict[str, Any]) -> None:
@@ -43,7 +46,8 @@ def check_blocks(stages: dict[str, Any]) -> None:
 def check_terms(stages: dict[str, Any]) -> None:
     """Check the settings of all callbacks, as each does when it is made, which is after the teachers' training.
 
-    They are made of what stands for the work of other stages: vectors of one number, and records without content.
+    They are made of what stands for the work of other stages: vectors of one number, and records without content. One whose
+    constructor cannot do with that has its settings checked when it is made in earnest.
 
     Args:
         stages: typed settings of all stages, by name.
@@ -55,7 +59,13 @@ def check_terms(stages: dict[str, Any]) -> None:
         if not isinstance(stage, FitStage):
             continue
         named = [each for each in references(stage) if each.argument.startswith("callbacks.")]
-        build_callbacks(stage, {each.argument: _stand_in(each.kind, stages[each.stage]) for each in named}, _offered(stage))
+        sources = {each.argument: _stand_in(each.kind, stages[each.stage]) for each in named}
+        try:
+            build_callbacks(stage, sources, _offered(stage))
+        except UserError:
+            raise
+        except Exception as error:
+            log.debug("The callbacks of '%s' cannot be made before their sources are there: %r", name, error)
         for reference in named:
             term = reference.where.split(".")[1]
             asked, source = dict(stage.terms)[term].get("k"), stages[reference.stage]

@@ -6,6 +6,7 @@ import pytest
 from tiny import small
 
 from lit_llmers import building
+from lit_llmers.callbacks.embedding_distillation import EmbeddingDistillation
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 
@@ -118,8 +119,17 @@ def test_a_callback_of_a_graph_is_refused_as_early(view, tmp_path):
         planned(tmp_path, "student=lightgcn", f"stages.student.callbacks={callback}")
 
 
-def test_every_callback_can_be_made_before_anything_runs(tmp_path):
+def test_a_constructor_that_needs_its_sources_waits_for_them(tmp_path, monkeypatch):
+    def reads(self, items, weight=1.0):
+        self.first = items[3]
+
+    monkeypatch.setattr(EmbeddingDistillation, "__init__", reads)
+    assert planned(tmp_path, "stages.student.callbacks=[{embedding_distillation:{from:text}}]")
+
+
+def test_every_callback_can_be_made_before_anything_runs(tmp_path, caplog):
     """With its own defaults, whatever it reads."""
+    caplog.set_level("DEBUG", "lit_llmers.compatibility")
     fitting = {"graph_contrast": "lightgcn", "masked_reconstruction": "lightgcn"}
     source = {"ranking": "{from:lists}", "signals": "{from:states}", "items": "{from:text}", "users": "{from:text}"}
     for file in Path(building.__file__).with_name("callbacks").glob("*.py"):
@@ -128,6 +138,7 @@ def test_every_callback_can_be_made_before_anything_runs(tmp_path):
             given = given if file.stem != "deep_supervision" else "{blocks:2}"
             overrides = [f"student={fitting.get(file.stem, 'sasrec')}", "stages.lists.per=user"]
             assert planned(tmp_path, *overrides, f"stages.student.callbacks=[{{{file.stem}:{given}}}]"), file.stem
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
