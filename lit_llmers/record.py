@@ -33,6 +33,8 @@ from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import GroundedRecommender
 
+SAYS_TITLES = 0.5  # of the histories; with fewer a teacher that writes is warned of
+
 log = logging.getLogger(__name__)
 
 
@@ -248,7 +250,16 @@ def run(stage: Stage) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for writer in writers.values() for path in writer.folder.glob("*.npy"))
     summary = {"rows": question.rows, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
-    return summary | (model.work.summary if isinstance(model, GroundedRecommender) else {})
+    if not isinstance(model, GroundedRecommender):
+        return summary
+    if (exact := model.work.summary["said_is_a_title"]) < SAYS_TITLES:
+        log.warning(
+            "%s says a title of the catalogue after only %.0f %% of the histories; after the others the nearest titles are "
+            "taken. Tune it for longer or on more histories, or let it say nothing else (generation.constrained=true)",
+            stage.config.of,
+            100 * exact,
+        )
+    return summary | model.work.summary
 
 
 def _missing(writers: dict[str, SignalWriter], mine: Processes) -> list[range]:

@@ -248,6 +248,17 @@ def test_a_record_holds_the_closest_items_that_were_not_met(done, per):
     assert done[per].summary["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_teacher_that_says_no_titles_is_warned_of(stages, done, caplog, constrained):
+    """Two new tokens are no title, unless nothing else can be said."""
+    asked = {False: "{num_beams: 1, max_new_tokens: 2}", True: "{num_beams: 1, max_new_tokens: 40, constrained: true}"}
+    planned = stages(f"stages.teacher.generation={asked[constrained]}", "stages.users.k=7")
+    run(planned, "users")
+    said = by_name(planned)["users"].summary["said_is_a_title"]
+    assert said == constrained
+    assert ("teacher says a title of the catalogue after only 0 % of the histories" in caplog.text) is not constrained
+
+
 def test_how_it_is_asked_makes_other_lists_and_no_other_teacher(stages, done):
     other = by_name(stages("stages.teacher.generation={num_beams: 1}"))
     assert other["teacher"].fingerprint == done["teacher"].fingerprint
