@@ -70,13 +70,14 @@ def test_thirty_kills_change_nothing(whole, tmp_path):
     expected, seconds = whole
     random, kinds = np.random.default_rng(5), (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
     real = set(random.choice(KILLS, REAL, replace=False).tolist())
-    number, struck_in, at = 0, 0, set()
+    number, struck_in, at, slower = 0, 0, set(), 1.0
     folder = tmp_path / "0"
     struck_at: dict[Path, int] = {folder: 0}
     while number < KILLS:
         by = kinds[number % 3]
-        longest = seconds / (2 if number in real else 5)  # the imports take a good part of it
+        longest = slower * seconds / (2 if number in real else 5)  # the imports take a good part of it
         status, stage = struck(folder, by, random.uniform(0.05, longest), number in real)
+        slower = 1.0 if stage or status == 0 else min(1.5 * slower, 8.0)  # than when the seconds were taken
         if status == 0:  # it was done before: the next kills hit a run of their own
             assert_same_run(folder, expected, struck_at[folder], *FEW)
             folder = tmp_path / str(number)
