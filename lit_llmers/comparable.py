@@ -154,6 +154,8 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     from lit_llmers.resolving import resolve
 
     own = tuple(f"{key}=" for key in ("run.name", "run.dir"))
+    has = {recipe: recipes.groups(recipe) for recipe in asked.recipes}
+    known = set().union(*has.values())
     root: Path | None = None
     runs: list[PlannedRun] = []
     for recipe, student in product(asked.recipes, asked.students or [""]):  # "": the recipe's own student
@@ -161,9 +163,7 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
         name = student or "default"
         recipe_name = Path(recipe).stem  # of a recipe given by path
         label = recipe_name if not student else student if len(asked.recipes) == 1 else f"{recipe_name}/{student}"
-        overrides = [
-            o for o in asked.overrides if recipes.takes(recipe, o) or not any(recipes.takes(r, o) for r in asked.recipes)
-        ]
+        overrides = [o for o in asked.overrides if (group := recipes.group_of(o)) in has[recipe] or group not in known]
         try:
             config = recipes.compose(recipe, [*chosen, *overrides])
             root = root or _root(config, asked.overrides)

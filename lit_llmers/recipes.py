@@ -80,13 +80,19 @@ def read(path: Path) -> dict[str, Any]:
     return plain or {}
 
 
-def takes(name: str, override: str) -> bool:
-    """Whether a recipe has what an override chooses: `text=minilm` and `text.fields=[title]` need a `/text` in its defaults."""
-    group = re.split("[.=]", override.lstrip("+~"), maxsplit=1)[0]
+def groups(name: str) -> set[str]:
+    """The groups that a recipe lists in its defaults, so that `text=minilm` and `text.fields=[title]` mean something to it."""
     defaults = read(find(name)).get("defaults", [])
+    if any(entry not in ("_self_", "/base") for entry in defaults if isinstance(entry, str)):
+        return set(GROUPS)  # it is built on another file, which may list them
     listed = {str(next(iter(entry))).split()[-1] for entry in defaults if isinstance(entry, dict)}
-    built_on_another = any(entry not in ("_self_", "/base") for entry in defaults if isinstance(entry, str))
-    return group not in GROUPS or f"/{group}" in listed or built_on_another
+    return {group for group in GROUPS if f"/{group}" in listed}
+
+
+def group_of(override: str) -> str | None:
+    """The group that an override chooses from or sets a key of, if it is one."""
+    group = re.split("[.=]", override.lstrip("+~"), maxsplit=1)[0]
+    return group if group in GROUPS else None
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -107,8 +113,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = find(name)
-    read(path)
+    path, listed = find(name), groups(name)
     scale, given = _split_scale(overrides)
     for override in given:
         if not re.match(r"^[+~]*[\w@/.-]+(=|$)", override) or ("=" not in override and not override.startswith("~")):
@@ -116,8 +121,8 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         group, _, option = override.partition("=")
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
-        if not takes(name, override):
-            raise UserError(f"Recipe '{name}' has no {_key(group).partition('.')[0]} to choose. Leave '{override}' out.")
+        if (chosen := group_of(override)) and chosen not in listed:
+            raise UserError(f"Recipe '{name}' has no {chosen} to choose. Leave '{override}' out.")
     layers = [_scale_overrides(path, scale), given]
     others = [_open(override) for layer in layers for override in layer if not _STAGE_KEY.match(override)]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
@@ -128,9 +133,9 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             config = composed(others)
         except (HydraException, OmegaConfBaseException) as error:
-            groups = [override for override in others if override.partition("=")[0] in GROUPS]
+            choices = [override for override in others if override.partition("=")[0] in GROUPS]
             try:
-                known = list(_keys(OmegaConf.to_container(composed(groups), resolve=False)))
+                known = list(_keys(OmegaConf.to_container(composed(choices), resolve=False)))
             except (HydraException, OmegaConfBaseException) as also:
                 raise UserError(f"Recipe '{name}' does not compose: {str(also).splitlines()[0]}") from also
             for override in given:
