@@ -44,6 +44,8 @@ def main() -> int:
             return status
         name, overrides = recipes.split(chosen)
         stages = [stage for stage in resolve(recipes.compose(name, overrides)) if stage.name == options.stage]
+        if any("best" not in stage.summary for stage in stages):
+            parser.error(f"stage '{options.stage}' is not validated, so nothing can be chosen by it: name one that trains")
         rows.append((list(setting), [stage.summary for stage in stages]))
         print(f"\n{table(keys, rows)}\n", flush=True)
     if options.record:
