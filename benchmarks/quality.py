@@ -4,9 +4,9 @@ Each subject of `students.py` trains the same model on the same sequences, on on
 protocol: leave-one-out, the whole catalogue, ties counted half, HR@10 and NDCG@10 both with the read items masked and with
 them competing. After each epoch it ranks the validation items. It stops when the student's own `trainer.patience` epochs
 brought no better NDCG@10 (masked), or before the epoch that would exceed the budget of processor time; the test figures are
-those after the best epoch. Ours is the command that users type, as it is shipped. The results of all runs are kept in
-`benchmarks/results/quality.json`, a row for each model, data set, subject, budget and settings; `--record FILE` rewrites
-their section in a Markdown file.
+those after the best epoch. Ours is the command that users type, as it is shipped. Each run is kept when it ends, in
+`benchmarks/results/quality.json`, a row for each model, data set, subject, budget and settings, and a seed that is kept is
+not run again but with `--again`; `--record FILE` rewrites their section in a Markdown file.
 """
 
 import argparse
@@ -71,8 +71,7 @@ def run(pairs: list[tuple[str, str]], machine: dict[str, Any], options: argparse
             plan(our_command(*pair, 0, folder, options))  # a mistake shows before anything runs
         ready = students.make_ready(options)
         for pair in pairs:
-            for row in contest(*pair, ready, folder, options):
-                keep({**row, "environment": machine})
+            for row in contest(*pair, ready, machine, folder, options):
                 print(line(row), flush=True)
 
 
@@ -83,6 +82,7 @@ def arguments() -> argparse.Namespace:
     add("--who", nargs="+", metavar="NAME", help=f"these alone, of {OURS}, {', '.join(OTHERS)}")
     add("--budget", type=float, default=300.0, metavar="SECONDS", help="of processor time to train one run (default 300)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default 0")
+    add("--again", action="store_true", help="run what is kept, too")
     add("--patience", type=int, metavar="EPOCHS", help="of the others, 0 for no end (default: the student's own)")
     add("--every", type=int, default=1, metavar="EPOCHS", help="rank the others after each so many (default 1)")
     add("--search", nargs="+", default=[], metavar="KEY=VALUE,...", help="lr or reg for the others, chosen on validation")
@@ -102,8 +102,10 @@ def arguments() -> argparse.Namespace:
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
 
-def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, options: argparse.Namespace) -> Iterator[Row]:
-    """One model on one data set by everybody who has it: yields a JSON-able row of each."""
+def contest(
+    model: str, data: str, ready: dict[str, Ready], machine: Row, folder: Path, options: argparse.Namespace
+) -> Iterator[Row]:
+    """One model on one data set by everybody who has it: yields a JSON-able row of each, which is kept."""
     prepared, n_items = students.prepare(our_command(model, data, 0, folder, options))
     own_patience = _stage(plan(our_command(model, data, 0, folder, options)), "student").config.trainer.patience
     entrants = {OURS: Ready(Peer("ours.py", (model,)))} | {
@@ -119,6 +121,7 @@ def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, option
             "patience": patience,
             "every": options.every if who != OURS else 1,
             "settings": {},
+            "environment": machine,
             "failed": each.failed,
             "runs": [],
         }
@@ -138,14 +141,23 @@ def contest(model: str, data: str, ready: dict[str, Ready], folder: Path, option
             trials = [(s, train(start(first, s), first, patience, options)) for s in options.grid if who != OURS and s]
             settings, best = max(trials, key=lambda trial: trial[1].get("validation", 0.0), default=({}, None))
             row |= {"settings": settings, "searched": len(trials)}
-            for seed in options.seeds:
-                if best is None or seed != first or who == OURS:
-                    best = train(start(seed, settings), seed, patience, options)
-                if who == OURS and not best["failed"]:
-                    best["test"] = our_test(plan(our_command(model, data, seed, folder, options)))
-                row["runs"].append(best)
-            row["failed"] = next((run["failed"] for run in row["runs"] if run["failed"]), "")
+            row["runs"] = [] if options.again else earlier_runs(row)
+            for seed in [each for each in options.seeds if each not in {run["seed"] for run in row["runs"]}]:
+                fresh = best if best and seed == first else train(start(seed, settings), seed, patience, options)
+                if who == OURS and not fresh["failed"]:
+                    fresh["test"] = our_test(plan(our_command(model, data, seed, folder, options)))
+                row["runs"] = sorted([*row["runs"], fresh | {"git": machine["git"]}], key=lambda run: run["seed"])
+                row["failed"] = row["failed"] or fresh["failed"]
+                keep(row)
+        keep(row)
         yield row
+
+
+def earlier_runs(row: Row) -> list[Row]:
+    """Those that are kept of the same subject under the same rules."""
+    same = ("model", "data", "who", "version", "budget", "patience", "every", "settings")
+    runs = next((old["runs"] for old in kept() if all(old[key] == row[key] for key in same)), [])
+    return [run for run in runs if not run["failed"]]
 
 
 def too_dear(subject: Subject, budget: float) -> str:
@@ -284,7 +296,7 @@ def body(rows: list[Row], machine: dict[str, Any], options: argparse.Namespace) 
     """The section of all runs on one budget."""
     order = {pair: number for number, pair in enumerate(itertools.product(BATCH, ["ml-100k", "ml-1m", "amazon-beauty"]))}
     rows = sorted(rows, key=lambda row: order.get((row["model"], row["data"]), len(order)))
-    told = [row["environment"]["git"] for row in rows]
+    told = [run["git"] for row in rows for run in row["runs"]]
     commits = sorted({git["commit"][:7] + " with changes" * git["dirty"] if git else "unknown" for git in told})
     opening = (
         f"Written {when(machine)} The rows are of commit {', '.join(commits)}. "
