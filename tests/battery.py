@@ -150,22 +150,23 @@ class Battery:
 # ---- what costs seconds: each file says for which models --------------------------------------------------------------
 
 
-def check_compiled_equals_eager(backbone: Backbone, items: Tensor) -> None:
+def check_compiled_equals_eager(backbone: Backbone, items: Tensor, noisy: bool = False) -> None:
     """The graphs of a training step and of the read-out, at any size; what a code generator makes of them is its own part.
 
     Args:
         backbone: without dropout.
+        noisy: its training draws numbers, of which the two draw others: its steps are taken as in evaluation.
     """
+    torch._dynamo.reset()  # after so many compilations of one function it would run as it is
     backbone = backbone.double()
     compiled = torch.compile(backbone, backend="eager", dynamic=True)
     for rows, training in ((items[:3], True), (items[[0, 1, 2, 4], 1:], True), (items, False)):
-        backbone.train(training)
+        backbone.train(training and not noisy)
         batch = {"items": rows, "mask": rows > 0, "target": rows}
         view = backbone.training_view(batch) if training else batch
         results = []
         for model in (backbone, compiled):
             backbone.zero_grad()
-            torch.manual_seed(0)  # of what noise there is
             states = model(view["items"], view["mask"], backbone.every_position and training)
             (sum((state + state.square()).sum() for state in states) + backbone.item_table().square().sum()).backward()
             results.append([*states, *(weight.grad for weight in trainable(backbone).values() if weight.grad is not None)])

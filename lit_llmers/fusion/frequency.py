@@ -26,10 +26,13 @@ class Frequency(Fusion):
 
     A circular convolution mixes all positions, so only the read-out position may be trained: examples=prefixes.
 
-    We differ from the official code: a history stands at the right end of `max_length` positions and padding is zero, so that
-    its length makes no difference (there b makes text of padding); dropout and noise are drawn once for an item and step,
-    not for each occurrence, so that the experts run once for each item; and no norm follows the sum of v and positions, for
-    that is the backbone's. The experts start so that t has unit scale.
+    Positions count from a history's first item for t and for c2's shift, so that `c2_k = sum over i + j = k of t_i h_j` and
+    the last position has met all the text before it. A history that stands at the right end of a row is moved accordingly.
+
+    We differ from the official code: padding is zero, so that its length makes no difference (there b makes text of padding);
+    dropout and noise are drawn once for an item and step, not for each occurrence, so that the experts run once for each
+    item; and no norm follows the sum of v and positions, for that is the backbone's. The experts start so that t has unit
+    scale.
     The transforms are products with fixed matrices: at these lengths as fast as an FFT, and ONNX and bfloat16 have them.
 
     Args:
@@ -81,7 +84,7 @@ class Frequency(Fusion):
                 f"A history of {items.shape[1]} items reached a fusion built for max_length={self.max_length}. "
                 "Use the max_length that it was trained with."
             )
-        return self.fuse(self.inner.embed(items), self.adapt(items)) * (items > 0)[..., None]
+        return self.fuse(self.inner.embed(items), self.adapt(from_first(items))) * (items > 0)[..., None]
 
     def read(self, x: Tensor, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         if every_position:
@@ -89,16 +92,18 @@ class Frequency(Fusion):
         return self.inner.read(x, items, mask)
 
     def adapt(self, items: Tensor) -> Tensor:
-        """The text t of histories `[B, L]`, `[B, L, d]`."""
+        """The text t of histories `[B, L]` that begin with their first item, `[B, L, d]`."""
         mixed, gates = self.text.rows(items, whole=False).split([self.dim, len(self.offset)], 2)  # [B, L, d], [B, L, K]
         weight = self.text.adapter.experts.weight.view(len(self.offset), self.dim, -1)  # type: ignore[union-attr, operator]
-        shift = self.offset[:, self.max_length - items.shape[1] :] @ weight.transpose(1, 2)  # [K, L, d]
+        shift = self.offset[:, : items.shape[1]] @ weight.transpose(1, 2)  # [K, L, d]
         return mixed - torch.einsum("blk,kld->bld", gates, shift)
 
     def fuse(self, identity: Tensor, text: Tensor) -> Tensor:
-        """The fused vectors v `[B, L, d]` from h and t, both `[B, L, d]` at the right end of N positions."""
-        cosine, sine = (matrix[:, self.max_length - identity.shape[1] :] for matrix in (self.cosine, self.sine))  # [N/2+1, L]
-        h, t = (torch.stack([cosine @ x, -sine @ x]) for x in (identity, text))  # [2, B, N/2+1, d]
+        """The fused vectors v `[B, L, d]` from h at the right end of N positions and t at their left end, both `[B, L, d]`."""
+        length = identity.shape[1]
+        t = torch.stack([self.cosine[:, :length] @ text, -self.sine[:, :length] @ text])  # [2, B, N/2+1, d]
+        cosine, sine = (matrix[:, self.max_length - length :] for matrix in (self.cosine, self.sine))  # [N/2+1, L]
+        h = torch.stack([cosine @ identity, -sine @ identity])
         twice = torch.full_like(cosine[:, :1], 2.0)  # the frequencies that stand for two
         twice[0] = 1
         if self.max_length % 2 == 0:
@@ -117,6 +122,13 @@ class Frequency(Fusion):
     def item_table(self) -> Tensor:
         table = self.inner.item_table()
         return table if self.temperature is None else F.normalize(table, dim=-1)
+
+
+def from_first(items: Tensor) -> Tensor:
+    """Histories `[B, L]` with their padding, which stands before them, moved behind them."""
+    length = items.shape[1]
+    padding = (items == 0).sum(1, keepdim=True)  # [B, 1]
+    return F.pad(items, (0, length)).gather(1, torch.arange(length, device=items.device) + padding)
 
 
 class Mixture(nn.Module):

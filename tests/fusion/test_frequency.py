@@ -79,6 +79,21 @@ def test_fused_as_an_fft_does(length):
     torch.testing.assert_close(model.fuse(identity, text), v, rtol=1e-5, atol=1e-5)
 
 
+def test_text_meets_what_stands_before_it_wherever_the_row_ends():
+    """`c2_k = sum over i + j = k of t_i h_j` on a history's own positions, so the last one has all of its text."""
+    torch.manual_seed(0)
+    model = Frequency(SASRec(10, 8, dim=4, heads=1), torch.randn(11, 6), 8, dropout=0.0).eval()
+    with torch.no_grad():
+        model.filter.zero_()  # c1 = 0
+    history = torch.tensor([[3, 1, 4]])
+    h, t = model.inner.embed(history)[0], model.adapt(history)[0]
+    c2 = torch.stack([sum(t[i] * h[k - i] for i in range(k + 1)) for k in range(3)]) / 8**0.5  # the transforms are orthonormal
+    expected = 2 * c2 * torch.sigmoid(model.gates[1](c2))
+    for padding in range(6):
+        row = torch.cat([torch.zeros(1, padding, dtype=torch.long), history], 1)
+        torch.testing.assert_close(model.embed(row)[0, padding:], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_scores_are_cosines_or_what_the_backbone_has():
     items = torch.tensor([[3, 7, 10]])
     for temperature, scale in ((0.07, 1 / 0.07), (None, None)):
