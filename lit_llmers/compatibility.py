@@ -1,14 +1,15 @@
-"""Checks across stages: what one asks of another must be what that one has. Names and arguments: `lit_llmers.building`."""
+"""Checks across stages: what one asks of another must be what that one has. Of one stage: `lit_llmers.checks`."""
 
 import inspect
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from lit_llmers.backbones import Backbone
-from lit_llmers.building import RECORDS, Reference, build_callbacks, find, references
+from lit_llmers.building import RECORDS, Reference, build_backbone, build_callbacks, build_fusions, find, references
 from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError
 
@@ -43,46 +44,57 @@ def check_blocks(stages: dict[str, Any]) -> None:
                 )
 
 
-def check_terms(stages: dict[str, Any]) -> None:
-    """Check the settings of all callbacks, as each does when it is made, which is after the teachers' training.
+def check_parts(stages: dict[str, Any]) -> None:
+    """Check the settings of all students, fusions and callbacks, as each does when it is made, which may be days later.
 
-    They are made of what stands for the work of other stages: vectors of one number, and records without content. One whose
-    constructor cannot do with that has its settings checked when it is made in earnest.
+    They are made for one item, of what stands for the work of other stages: vectors of ones, and records without content.
+    What cannot be made of that, and models with a language model, have their settings checked when they are made in earnest.
 
     Args:
         stages: typed settings of all stages, by name.
 
     Raises:
-        UserError: a setting that its callback refuses, more items of a teacher's list than it has, or vectors of other widths.
+        UserError: a setting that is refused, more items of a teacher's list than it has, or vectors of other widths.
     """
     for name, stage in stages.items():
         if not isinstance(stage, FitStage):
             continue
-        named = [each for each in references(stage) if each.argument.startswith("callbacks.")]
-        sources = {each.argument: _stand_in(each.kind, stages[each.stage]) for each in named}
-        try:
-            build_callbacks(stage, sources, _offered(stage))
-        except UserError:
-            raise
-        except Exception as error:
-            log.debug("The callbacks of '%s' cannot be made before their sources are there: %r", name, error)
-        for reference in named:
-            term = reference.where.split(".")[1]
-            asked, source = dict(stage.terms)[term].get("k"), stages[reference.stage]
-            if reference.kind == "ranking" and asked is not None and asked > source.k:
-                raise UserError(
-                    f"'stages.{name}.callbacks.{term}.k' is {asked}, but the lists of stage '{reference.stage}' have "
-                    f"{source.k} items. Lower it, or set stages.{reference.stage}.k={asked}."
-                )
-            mapped = not find("callbacks", term).compares_as_they_are(dict(stage.terms)[term])
-            if reference.kind != "items" or mapped:
-                continue
-            own, theirs = _dim(stage), _dim(source)
-            if own is not None and theirs is not None and own != theirs:
-                raise UserError(
-                    f"'stages.{name}.callbacks.{term}' compares vectors as they are, but those of '{name}' have {own} "
-                    f"numbers and those of '{reference.stage}' {theirs}. Let it map them, or give both the same dim."
-                )
+        _rehearse(name, lambda: build_callbacks(stage, _sources(stage, stages), _offered(stage, stages)))  # noqa: B023
+        if "base" not in stage.model:
+            _rehearse(name, lambda: _student(stage, stages))  # noqa: B023
+        for reference in references(stage):
+            if reference.argument.startswith("callbacks."):
+                _check_read(name, stage, reference, stages[reference.stage])
+
+
+def _rehearse(name: str, make: Callable[[], Any]) -> None:
+    """Make parts of a stage, and pass on what they refuse."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            make()
+    except UserError as error:
+        raise UserError(f"Stage '{name}': {error}") from error
+    except Exception as error:
+        log.debug("Parts of '%s' cannot be made before their sources are there: %r", name, error)
+
+
+def _check_read(name: str, stage: FitStage, reference: Reference, source: Any) -> None:
+    """What a callback asks of a teacher's lists and vectors must be in them."""
+    term = reference.where.split(".")[1]
+    settings = dict(stage.terms)[term]
+    if reference.kind == "ranking" and settings.get("k") is not None and settings["k"] > source.k:
+        raise UserError(
+            f"'stages.{name}.callbacks.{term}.k' is {settings['k']}, but the lists of stage '{reference.stage}' have "
+            f"{source.k} items. Lower it, or set stages.{reference.stage}.k={settings['k']}."
+        )
+    if reference.kind != "items" or not find("callbacks", term).compares_as_they_are(settings):
+        return
+    own, theirs = _dim(stage), _dim(source)
+    if own is not None and theirs is not None and own != theirs:
+        raise UserError(
+            f"'stages.{name}.callbacks.{term}' compares vectors as they are, but those of '{name}' have {own} "
+            f"numbers and those of '{reference.stage}' {theirs}. Let it map them, or give both the same dim."
+        )
 
 
 def _dim(stage: Any) -> int | None:
@@ -94,22 +106,38 @@ def _dim(stage: Any) -> int | None:
     return stage.model.get("dim", argument.default) if known and argument is not None else None
 
 
-def _stand_in(kind: str, source: Any) -> Any:
-    """What a callback can be made of in place of what another stage will leave."""
+def _student(stage: FitStage, stages: dict[str, Any]) -> Any:
+    """The stage's model, for one item."""
+    backbone = build_backbone(stage, 0, offered := _offered(stage, stages))
+    sources = _sources(stage, stages)
+    return build_fusions(stage, backbone, sources, offered) if isinstance(backbone, Backbone) else backbone
+
+
+def _sources(stage: FitStage, stages: dict[str, Any]) -> dict[str, Any]:
+    """What its parts can be made of in place of what other stages will leave."""
+    return {each.argument: _stand_in(each.kind, stages[each.stage], stages) for each in references(stage)}
+
+
+def _stand_in(kind: str, source: Any, stages: dict[str, Any]) -> Any:
     if kind == "ranking":
         return SimpleNamespace(k=source.k)
     if kind == "signals":
         return SimpleNamespace(shape=(source.blocks, 1))
-    return torch.zeros(2, 1)
+    return _student(source, stages) if kind == "model" else _vectors(source)
 
 
-def _offered(stage: FitStage) -> dict[str, Any]:
+def _vectors(source: Any) -> torch.Tensor:
+    """Item vectors of one item, as wide as a stage's where its settings say so, or else as an encoder's often are."""
+    return torch.ones(2, _dim(source) or 768)
+
+
+def _offered(stage: FitStage, stages: dict[str, Any]) -> dict[str, Any]:
     """The same in place of what the data will offer: `lit_llmers.building.INJECTED`."""
     return {
         "n_items": 1,
         "n_users": 2,
         "max_length": stage.sequences.max_length,
-        "item_table": torch.zeros(2, 1),
+        "item_table": _vectors(stages[stage.items[0]]) if stage.items else None,
         "training_pairs": torch.zeros(0, 2, dtype=torch.int64).numpy(),
         "popularity": torch.zeros(2, dtype=torch.int64),
         "histories": None,

@@ -54,12 +54,12 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
         planned[name] = [
             Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
         ]
-    from lit_llmers.compatibility import check_blocks, check_targets, check_terms
+    from lit_llmers.compatibility import check_blocks, check_parts, check_targets
 
     settings = {name: stages[0].config for name, stages in planned.items()}
     check_targets(settings)
     check_blocks(settings)
-    check_terms(settings)
+    check_parts(settings)
     return [stage for stages in planned.values() for stage in stages]
 
 
@@ -140,11 +140,11 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
     }
     typed: Any = build(classes[verb], entry, where)
     if verb == "fit":
-        from lit_llmers.building import check
+        from lit_llmers.checks import check
 
         check(typed, where)
     if verb == "tune":
-        from lit_llmers.building import check_base_of
+        from lit_llmers.checks import check_base_of
         from lit_llmers.teachers.base import BaseConfig
 
         BaseConfig.of(typed.base)

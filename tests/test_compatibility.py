@@ -119,6 +119,25 @@ def test_a_callback_of_a_graph_is_refused_as_early(view, tmp_path):
         planned(tmp_path, "student=lightgcn", f"stages.student.callbacks={callback}")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.student.model.heads=3"], "Stage 'student': SASRec's dim=8 cannot be cut into heads=3"),
+        (["student=caser", "stages.student.model.window=0"], "Caser's window is 0"),
+        (["+stages.student.fusion=[{dual_view:{from:text,heads:3}}]"], "dual_view cannot cut .*dim=8 into heads=3"),
+        (
+            ["sequences.examples=last", "+stages.student.fusion=[{frequency:{from:text,cosine_temperature:0}}]"],
+            "frequency's cosine_temperature is 0",
+        ),
+        (["+stages.student.fusion=[{frozen_adapter:{from:text,layers:0}}]"], "A text adapter's layers is 0"),
+        (["+stages.student.fusion=[{concat:{from:text}},{popularity_gate:{from:text}}]"], "Let it stand alone in 'fusion'"),
+    ],
+)
+def test_a_student_s_and_a_fusion_s_settings_are_refused_as_early(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, "stages.student.callbacks=[]", "student.model.dim=8", *overrides)
+
+
 def test_a_constructor_that_needs_its_sources_waits_for_them(tmp_path, monkeypatch):
     def reads(self, items, weight=1.0):
         self.first = items[3]

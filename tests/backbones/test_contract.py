@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
-from lit_llmers.building import build_backbone, check, find
+from lit_llmers.building import build_backbone, find
+from lit_llmers.checks import check
 from lit_llmers.conf.schema import SequenceConfig, build
 from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError

@@ -242,6 +242,13 @@ def test_a_scale_is_like_another_and_wins_over_it(mine):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_the_parts_of_every_recipe_can_be_made_before_anything_runs(name, no_files, caplog):
+    caplog.set_level("DEBUG", "lit_llmers.compatibility")
+    assert resolve(recipes.compose(name, TEXT.get(name, [])))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_begins_with_its_title(name):
     assert len(recipes.title(recipes.available()[name])) > 20
 
