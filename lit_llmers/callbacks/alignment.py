@@ -207,7 +207,7 @@ class AlignmentTerm(Term):
         if self.kind == "cosine":
             return cosine(student, signal)
         if self.kind == "soft_clip":
-            return soft_clip(student, signal, temperature=self.temperature)
+            return soft_clip(signal, student, temperature=self.temperature)
         pairs = [(student, signal), (signal, student)] if self.symmetric else [(student, signal)]
         values = []
         for side, (anchor, candidates) in enumerate(pairs):
@@ -235,7 +235,8 @@ class Alignment(Distillation):
             two tables of a student whose fusion has them, its own items' and that of their text (`concat`, `dual_view`), both
             of which learn: PAD's second phase.
         users: `[U, D]` the users' signals, zero for one without; of use to a collaborative student alone.
-        kind: `info_nce` (cosines), `soft_clip` (dot products), `mmd` (equal distributions) or `cosine` (equal directions).
+        kind: `info_nce` (cosines), `soft_clip` (dot products, the signal as x), `mmd` (equal distributions) or `cosine` (equal
+            directions).
         negatives: of `info_nce`: which items compete: those of the `batch`, `all`, or those of the batch and of a `bank` of the
             vectors that were last met.
         bank: how many vectors it holds.

@@ -169,7 +169,7 @@ def test_soft_clip_mmd_and_cosine_are_of_the_items_of_the_batch():
     share = torch.tensor([2, 1, 1, 1]) / 5
     cos = 1 - F.cosine_similarity(student, text)
     for kind, expected in {
-        "soft_clip": soft_clip(student, text, temperature=2.0).dot(share),
+        "soft_clip": soft_clip(text, student, temperature=2.0).dot(share),  # x and y as the official codes have them
         "mmd": multi_kernel_mmd(student, text),
         "cosine": cos.dot(share),
     }.items():
@@ -181,7 +181,7 @@ def test_llmemb_s_anchor_is_constant_and_its_targets_are_not():
     output, ids = output_of(), [3, 5, 7, 9]
     term_of(sasrec, kind="soft_clip", temperature=2.0)(output, SEQUENCES).backward()
     leaf = output.items.detach()[ids].requires_grad_()
-    soft_clip(leaf, TEXT[ids], temperature=2.0).dot(torch.tensor([2, 1, 1, 1]) / 5).backward()
+    soft_clip(TEXT[ids], leaf, temperature=2.0).dot(torch.tensor([2, 1, 1, 1]) / 5).backward()
     torch.testing.assert_close(output.items.grad[ids], leaf.grad)
     assert output.items.grad.any(1).nonzero().squeeze(1).tolist() == ids
 
