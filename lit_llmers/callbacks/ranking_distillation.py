@@ -217,7 +217,9 @@ class RankingDistillation(Distillation):
     The methods, by what they set: DLLM2Rec `loss: bce, negatives: 1, weights: {position, confidence, consistency}`; RD
     `loss: bce, weights: {position, discrepancy}, combine: product`; RRD `loss: listwise` (its authors later found the plain
     first k better than `sampler: rank`); DCD that with `underestimated` and `overestimated`; UnKD `loss: pairwise`; and
-    `loss: softmax` is the plain soft top-K.
+    `loss: softmax` is the plain soft top-K. RD's form has no negatives, for its student's own loss holds scores down. A softmax
+    over items does not see a common shift of all scores, and a shift meets that form whatever the list says: beside it RD is
+    `loss: softmax, over: catalogue`, in which an item of the list costs what the target costs.
 
     What is different here, because a teacher's record is a list of K items and not a ranking of the catalogue. DCD draws
     from the list alone, as public ports of it do; its item side is left out, as is every item-side ranking, for a

@@ -2,15 +2,19 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import by_name
 
 from lit_llmers import recipes
 from lit_llmers.building import find
+from lit_llmers.callbacks.ranking_distillation import RankingDistillation
 from lit_llmers.data import sources
 from lit_llmers.errors import UserError
 from lit_llmers.resolving import resolve
+from lit_llmers.students.output import StudentOutput
 
 RECIPES = sorted(recipes.available())
 NEEDS = {  # what an option cannot do without
@@ -246,6 +250,29 @@ def test_the_parts_of_every_recipe_can_be_made_before_anything_runs(name, no_fil
     caplog.set_level("DEBUG", "lit_llmers.compatibility")
     assert resolve(recipes.compose(name, TEXT.get(name, [])))
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_not_see(name, no_files):
+    torch.manual_seed(0)
+    items = torch.rand(40, 120).argsort(1)[:, :100] + 1
+    batch = {"target": items[:, 3], "teacher_items": items, "teacher_scores": -torch.rand(40, 100).cumsum(1)}
+    user, table = torch.randn(40, 9), torch.randn(121, 9)
+    user[:, -1], table[:, -1] = 1, 0
+    higher = table + torch.eye(9)[-1] * 20  # every item's score
+    student = SimpleNamespace(reduce=lambda values, batch: values.mean())
+    for stage in resolve(recipes.compose(name, ["data=ml-1m", *TEXT.get(name, [])])):
+        for part, settings in stage.config.terms if stage.verb == "fit" else []:
+            if part != "ranking_distillation" or stage.config.loss.kind not in ("cross_entropy", "sampled_softmax"):
+                continue
+            term = RankingDistillation(
+                SimpleNamespace(k=100), torch.arange(121), **{key: value for key, value in settings.items() if key != "from"}
+            ).build(student)
+            losses = []
+            for scores in (table, higher):
+                torch.manual_seed(1)
+                losses.append(term(StudentOutput(user, scores), batch).item())
+            assert losses[1] > 0.99 * losses[0]
 
 
 @pytest.mark.parametrize("name", RECIPES)
