@@ -100,6 +100,8 @@ def _check_read(name: str, stage: FitStage, reference: Reference, source: Any) -
 def _dim(stage: Any) -> int | None:
     """Width of a stage's item vectors, where its settings say so."""
     if isinstance(stage, EncodeStage):
+        if isinstance(stage.reduce, str):
+            return None
         return stage.reduce if stage.encode == "transformer" else stage.dim
     argument = inspect.signature(find("backbones", stage.fit)).parameters.get("dim")
     known = argument is not None and isinstance(argument.default, int) and not stage.fusion

@@ -42,6 +42,8 @@ def run(stage: Stage) -> dict[str, Any]:
         table, users, summary = _transformer(stage, dataset, texts)
     if not Processes.here().of(stage).first:
         return {}
+    if config.encode != "transformer" and config.reduce is not None:
+        table = Projection.fit(table[has_vector(table)], config.reduce, stage.seed, config.whiten)(table)
     if config.shuffle:
         random = np.random.default_rng(stage.seed)
         table[1:] = table[1:][random.permutation(len(texts))]

@@ -111,6 +111,18 @@ def test_reduced_tables_keep_the_padding_and_the_size(stages):
     assert np.mean(found[found.any(1)] ** 2) == pytest.approx(1, rel=1e-5)
 
 
+def test_all_principal_components_of_any_encoder_are_centred(stages):
+    planned = done(stages("stages.text.reduce=all", more="  words: {encode: tfidf, fields: [title], dim: 8, reduce: all}\n"))
+    for name, width in (("text", 16), ("words", 8)):
+        found = table(planned[name])
+        assert found.shape == (N + 1, width)
+        real = found[found.any(1)]
+        assert len(real) == N - 1
+        np.testing.assert_allclose(real.mean(0), 0, atol=1e-4)
+        assert (np.diff(real.var(0)) < 1e-6).all()
+        assert np.mean(real**2) == pytest.approx(1, rel=1e-4)
+
+
 def test_shuffled_is_the_same_vectors_at_other_items(stages):
     shuffled = "  shuffled: {like: text, shuffle: true}\n  again: {like: shuffled}\n"
     planned = done(stages(more=shuffled))
@@ -305,6 +317,7 @@ def test_the_model_s_content_names_the_stage_and_its_place_does_not(stages, mode
         ({"pooling": "men"}, "'men'. Did you mean 'mean'"),
         ({"users": "histories"}, "'histories'. Did you mean 'history'"),
         ({"reduce": 0}, "reduce of the encode stage is 0"),
+        ({"reduce": "most"}, "reduce of the encode stage is 'most'. It must be a number of components, or all"),
         ({"model": None}, "encode: transformer needs a model"),
         ({"encode": "tfidf"}, "encode: tfidf has no model"),
         ({"encode": "tfidf", "model": None, "reduce": 8}, r"does not take reduce \(use dim\)"),

@@ -20,6 +20,7 @@ POOLINGS = ("mean", "last", "eos", "cls")
 USER_VECTORS = ("mean", "history", "profile")
 RECORDABLE = ("block_states", "ranking")
 REDUCTIONS = ("pca", "random", "uniform", "variance")
+ALL = "all"  # of the principal components
 EXPORTS = ("safetensors", "onnx")
 TUNINGS = ("bigrec",)
 VALIDATIONS = ("loss", "ranking")
@@ -139,7 +140,8 @@ class EncodeStage:
         batch_size: texts at a time.
         normalise: vectors of length one, before `reduce`.
         dtype: of the model's weights; null is the base's own, or float32.
-        reduce: keep so many principal components of the items' vectors; null keeps all.
+        reduce: keep so many principal components of the items' vectors, which are centred then; `all`: those there are, of
+            the vectors of any encoder; null leaves the vectors as they are.
         whiten: give those components one variance. Text vectors point mostly one way, and what is trained on them learns the
             other ways late.
         shuffle: give every vector to another item, drawn at random: what remains is the spectrum without the meaning.
@@ -168,7 +170,7 @@ class EncodeStage:
     batch_size: int = field(default=64, metadata=ADDED)
     normalise: bool = field(default=True, metadata=ADDED)
     dtype: str | None = field(default=None, metadata=ADDED)
-    reduce: int | None = field(default=None, metadata=ADDED)
+    reduce: int | str | None = field(default=None, metadata=ADDED)
     whiten: bool = field(default=False, metadata=ADDED)
     shuffle: bool = field(default=False, metadata=ADDED)
     users: str | None = field(default=None, metadata=ADDED)
@@ -189,8 +191,10 @@ class EncodeStage:
         ):
             if value not in known:
                 raise unknown(f"choice of the encode stage ({name})", str(value), [each for each in known if each])
+        if isinstance(self.reduce, str) and self.reduce != ALL:
+            raise UserError(f"reduce of the encode stage is '{self.reduce}'. It must be a number of components, or {ALL}.")
         for name in ("dim", "max_tokens", "batch_size", "reduce", "vocabulary"):
-            if (number := getattr(self, name)) is not None and number < 1:
+            if isinstance(number := getattr(self, name), int) and number < 1:
                 raise UserError(f"{name} of the encode stage is {number}. It must be at least 1.")
         if (self.encode != "tfidf") != (self.model is not None):
             raise UserError(
@@ -200,7 +204,7 @@ class EncodeStage:
                 else f"encode: {self.encode} has no model. Use encode: transformer, or leave model out."
             )
         foreign = {
-            "reduce (use dim)": self.reduce,
+            "reduce (use dim)": self.reduce not in (None, ALL),
             "adapter": self.adapter,
             f"users: {self.users} (use mean)": self.users in ("history", "profile"),
             "contrast": self.contrast,
@@ -210,7 +214,7 @@ class EncodeStage:
             raise UserError(f"encode: {self.encode} does not take {what}. Use encode: transformer for it.")
         if self.whiten and self.reduce is None:
             raise UserError(
-                "whiten of the encode stage is of principal components. Say how many, as reduce: 128, or drop whiten."
+                "whiten of the encode stage is of principal components. Say how many, as reduce: 128 or all, or drop whiten."
             )
         if self.contrast and (self.prompt or self.adapter or len(self.fields) < 2):
             raise UserError(

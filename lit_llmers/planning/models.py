@@ -182,7 +182,7 @@ class Papers:
                 model.requires_grad_(False)
             return Paper(said_learner(model, self.dataset.n_items, config.dim), table=config.dim)
         model = encoder(base, config.contrast, f"{stage.name}.contrast.lora")
-        return Paper(model, table=config.reduce or model.config.hidden_size)
+        return Paper(model, table=config.reduce if isinstance(config.reduce, int) else model.config.hidden_size)
 
 
 def causal(base: BaseConfig, vocabulary: int, lora: LoraConfig | None) -> Any:

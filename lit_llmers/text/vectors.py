@@ -134,8 +134,8 @@ class Projection:
     factor: float
 
     @classmethod
-    def fit(cls, vectors: np.ndarray, reduce: int | None, seed: int, whiten: bool = False) -> "Projection":
-        """The projection of `vectors` `[n, D]` onto `reduce` components; None keeps them as they are.
+    def fit(cls, vectors: np.ndarray, reduce: int | str | None, seed: int, whiten: bool = False) -> "Projection":
+        """The projection of `vectors` `[n, D]` onto `reduce` components: `all` is min(n - 1, D), None leaves the vectors alone.
 
         Args:
             whiten: all components get one variance.
@@ -150,6 +150,8 @@ class Projection:
         from sklearn.decomposition import PCA
 
         possible = min(vectors.shape)
+        if isinstance(reduce, str):
+            reduce = max(1, min(len(vectors) - 1, vectors.shape[1]))
         if reduce > possible:
             raise UserError(
                 f"reduce={reduce} is more than {len(vectors)} texts with vectors of width {vectors.shape[1]} can give. "

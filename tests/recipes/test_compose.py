@@ -275,6 +275,11 @@ def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_
             assert losses[1] > 0.99 * losses[0]
 
 
+@pytest.mark.parametrize("text", ["tfidf", "minilm"])
+def test_llmemb_s_adapter_reads_principal_components_as_the_official_one_does(text, no_files):
+    assert by_name(resolve(recipes.compose("llmemb", [f"text={text}"])))["text"].config.reduce == "all"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_begins_with_its_title(name):
     assert len(recipes.title(recipes.available()[name])) > 20

@@ -40,6 +40,16 @@ def test_whitened_components_have_one_variance_and_say_nothing_of_each_other():
     np.testing.assert_allclose(found / found.std(0), plain / plain.std(0), rtol=1e-3, atol=1e-4)  # the same ways
 
 
+@pytest.mark.parametrize(("rows", "directions"), [(60, 8), (5, 4)])
+def test_all_components_are_those_there_are(rows, directions):
+    given = vectors(rows)
+    found = Projection.fit(given, "all", 0)(given)
+    assert found.shape == (rows, directions)
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-5)
+    ratio = np.linalg.norm(found[1:] - found[:-1], axis=1) / np.linalg.norm(given[1:] - given[:-1], axis=1)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+
+
 def test_distances_stay_up_to_one_factor_and_other_rows_go_the_same_way():
     given = vectors()
     project = Projection.fit(given, 8, 0)
