@@ -275,6 +275,14 @@ def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_
             assert losses[1] > 0.99 * losses[0]
 
 
+@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in ("dllm2rec", "bigrec") for scale in scales(name)])
+def test_what_the_student_agrees_with_weighs_as_much_as_in_dllm2rec_however_long_the_list(name, scale, no_files):
+    """There 10 items of .1; beside them position and confidence have .8 together, whatever K is."""
+    config = recipes.compose(name, ["data=ml-1m", *([] if scale == "laptop" else [f"scale={scale}"])])
+    (ranking,) = (entry["ranking_distillation"] for entry in config["stages"]["student"]["callbacks"])
+    assert ranking["k"] * ranking["weights"]["consistency"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("text", ["tfidf", "minilm"])
 def test_llmemb_s_adapter_reads_principal_components_as_the_official_one_does(text, no_files):
     assert by_name(resolve(recipes.compose("llmemb", [f"text={text}"])))["text"].config.reduce == "all"
