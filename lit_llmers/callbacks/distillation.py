@@ -63,6 +63,8 @@ class Distillation(L.Callback):
     sources: ClassVar[Sources] = {}  # constructor arguments that other stages make, see `lit_llmers.fusion.Fusion`
 
     def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:
+        if weight < 0:
+            raise UserError(f"{self.name}: weight is {weight}. It must be 0 (no effect) or more.")
         if decay_epochs < 0:
             raise UserError(f"{self.name}: decay_epochs is {decay_epochs}. It must be 0 (constant weight) or more.")
         self.weight, self.decay_epochs = weight, decay_epochs

@@ -478,6 +478,7 @@ def test_bf16_is_finite(tmp_path):
         ({"temperature": 0.0}, "temperature is 0.0. It must be positive"),
         ({"share": 0.0}, "share is 0.0"),
         ({"decay_epochs": -1}, "decay_epochs is -1"),
+        ({"weight": -1.0}, "weight is -1"),
     ],
 )
 def test_bad_settings_name_the_key_and_the_cure(settings, message):
