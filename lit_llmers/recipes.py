@@ -111,7 +111,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     path, listed = find(name), groups(name)
     scale, given = _split_scale(overrides)
@@ -158,6 +158,8 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         for layer in layers:
             _silence_trainers(plain.get("stages"), layer)
             plain = _with_stage_overrides(plain, [override for override in layer if _STAGE_KEY.match(override)])
+    except MissingMandatoryValue as error:
+        raise UserError(f"Recipe '{name}' needs a value for '{error.full_key}'. Add {error.full_key}=VALUE.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"Recipe '{name}' does not resolve: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
