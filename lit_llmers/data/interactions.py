@@ -243,7 +243,10 @@ def _seconds(column: pd.Series) -> pd.Series:
     if not is_date and pd.to_numeric(column, errors="coerce").notna().any():
         return column
     dates = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
-    return (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1) if is_date or dates.notna().any() else column
+    if not is_date and dates.isna().all():
+        return column
+    seconds = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    return seconds if seconds.notna().all() else seconds.astype(object).where(seconds.notna(), column)
 
 
 def _numbers(column: pd.Series, name: str, origin: str, cure: str = "Fill them in") -> pd.Series:

@@ -178,6 +178,7 @@ class TestBadInput:
             ),
             (["1", "2", "3", "x", "5", "6", "7", "8", "9", "y"], r"in 2 rows, first in row 4 \('x'\)"),
             (["17.05.2026"] * 10, r"in 10 rows, first in row 1 \('17.05.2026'\)\. .* write dates as 2026-05-17T12:00, or drop"),
+            (["2026-05-17", "yesterday"] * 5, r"in 5 rows, first in row 2 \('yesterday'\)"),
             (["2026-05-17"] * 9 + [None], r"in 1 rows, first in row 10"),
             ([1, 2, 3, 4, -5, 6, 7, -8, 9, 10], r"'timestamp' is negative in 2 rows, first in row 5 \(-5\)"),
         ],
