@@ -52,7 +52,7 @@ def environment() -> dict[str, Any]:
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "packages": _packages(),
-        "git": _git(Path(__file__).parent),
+        "git": code(),
     }
 
 
@@ -92,6 +92,11 @@ def _packages() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code() -> dict[str, Any] | None:
+    """`commit` and `dirty` of the checkout that the package lies in, or None."""
+    return _git(Path(__file__).parent)
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -99,7 +99,7 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
             np.savez(folder / "groups.npz", **groups)
             for model in models:
                 (run / model["ranks"]).rename(folder / model["ranks"])
-        write(folder / "DONE", {"seconds": 25.5, "summary": summary})
+        write(folder / "DONE", {"seconds": 25.5, "summary": summary, "git": {"commit": "c" * 40, "dirty": False}})
     about = {"recipe": "slmrec", "run": "default", "command": COMMAND, "data": INFO | {"generated": generated}}
     about |= {"stages": stages, "pairs": [["student", "control"]], "teacher": "teacher", "paper": PAPER}
     write(run / "run.json", about)
@@ -238,8 +238,8 @@ def test_protocol_data_and_command_are_there(good):
     assert "Dropped, k_core=5: 12 users, 4 items, 61 interactions." in text
     assert INFO["notes"][0] in text
     assert COMMAND in text
-    assert "`student-seed2-abc123`" in text
-    assert "Commit `aaaaaaaaaaaa` with local changes." in text
+    assert "| `student-seed2-abc123` | `cccccccccccc` |" in text
+    assert "Report by commit `aaaaaaaaaaaa` with local changes." in text
 
 
 def test_every_plot_is_there_and_shown(good):

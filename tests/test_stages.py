@@ -416,3 +416,12 @@ def test_a_run_folder_without_permission(tmp_path, monkeypatch):
 def test_the_plan_alone_writes_nothing(tmp_path):
     resolve(recipes.compose("slmrec", [f"run.dir={tmp_path / 'runs'}"]))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_keeps_the_commit_of_the_code_that_made_it(tmp_path, monkeypatch):
+    (prepare,) = small(tmp_path, "stage=prepare")[:1]
+    commits = iter(["a" * 40, "b" * 40])
+    monkeypatch.setattr("lit_llmers.running.code", lambda: {"commit": next(commits), "dirty": False})
+    for _ in range(2):
+        run([prepare], None)
+    assert read_json(prepare.folder / "DONE")["git"] == {"commit": "a" * 40, "dirty": False}

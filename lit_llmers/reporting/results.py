@@ -22,7 +22,7 @@ class StageResult:
 
     Attributes:
         folder: where it wrote; may not exist yet.
-        seconds, summary: from its `DONE`; None and empty until then.
+        seconds, summary, git: from its `DONE`; None and empty until then. `git` is the code that ended it, None where unknown.
         metrics: its `metrics.jsonl`, in order of the steps.
     """
 
@@ -33,6 +33,7 @@ class StageResult:
     seconds: float | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    git: dict[str, Any] | None = None
 
     @property
     def done(self) -> bool:
@@ -168,7 +169,9 @@ class Results(Evaluated):
         folder = self.run / entry["folder"]
         done = read_json(folder / "DONE") if (folder / "DONE").is_file() else {"seconds": None, "summary": {}}
         metrics = read_metrics(folder / "metrics.jsonl")
-        return StageResult(entry["name"], entry["seed"], entry["verb"], folder, done["seconds"], done["summary"], metrics)
+        return StageResult(
+            entry["name"], entry["seed"], entry["verb"], folder, done["seconds"], done["summary"], metrics, done.get("git")
+        )
 
     @cached_property
     def fits(self) -> dict[str, list[StageResult]]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lit_llmers.reporting import tables
 from lit_llmers.reporting.results import Evaluated
 
 
@@ -87,5 +88,5 @@ def machine(environment: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions)
     device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
     git = environment["git"]
-    commit = f" Commit `{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}." if git else ""
+    commit = f" Report by commit {tables.commit(git)}." if git else ""
     return f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."

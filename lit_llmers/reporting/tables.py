@@ -166,10 +166,16 @@ def stage_table(results: Results) -> str:
             stage.verb,
             duration(stage.seconds) if stage.done else "not done",
             f"`{stage.folder.name}`",
+            commit(stage.git) if stage.git else NONE,
         ]
         for stage in results.stages
     ]
-    return markdown(["stage", "seed", "does", "time", "folder"], rows)
+    return markdown(["stage", "seed", "does", "time", "folder", "commit"], rows)
+
+
+def commit(git: dict[str, Any]) -> str:
+    """A checkout's commit, and whether it had changes of its own."""
+    return f"`{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}"
 
 
 def training_table(results: Results) -> str:
