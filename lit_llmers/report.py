@@ -16,7 +16,7 @@ from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.plots import write_plots
 from lit_llmers.reporting.results import METRIC, Results
 from lit_llmers.reporting.summary import figures
-from lit_llmers.reporting.verdict import leak_warnings, teacher_warnings, verdict
+from lit_llmers.reporting.verdict import leak_warnings, short_warnings, teacher_warnings, verdict
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -45,9 +45,9 @@ def write_report(run: Path) -> Path:
     plots = write_plots(results)
     parts = [_title(results), sections.data_line(results), *leak_warnings([results]), _state(results)]
     if results.models:
-        parts += [verdict(results), *teacher_warnings(results), _results(results), _cost(results)]
+        parts += [verdict(results), *teacher_warnings(results), *short_warnings([results]), _results(results), _cost(results)]
     elif any(stage.done for stage in results.stages if stage.verb in ("fit", "tune")):
-        parts += ["## Training so far", tables.training_table(results)]
+        parts += ["## Training so far", tables.training_table(results), *short_warnings([results])]
     parts += [_plots(plots), sections.protocol_section(results), sections.data_section(results), _reproducibility(results)]
     path = results.run / "report.md"
     with atomic_write(path) as temporary:
@@ -65,6 +65,7 @@ def summary_table(run: Path) -> str:
     parts += leak_warnings([results])
     if results.models:
         parts += [verdict(results), *teacher_warnings(results)]
+    parts += short_warnings([results])
     return "\n\n".join(part.replace("**", "").replace("> ", "") for part in parts if part)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_fit import HEAVY
-from test_report import make_run
+from test_report import best_epoch, make_run
 from tiny import arguments
 
 from lit_llmers import comparable, compare, fit, recipes
@@ -151,6 +151,15 @@ def test_a_text_that_may_betray_held_out_items_is_warned_of_at_the_head(folders,
     assert text.count("WARNING") == 1
     assert text.index(warning) < text.index("| model")
     assert warning.replace("**", "") in comparison_report.summary_table(comparison)
+
+
+def test_a_training_that_still_rose_at_its_end_is_named_with_its_run(folders, tmp_path):
+    runs = {name: shutil.copytree(run, tmp_path / name) for name, run in folders.items()}
+    best_epoch(runs["caser"], "student-seed1", 11)
+    comparison = students(runs)
+    warning = "trainer.max_epochs allows, of slmrec/default: student (12, 1 of 3 seeds). More"
+    assert warning in comparison_report.write_report(tmp_path, comparison, [], {}, "").read_text()
+    assert warning in comparison_report.summary_table(comparison)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -198,6 +198,36 @@ def test_of_two_controls_each_is_named_and_the_reason_said_once(tmp_path):
     assert text.count("has nothing to teach") == 1
 
 
+def best_epoch(run: Path, stage: str, epoch: int, epochs: int = 12) -> None:
+    """Have a stage of a made-up run, whose validations are of epochs 0 to 11, say which was best."""
+    path = run / f"{stage}-abc123" / "DONE"
+    done = json.loads(path.read_text())
+    write(path, done | {"summary": done["summary"] | {"epochs": epochs, "best": {"epoch": epoch, "val/NDCG@10": 0.1}}})
+
+
+def test_a_training_that_still_rose_at_its_last_epoch_is_a_warning(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2})
+    assert "WARNING" not in write_report(run).read_text() + summary_table(run), "the best epoch is 9 of 0 to 11"
+    for stage in ("teacher", "student-seed0", "student-seed2"):
+        best_epoch(run, stage, 11)
+    best_epoch(run, "sasrec", 11, epochs=0)  # counted and not trained
+    text = write_report(run).read_text()
+    warning = (
+        "stopped too early.** The best epoch is the last that trainer.max_epochs allows, of teacher (12), student (12, 2 of 3"
+    )
+    assert warning in text
+    assert text.index("student beats control") < text.index(warning) < text.index("## Results")
+    assert warning.replace("**", "") in summary_table(run)
+
+
+def test_a_training_without_validation_is_never_cut_short(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0, "control": 1.6}, seeds=(0,))
+    best_epoch(run, "teacher", 11)
+    log = run / "teacher-abc123" / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if "val/" not in line))
+    assert "WARNING" not in write_report(run).read_text()
+
+
 def test_main_table_has_every_metric_with_its_spread_and_the_best_bold(good):
     table = section((good / "report.md").read_text(), "## Results on the test users")
     header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]

@@ -11,7 +11,7 @@ from lit_llmers.files import atomic_write, write_json
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.comparison import Comparison, comparison_table, figures, notes, terminal_columns
 from lit_llmers.reporting.plots import write_comparison
-from lit_llmers.reporting.verdict import leak_warnings
+from lit_llmers.reporting.verdict import leak_warnings, short_warnings
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -39,6 +39,7 @@ def write_report(
         f"# Comparison on {comparison.data['name']}" + (f" ({root.name})" if root.name != comparison.data["name"] else ""),
         sections.data_line(comparison),
         *leak_warnings(comparison.runs),
+        *short_warnings(comparison.runs),
         _failures(failed),
         tables.markdown(*comparison_table(comparison)),
         "\n".join(f"- {note}" for note in notes(comparison)),
@@ -65,7 +66,8 @@ def write_report(
 
 def summary_table(comparison: Comparison) -> str:
     """The table as plain text for the terminal, with the warnings."""
-    warnings = [each.replace("**", "").replace("> ", "") for each in leak_warnings(comparison.runs)]
+    found = [*leak_warnings(comparison.runs), *short_warnings(comparison.runs)]
+    warnings = [each.replace("**", "").replace("> ", "") for each in found]
     return "\n\n".join([comparison.subject, tables.plain(*terminal_columns(*comparison_table(comparison))), *warnings])
 
 

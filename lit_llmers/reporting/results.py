@@ -39,6 +39,13 @@ class StageResult:
     def done(self) -> bool:
         return self.seconds is not None
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether its best epoch is the last that was validated, so that `trainer.max_epochs` ended it; never untrained."""
+        validated = [entry["epoch"] for entry in self.metrics if any(key.startswith("val/") for key in entry)]
+        best = self.summary.get("best", {}).get("epoch")
+        return bool(validated and self.summary.get("epochs")) and best == max(validated)
+
 
 class Evaluated:
     """Models that were ranked on the same test rows.

@@ -55,6 +55,27 @@ def teacher_warnings(results: Results) -> list[str]:
     return out
 
 
+def short_warnings(runs: Sequence[Results]) -> list[str]:
+    """A warning, as a Markdown quotation, if trainings ended at `trainer.max_epochs` while their validation still rose.
+
+    Of several runs those are named whose training it is; one that they share is named once.
+    """
+    found: dict[tuple[str, ...], str] = {}
+    for run in runs:
+        for name, stages in run.fits.items():
+            if short := [stage for stage in stages if stage.cut_short]:
+                epochs = " or ".join(str(number) for number in sorted({stage.summary["epochs"] for stage in short}))
+                seeds = f", {len(short)} of {len(stages)} seeds" if len(short) < len(stages) else ""
+                of = f"{run.about['recipe']}/{run.about['run']}: " if len(runs) > 1 else ""
+                found.setdefault(tuple(stage.folder.name for stage in short), f"{of}{name} ({epochs}{seeds})")
+    if not found:
+        return []
+    return [
+        "> **WARNING: training may have been stopped too early.** The best epoch is the last that trainer.max_epochs allows, "
+        f"of {', '.join(found.values())}. More epochs may change these figures and the verdict: raise trainer.max_epochs."
+    ]
+
+
 def leak_warnings(runs: Sequence[Results]) -> list[str]:
     """A warning, as a Markdown quotation, for every encode stage that read texts which may betray held-out items.
 
