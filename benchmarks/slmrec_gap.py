@@ -99,9 +99,10 @@ def measure(name: str, overrides: list[str]) -> dict[str, Any]:
     config["run"]["name"] = f"gap-{config['data']['name']}"
     stages = resolve(config)
     folder = stages[0].run.folder
+    worked = not all(stage.done for stage in stages)
     with alone(folder):
         run(stages, "evaluate")
-        describe_run(folder, config, overrides, stages)
+        describe_run(folder, config, overrides, stages, worked)
     results = Results(folder)
     figures = {
         model: [sum(row.mean() for row in results.per_row(model)) / len(results.models[model])]

@@ -98,6 +98,7 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
     if asked.reference is not None and asked.reference not in called.values():
         raise unknown("reference", asked.reference, set(called.values()))
     failed: dict[str, str] = {}
+    worked = not all(run.done for run in runs)
     with alone(root):
         for number, run in enumerate(runs, start=1):
             where = f"[{number}/{len(runs)}] {run.label:<16}"
@@ -117,7 +118,7 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
             return failed
         about = [(run.label, run.folder, shlex.join(["python", "-m", "lit_llmers.fit", *run.arguments])) for run in runs]
         command = shlex.join(["python", "-m", "lit_llmers.compare", *arguments])
-        report = write_report(root, comparison, about, failed, command)
+        report = write_report(root, comparison, about, failed, command, worked)
         loggers = Run(root, "compare", root.name, runs[0].stages[0].run.logger).loggers(root / "report", "compare", {})
         publish(root, comparison, loggers)
         finish_loggers(loggers)

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lit_llmers.files import read_json, write_json
+
 PACKAGES = (
     "lit-llmers",
     "torch",
@@ -28,6 +30,17 @@ PACKAGES = (
     "onnxruntime",
     "wandb",
 )
+
+
+def recorded(folder: Path, worked: bool) -> dict[str, Any]:
+    """The folder's `environment.json`, written anew only where something was worked out now.
+
+    A run that is given again when all of it is done keeps the date and the machine that made it.
+    """
+    path = folder / "environment.json"
+    if worked or not path.is_file():
+        write_json(path, environment())
+    return read_json(path)
 
 
 def environment() -> dict[str, Any]:

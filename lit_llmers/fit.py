@@ -89,16 +89,17 @@ def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> No
     if only is not None:
         check_needs_done(selected)
         refuse_changed_settings(selected)
+    worked = not all(stage.done for stage in selected)
     if here.first:
         with alone(folder, patience=PATIENCE, deep=False):
-            describe_run(folder, config, arguments, stages)
+            describe_run(folder, config, arguments, stages, worked)
         sweep(folder)
     run(stages, config["stage"], only, arguments)
     reported = [stage for stage in stages if stage.verb == "evaluate"]
     if not here.first or (only is not None and not all(stage.done for stage in reported)):
         return  # the stage that the report is about comes later
     with alone(folder, patience=PATIENCE, deep=False):
-        describe_run(folder, config, arguments, stages)  # the data are prepared now
+        describe_run(folder, config, arguments, stages, worked)  # the data are prepared now
         report = report_run(stages[0].run, config)
     if not launching.conducted():
         print(summary_table(folder))
@@ -148,17 +149,21 @@ def help_text() -> str:
     )
 
 
-def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str], stages: list[Any]) -> None:
-    """Write `config.yaml`, `environment.json` and `run.json`, what the report is made from."""
+def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str], stages: list[Any], worked: bool) -> None:
+    """Write `config.yaml`, `environment.json` and `run.json`, what the report is made from.
+
+    Args:
+        worked: whether this command has stages to run; if not, `environment.json` stays as it is.
+    """
     from omegaconf import OmegaConf
 
-    from lit_llmers.environment import environment
+    from lit_llmers.environment import recorded
     from lit_llmers.files import atomic_write, write_json
     from lit_llmers.stages import describe
 
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(config))
-    write_json(folder / "environment.json", environment())
+    recorded(folder, worked)
     prepared = next((stage for stage in stages if stage.verb == "prepare" and stage.done), None)
     whole = [argument for argument in arguments if not argument.startswith(("stage=", "only="))]
     write_json(

@@ -252,7 +252,9 @@ def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path
     assert linked.resolve() == prepared.resolve(), "the data are prepared once"
     assert (root / "student" / "gru4rec" / "report.md").is_file()
     capsys.readouterr()
+    (root / "environment.json").write_text((root / "environment.json").read_text().replace('"date": "', '"date": "on another '))
     assert main(*command, "reference=gru4rec") == 0
+    assert "on another" in (root / "compare.md").read_text(), "nothing was worked out here"
     assert started == ["sasrec", "gru4rec"], "nothing is"
     assert "against gru4rec" in capsys.readouterr().out
 

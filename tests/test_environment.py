@@ -24,6 +24,13 @@ def test_it_is_json_and_names_machine_and_versions():
     assert datetime.fromisoformat(found["date"]).utcoffset().total_seconds() == 0
 
 
+def test_what_was_worked_out_elsewhere_keeps_its_machine(tmp_path):
+    assert environment.recorded(tmp_path, worked=False)["cpu"], "a folder that has none gets one"
+    (tmp_path / "environment.json").write_text('{"cpu": "Another"}')
+    assert environment.recorded(tmp_path, worked=False) == {"cpu": "Another"}
+    assert environment.recorded(tmp_path, worked=True)["cpu"] != "Another"
+
+
 def test_a_command_of_ours_is_written_as_it_is_typed(monkeypatch):
     fit = str(Path(environment.__file__).parent / "fit.py")
     monkeypatch.setattr(sys, "argv", [fit, "recipe=slmrec", "seeds=[0,1]", "data.path=my folder"])

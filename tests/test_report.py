@@ -269,7 +269,7 @@ def test_protocol_data_and_command_are_there(good):
     assert INFO["notes"][0] in text
     assert COMMAND in text
     assert "| `student-seed2-abc123` | `cccccccccccc` |" in text
-    assert "Report by commit `aaaaaaaaaaaa` with local changes." in text
+    assert "Last stage by commit `aaaaaaaaaaaa` with local changes." in text
 
 
 def test_every_plot_is_there_and_shown(good):

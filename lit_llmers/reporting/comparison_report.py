@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_llmers.environment import environment
-from lit_llmers.files import atomic_write, write_json
+from lit_llmers.environment import recorded
+from lit_llmers.files import atomic_write
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.comparison import Comparison, comparison_table, figures, notes, terminal_columns
 from lit_llmers.reporting.plots import write_comparison
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    root: Path, comparison: Comparison, runs: Sequence[tuple[str, Path, str]], failed: Mapping[str, str], command: str
+    root: Path,
+    comparison: Comparison,
+    runs: Sequence[tuple[str, Path, str]],
+    failed: Mapping[str, str],
+    command: str,
+    worked: bool = True,
 ) -> Path:
     """Write `compare.md`, `compare.png`, `compare.csv` and `environment.json`.
 
@@ -27,12 +32,12 @@ def write_report(
         runs: label, folder and command of every run, failed ones too.
         failed: the errors of those that failed, by label.
         command: the comparison's own.
+        worked: whether a run was not done before; if all were, `environment.json` stays as it is.
 
     Returns:
         the path of `compare.md`.
     """
-    machine = environment()
-    write_json(root / "environment.json", machine)
+    machine = recorded(root, worked)
     write_comparison(comparison, root / "compare.png")
     _write_csv(comparison, root / "compare.csv")
     parts = [

@@ -88,5 +88,5 @@ def machine(environment: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions)
     device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
     git = environment["git"]
-    commit = f" Report by commit {tables.commit(git)}." if git else ""
+    commit = f" Last stage by commit {tables.commit(git)}." if git else ""
     return f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."

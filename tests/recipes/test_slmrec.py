@@ -104,7 +104,10 @@ def test_the_same_command_again_does_nothing(finished, caplog):
     stages = [path for path in run.rglob("*") if path.is_file() and path.parent != run and path.parent.name != "plots"]
     stamps = {path: path.stat().st_mtime_ns for path in stages}
     report = (run / "report.md").read_text()
+    elsewhere = json.loads((run / "environment.json").read_text()) | {"cpu": "Another CPU", "date": "2026-01-01T00:00:00+00:00"}
+    (run / "environment.json").write_text(json.dumps(elsewhere))
     assert fit.main(["recipe=slmrec", *arguments(run.parents[1], "seeds=[0,1]")]) == 0
+    assert json.loads((run / "environment.json").read_text()) == elsewhere, "this machine has made nothing of it"
     messages = [record.getMessage() for record in caplog.records if record.name == "lit_llmers.running"]
     assert len(messages) == 11
     assert all("done before, skipped" in message for message in messages)
