@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +63,32 @@ class BaseConfig:
         """The configuration itself, or one made from a mapping such as a recipe's `teacher` section.
 
         Raises:
-            UserError: a key is unknown or `name` is missing.
+            UserError: a key is unknown, `name` is missing, or `path` is written as a folder's and there is none.
         """
         if isinstance(settings, BaseConfig):
             return settings
         values = dict(settings)
         if values.get("lora") is not None:
             values["lora"] = build(LoraConfig, values["lora"], "teacher.lora")
-        return build(cls, values, "teacher")
+        base = build(cls, values, "teacher")
+        return replace(base, path=located(base.path, f"the base '{base.name}' (teacher.path)")) if base.path else base
+
+
+def located(path: str, what: str) -> str:
+    """Where a model is, as its loaders take it: a folder, `~` expanded, or a name on the hub.
+
+    Args:
+        what: the model, for the message.
+
+    Raises:
+        UserError: it begins as a folder does and there is none.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if path[:1] in "./~":
+        raise UserError(f"There is no folder {folder}, {what}. Correct it, or name a model of the hub.")
+    return path
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.files import sha256
-from lit_llmers.teachers.base import DTYPES, BaseConfig, without_load_report
+from lit_llmers.teachers.base import DTYPES, BaseConfig, located, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,11 +52,7 @@ def base_of(config: EncodeStage) -> BaseConfig:
         settings = {"name": MINILM, "path": str(Path(found.submodule_search_locations[0]) / "model")}
     else:
         settings = {"name": Path(str(config.model)).name, "path": str(config.model)}
-    path = Path(settings["path"]).expanduser()
-    if path.is_dir():
-        settings["path"] = str(path)
-    elif settings["path"][:1] in "./~":
-        raise UserError(f"There is no folder {path}, the model of the encode stage. Correct it, or name a model of the hub.")
+    settings["path"] = located(settings["path"], "the model of the encode stage")
     return BaseConfig.of(settings | ({"dtype": config.dtype} if config.dtype else {}))
 
 

@@ -132,6 +132,12 @@ def test_a_student_of_another_task_is_refused_before_anything_runs(name, option,
         resolve(recipes.compose(name, [option]))
 
 
+@pytest.mark.parametrize("name", ["slmrec", "bigrec"])
+def test_a_teacher_s_folder_that_is_not_there_is_refused_before_anything_runs(name, no_files):
+    with pytest.raises(UserError, match="There is no folder /nowhere, the base 'local'"):
+        resolve(recipes.compose(name, ["teacher=local", "teacher.path=/nowhere"]))
+
+
 @pytest.mark.parametrize("option", UNFIT)
 def test_a_student_that_the_method_does_not_fit_is_refused_before_anything_runs(option, no_files):
     with pytest.raises(

@@ -72,10 +72,21 @@ def test_a_teacher_deeper_than_its_base_is_refused(llama):
             load_base(config(**settings), layers=8)
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "nobody/nothing", "not a name"])
+@pytest.mark.parametrize("path", ["nobody/nothing", "not a name"])
 def test_a_base_that_cannot_be_had_is_named_with_the_cure(path):
     with pytest.raises(UserError, match=rf"'{path}' cannot be loaded.*teacher=local teacher.path=FOLDER"):
         load_base(config(path=path), layers=1)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no/such/folder", "../nothing", "~/no such folder"])
+def test_a_folder_that_is_not_there_is_refused_before_it_is_loaded(path):
+    with pytest.raises(UserError, match=r"There is no folder \S.*, the base 'tiny' \(teacher\.path\)\. Correct it"):
+        config(path=path)
+
+
+def test_the_home_folder_may_be_written_short(llama, monkeypatch):
+    monkeypatch.setenv("HOME", str(llama.parent))
+    assert config(path=f"~/{llama.name}").path == str(llama)
 
 
 def test_a_folder_with_missing_weights_is_refused(llama, tmp_path):
