@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import lightning as L
+import torch
 from tqdm import tqdm
 
 SHOWN = ("HR@10", "NDCG@10", "loss")  # of the validation figures, those that there are
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 class Progress(L.Callback):
     """One bar per stage with epoch, loss and validation figure; in a log file, one line per validation.
 
+    The line's loss is the mean over the epoch's batches, or since the training went on within it. They are added up where they
+    are, so no step waits for its loss.
+
     Args:
         title: name of the stage.
     """
@@ -22,8 +26,10 @@ class Progress(L.Callback):
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: tqdm | None = None
+        self.total, self.batches = torch.zeros(()), 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.total, self.batches = torch.zeros((), device=pl_module.device), 0
         if trainer.is_global_zero and sys.stderr.isatty():
             epoch = f"{self.title} {trainer.current_epoch + 1}/{trainer.max_epochs}"
             batches = int(trainer.num_training_batches)
@@ -32,19 +38,28 @@ class Progress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        loss = outputs["loss"].float() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        self.total, self.batches = self.total + loss, self.batches + 1
         if self.bar is not None:
             self.bar.update(batch_idx + 1 - self.bar.n)
             if batch_idx % 10 == 0:
-                self.bar.set_postfix(loss=f"{float(outputs['loss']):.3f}")
+                self.bar.set_postfix(loss=f"{float(loss):.3f}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = self._mean_loss(trainer)
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         if trainer.is_global_zero:
             trained = f"epoch {trainer.current_epoch + 1:2d}  " if trainer.state.fn == "fit" else ""
-            trained += f"loss {figures['loss']:.3f}  " if "loss" in figures else ""  # as last logged
+            trained += "" if loss is None else f"loss {loss:.3f}  "
             shown = {name: figures[f"val/{name}"] for name in SHOWN if f"val/{name}" in figures}
             valid = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             log.info("%-24s %svalid %s", self.title, trained, valid)
+
+    def _mean_loss(self, trainer: L.Trainer) -> float | None:
+        """The epoch's mean over the batches of all processes, which must all call it; None where nothing was trained."""
+        if not self.batches:
+            return None
+        return float(trainer.strategy.reduce(self.total / self.batches, reduce_op="mean"))

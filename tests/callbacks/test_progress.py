@@ -1,0 +1,38 @@
+"""The line of an epoch tells of that epoch."""
+
+import logging
+import re
+
+import pytest
+from tiny import by_name, losses, small
+
+from lit_llmers.running import run
+
+
+def epochs_said(caplog) -> list[tuple[int, float]]:
+    """Epoch and loss of every line of the student's."""
+    found = [re.match(r"student-seed0 +epoch +(\d+)  loss ([\d.]+)  valid HR@10", each.getMessage()) for each in caplog.records]
+    return [(int(match[1]), float(match[2])) for match in found if match]
+
+
+@pytest.mark.parametrize(("accumulate", "close"), [(1, 2e-4), (2, 0.05)])  # of two micro-batches the second is logged
+def test_an_epoch_s_loss_is_the_mean_of_its_own_batches_however_rarely_it_is_logged(tmp_path, caplog, accumulate, close):
+    caplog.set_level(logging.INFO, logger="lit_llmers")
+    given = [
+        "sequences.examples=last",
+        f"trainer.accumulate_grad_batches={accumulate}",
+        "trainer.limit_train_batches=6",
+        "trainer.patience=0",
+    ]
+    planned = small(tmp_path / "often", *given, recipe="student")
+    run(planned, "student")
+    said = epochs_said(caplog)
+    assert [epoch for epoch, _ in said] == [1, 2, 3]
+    logged = losses(by_name(planned)["student"], "loss")
+    steps = 6 // accumulate
+    for epoch, loss in said:
+        assert loss == pytest.approx(sum(logged[steps * (epoch - 1) : steps * epoch]) / steps, rel=close)
+
+    caplog.clear()
+    run(small(tmp_path / "rarely", *given, "trainer.log_every=100", recipe="student"), "student")
+    assert epochs_said(caplog) == said
