@@ -122,7 +122,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
         if (chosen := group_of(override)) and chosen not in listed:
-            raise UserError(f"Recipe '{name}' has no {chosen} to choose. Leave '{override}' out.")
+            raise UserError(f"Recipe '{name}' has no {chosen} to choose. {_own_text(path, chosen)}Leave '{override}' out.")
     layers = [_scale_overrides(path, scale), given]
     others = [_open(override) for layer in layers for override in layer if not _STAGE_KEY.match(override)]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
@@ -165,6 +165,13 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     assert isinstance(plain, dict)
     plain.pop("scales", None)
     return {"recipe": path.stem, **{str(key): value for key, value in plain.items()}}
+
+
+def _own_text(path: Path, group: str) -> str:
+    """Sentences that name the keys which choose the text of a recipe's own encode stages."""
+    stages = read(path).get("stages") or {}
+    own = [stage for stage, entry in stages.items() if isinstance(entry, dict) and "encode" in entry] if group == "text" else []
+    return "".join(f"Its stage '{stage}' is set by stages.{stage}.encode and stages.{stage}.model. " for stage in own)
 
 
 def _key(override: str) -> str:

@@ -132,6 +132,15 @@ def test_a_student_of_another_task_is_refused_before_anything_runs(name, option,
         resolve(recipes.compose(name, [option]))
 
 
+def test_a_text_that_is_no_choice_of_the_recipe_is_refused_with_the_keys_that_choose(no_files):
+    with pytest.raises(UserError, match=r"Its stage 'text' is set by stages\.text\.encode and stages\.text\.model\. "):
+        recipes.compose("slmrec", ["text=minilm"])
+    with pytest.raises(UserError, match=r"Recipe 'student' has no text to choose\. Leave 'text=minilm' out\."):
+        recipes.compose("student", ["text=minilm"])
+    chosen = ["stages.text.encode=transformer", "stages.text.model=minilm"]
+    assert by_name(resolve(recipes.compose("slmrec", chosen)))["text"].config.model == "minilm"
+
+
 @pytest.mark.parametrize("name", ["slmrec", "bigrec"])
 def test_a_teacher_s_folder_that_is_not_there_is_refused_before_anything_runs(name, no_files):
     with pytest.raises(UserError, match="There is no folder /nowhere, the base 'local'"):
