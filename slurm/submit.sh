@@ -63,7 +63,7 @@ declare -A job=()      # of the present run's stages, by name
 submit_run() { # OVERRIDE ...
   local plan recipe folder stage verb seeds needs nodes tasks accelerated finished folders maker suffix=''
   ((++runs == 1)) || suffix=_$runs
-  plan=$("${PYTHON[@]}" -m lit_llmers.plan "$@" --json)
+  plan=$("${PYTHON[@]}" -m lit_llmers.plan "$@" --json) || refused $?
   plan=$("${PYTHON[@]}" -c "$READ_PLAN" <<<"$plan")
   [[ -z $until || $plan == *$'\n'"$until|"* ]] || fail "The recipe has no stage '$until' (stage=$until)."
   IFS='|' read -r recipe folder <<<"$plan"
@@ -84,6 +84,11 @@ submit_run() { # OVERRIDE ...
     maker_of[$folders]=${maker_of[$folders]-${job[$stage]-}|$folder}
     [[ $stage != "$until" ]] || break
   done < <(tail -n +2 <<<"$plan")
+}
+
+refused() { # STATUS -- what the plan has said is of one value of a sweep
+  [[ -z $sweep ]] || echo "error: this was $key=$value of --sweep $sweep. Leave it out, or mend what is said of it." >&2
+  exit "$1"
 }
 
 submit_stage() { # OVERRIDE ... -- and submit_run's variables

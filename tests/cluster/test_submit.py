@@ -179,6 +179,7 @@ def test_what_is_done_is_not_submitted_and_a_sweep_runs_what_is_alike_once(tmp_p
         (("recipe=slmrec", "--dryrun"), "Unknown option --dryrun"),
         (("recipe=slmrec", "--sweep", "student"), "is not KEY=VALUE,VALUE"),
         (("recipe=slmrec", "--sweep", "seeds=[[0],[1]]"), "a value cannot be a list"),
+        (("recipe=rd", "--sweep", "student=sasrec,item-knn"), "this was student=item-knn of --sweep student=sasrec,item-knn"),
     ],
 )
 def test_what_cannot_be_submitted_is_said(tmp_path, environment, given, said):
