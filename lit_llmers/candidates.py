@@ -58,7 +58,7 @@ def make_candidates(
         keys[row, items[at]] = 2  # above every key
         keys[np.arange(len(who)), target[start : start + step]] = 2
         keys[:, 0] = 2
-        _enough((keys < 2).sum(1), who, n, n_items)
+        _enough((keys < 2).sum(1), who, n, n_items, "number {}")
         out[start : start + step] = np.argpartition(keys, n - 1, axis=1)[:, :n]
     return out
 
@@ -71,17 +71,17 @@ def check_enough(dataset: Dataset, user: np.ndarray, n: int) -> None:
     """
     owner = np.repeat(np.arange(dataset.n_users), np.diff(dataset.offsets))
     met = np.unique(owner * (dataset.n_items + 1) + dataset.items)
-    _enough(
-        dataset.n_items - np.bincount(met // (dataset.n_items + 1), minlength=dataset.n_users)[user], user, n, dataset.n_items
-    )
+    left = dataset.n_items - np.bincount(met // (dataset.n_items + 1), minlength=dataset.n_users)
+    _enough(left[user], dataset.users[user], n, dataset.n_items, "'{}'")
 
 
-def _enough(left: np.ndarray, user: np.ndarray, n: int, n_items: int) -> None:
-    """Refuse users `[rows]` of whom one has fewer than n items `left` `[rows]`."""
+def _enough(left: np.ndarray, user: np.ndarray, n: int, n_items: int, called: str) -> None:
+    """Refuse users `[rows]`, as messages have them `called`, of whom one has fewer than n items `left` `[rows]`."""
     if left.min() < n:
         raise UserError(
-            f"protocol=sampled-{n} needs {n} items that a user never met, but user number {user[left.argmin()]} has "
-            f"only {left.min()} of the catalogue's {n_items} left. Use protocol=full."
+            f"evaluation.protocol=sampled-{n} needs {n} items that a user never met, but user "
+            f"{called.format(user[left.argmin()])} has only {left.min()} of the catalogue's {n_items} left. "
+            "Use evaluation.protocol=full."
         )
 
 

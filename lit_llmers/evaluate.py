@@ -216,6 +216,7 @@ def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str 
     path = stage.folder / "candidates.npy"
     if not path.with_name(f"{path.name}.json").is_file():  # it comes after the candidates
         number, seed = _number(settings.protocol), settings.candidate_seed
+        check_enough(dataset, rows.user, number)
         drawn = make_candidates(dataset.items, dataset.offsets, dataset.n_items, rows.user, rows.target, number, seed)
         save_candidates(path, drawn, dataset.fingerprint)
     return load_candidates(path, dataset.fingerprint)

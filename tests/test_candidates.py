@@ -80,8 +80,11 @@ def test_enough_to_draw_from_is_what_can_be_drawn():
     check_enough(data, users, left)
     target = data.items[data.offsets[1:] - 1]
     assert make_candidates(data.items, data.offsets, 30, users, target, left).shape == (40, left)
-    for ask in (check_enough, lambda *_: make_candidates(data.items, data.offsets, 30, users, target, left + 1)):
-        with pytest.raises(UserError, match=f"needs {left + 1} items .* has only {left} of .* 30 left"):
+    for ask, called in (
+        (check_enough, r"user 'u\d+'"),  # the user's own id
+        (lambda *_: make_candidates(data.items, data.offsets, 30, users, target, left + 1), r"user number \d+"),
+    ):
+        with pytest.raises(UserError, match=f"needs {left + 1} items .* {called} has only {left} of .* 30 left"):
             ask(data, users, left + 1)
 
 

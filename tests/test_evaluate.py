@@ -406,7 +406,7 @@ def test_altered_candidates_are_refused(sampled):
 
 def test_too_small_a_catalogue_for_the_protocol(whole):
     planned = stages_of(whole, "evaluation.protocol=sampled-999")
-    with pytest.raises(UserError, match="sampled-999 needs 999 items.*Use protocol=full"):
+    with pytest.raises(UserError, match=r"sampled-999 needs 999 items.* user 'U\d+' .*Use evaluation.protocol=full"):
         run(list(planned.values()), "evaluate")
 
 
@@ -446,7 +446,7 @@ def test_a_file_that_is_not_there_or_another_protocol_beside_it(sampled):
 
 @pytest.mark.parametrize("protocol", ["sampled", "sampled-0", "sampled-x", "sampled-99 "])
 def test_protocols_have_a_number(sampled, protocol):
-    with pytest.raises(UserError, match="Unknown evaluation protocol"):
+    with pytest.raises(UserError, match="Unknown evaluation protocol .* There is: full, and sampled-N with a number"):
         sampled_stages(sampled[0], f"evaluation.protocol={protocol!r}")
 
 

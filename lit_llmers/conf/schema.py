@@ -277,7 +277,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if self.protocol != "full" and not re.fullmatch("sampled-[1-9][0-9]*", self.protocol):
-            raise unknown("evaluation protocol (evaluation.protocol)", self.protocol, ["full", "sampled-99", "sampled-999"])
+            raise UserError(
+                f"Unknown evaluation protocol (evaluation.protocol) '{self.protocol}'. There is: full, and sampled-N with a "
+                "number of candidates, as sampled-999."
+            )
         if self.candidates is not None:
             if self.protocol != "full":
                 raise UserError(f"evaluation.candidates excludes evaluation.protocol={self.protocol}. Leave one of them out.")
