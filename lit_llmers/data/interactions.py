@@ -1,8 +1,8 @@
 """Tables of interactions and items: reading them from a folder and checking what they say.
 
-A folder holds `interactions.*` and `items.*` as parquet, CSV or JSON lines, or one RecBole atomic file of each kind
-(`NAME.inter`, `NAME.item`: tab separated, `name:type` headers). User features (`users.*`) are not read: no method here
-uses them.
+A folder holds `interactions.*` and `items.*` as parquet, CSV (of commas, or else of semicolons or tabs) or JSON lines, or one
+RecBole atomic file of each kind (`NAME.inter`, `NAME.item`: tab separated, `name:type` headers). User features (`users.*`) are
+not read: no method here uses them.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ def open_table(path: Path) -> Table:
         if path.suffix == ".jsonl":
             return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
         if path.suffix == ".csv":
-            return Table.of(pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]), str(path))
+            return Table.of(_read_csv(path), str(path))
         frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, na_values=[""], quoting=3)
         kinds = {name: kind for name, _, kind in (column.partition(":") for column in frame.columns)}
         frame.columns = pd.Index(list(kinds))
@@ -112,6 +112,14 @@ def open_table(path: Path) -> Table:
         return Table(str(path), list(kinds), lambda wanted: frame[wanted], words)
     except (ValueError, OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Separated by commas, or where the header has none by the semicolons or tabs that it has."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        header = file.readline()
+    separator = "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
+    return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, na_values=[""])
 
 
 def read_folder(folder: Path, columns: Columns, split: bool = False, rating: bool = False) -> Tables:

@@ -37,7 +37,7 @@ def test_parquet(folder: Path) -> None:
     assert tables.interactions["time"].tolist()[:3] == [30, 10, 20]
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "recbole"])
+@pytest.mark.parametrize("form", ["csv", "semicolons", "tabs", "jsonl", "recbole"])
 def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path: Path, tables: tuple) -> None:
     interactions, items = tables
     other = tmp_path / form
@@ -52,9 +52,9 @@ def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path
         "plot": "story",
     }
     interactions, items = interactions.rename(columns=names), items.rename(columns=names)
-    if form == "csv":
-        interactions.to_csv(other / "interactions.csv", index=False)
-        items.assign(kinds=items["kinds"].map("|".join)).to_csv(other / "items.csv", index=False)
+    if mark := {"csv": ",", "semicolons": ";", "tabs": "\t"}.get(form):
+        interactions.to_csv(other / "interactions.csv", index=False, sep=mark)
+        items.assign(kinds=items["kinds"].map("|".join)).to_csv(other / "items.csv", index=False, sep=mark)
     elif form == "jsonl":
         interactions.to_json(other / "interactions.jsonl", orient="records", lines=True)
         items.to_json(other / "items.jsonl", orient="records", lines=True)
