@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.backbones.items import item_embedding
+from lit_llmers.errors import UserError
 
 
 class GRU4Rec(Backbone):
@@ -22,6 +23,9 @@ class GRU4Rec(Backbone):
         init_std: standard deviation of the initial item embeddings.
         sparse: gradients and optimiser steps for the items of a batch and its negatives alone, however large the catalogue
             is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
+
+    Raises:
+        UserError: there is no layer.
     """
 
     def __init__(
@@ -35,6 +39,8 @@ class GRU4Rec(Backbone):
         sparse: bool = False,
     ) -> None:
         super().__init__()
+        if layers < 1:
+            raise UserError(f"GRU4Rec's layers is {layers}. It must be at least 1.")
         self.layers, self.width, self.dim, self.max_length, self.sparse = layers, dim, dim, max_length, sparse
         self.items = item_embedding(n_items, dim, init_std, sparse)
         self.dropout = nn.Dropout(dropout)

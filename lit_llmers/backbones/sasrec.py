@@ -33,7 +33,7 @@ class SASRec(Backbone):
             is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
 
     Raises:
-        UserError: `heads` does not divide `dim`, or a history is longer than `max_length`.
+        UserError: `heads` does not divide `dim`, there is no layer, or a history is longer than `max_length`.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class SASRec(Backbone):
         super().__init__()
         if dim % heads:
             raise UserError(f"SASRec's dim={dim} cannot be cut into heads={heads}. Choose heads that divide dim.")
+        if layers < 1:
+            raise UserError(f"SASRec's layers is {layers}. It must be at least 1.")
         self.layers, self.width, self.dim, self.max_length, self.sparse = layers, dim, dim, max_length, sparse
         self.items = item_embedding(n_items, dim, init_std, sparse)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * init_std)

@@ -71,6 +71,12 @@ def make(name: str, seed: int = 0, **arguments) -> Backbone:
     return backbone.eval()
 
 
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "bert4rec", "srgnn"])
+def test_a_stack_without_layers_is_refused(name):
+    with pytest.raises(UserError, match="layers is 0. It must be at least 1"):
+        make(name, layers=0)
+
+
 def test_what_a_backbone_does_not_name_is_not_made():
     def fail() -> None:
         raise AssertionError("training_pairs were made")
