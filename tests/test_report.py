@@ -289,10 +289,22 @@ def test_a_group_without_a_gain_keeps_its_place():
     results = SimpleNamespace(fits={"student": [], "control": []})
     figure, (left, right) = pyplot.subplots(1, 2)
     plots._levels(results, gains, "student", "control", left)
-    plots._gain(results, gains, "student", "control", right)
+    plots._gain(gains, "student", "control", right)
     pyplot.close(figure)
     assert left.get_xlim() == right.get_xlim()
     assert right.get_xlim()[0] < 0, "the first group does not stand on the axis"
+
+
+def test_a_loss_has_not_the_colour_of_a_gain():
+    sides = {"gain": (0.1, 0.3), "loss": (-0.3, -0.1), "chance": (-0.1, 0.3)}
+    gains = [
+        {"group": name, "users": 9, "theirs": 0.5, "relative": 1, "difference": (low + high) / 2, "low": low, "high": high}
+        for name, (low, high) in sides.items()
+    ]
+    figure, axes = pyplot.subplots()
+    plots._gain(gains, "student", "control", axes)
+    pyplot.close(figure)
+    assert [container.lines[0].get_color() for container in axes.containers] == [plots.GAIN, plots.LOSS, plots.CHANCE]
 
 
 def test_one_loss_is_one_curve_and_several_say_what_they_are(good):
@@ -300,7 +312,9 @@ def test_one_loss_is_one_curve_and_several_say_what_they_are(good):
     plots._losses("control", Results(good).fits["control"], one)
     plots._losses("student", Results(good).fits["student"], several)
     pyplot.close(figure)
-    assert one.get_legend_handles_labels()[1] == ["total"]
+    assert one.get_title() == "Training loss of control (moving average; first of 3 seeds strong)"
+    assert "student by term (" in several.get_title()
+    assert (one.get_legend() is None, several.get_legend() is None) == (True, False)
     assert one.get_ylabel() == "loss, mean over targets"
     assert several.get_ylabel() == "loss, mean over targets; terms before their weights"
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")  # Okabe and Ito, and olive
 VALIDATION = f"val/{METRIC}"
+CHANCE, GAIN, LOSS = "#888888", COLOURS[0], COLOURS[1]  # of a difference; models that stand beside it have their own colours
 SMOOTHING = 40  # a curve is averaged over a window of 1/40 of its points
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -83,7 +84,7 @@ def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
         if gains:
             with _figure(results, columns=2) as (figure, (left, right)):
                 _levels(results, gains, method, control, left)
-                _gain(results, gains, method, control, right)
+                _gain(gains, method, control, right)
                 yield f"popularity-{method}-{control}", figure
     if any(VALIDATION in entry for stages in results.fits.values() for stage in stages for entry in stage.metrics):
         with _figure(results) as (figure, axes):
@@ -136,10 +137,12 @@ def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     seeds = f"; first of {len(stages)} seeds strong" if len(stages) > 1 else ""
-    title = f"Training loss of {name} by term (moving average{seeds})"
-    weights = "; terms before their weights" if len(keys) > 1 else ""
+    several = len(keys) > 1
+    title = f"Training loss of {name}{' by term' if several else ''} (moving average{seeds})"
+    weights = "; terms before their weights" if several else ""
     axes.set(title=title, xlabel="optimiser step", ylabel=f"loss, mean over targets{weights}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if several:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _colour(results: Results, name: str) -> str:
@@ -245,20 +248,19 @@ def _levels(results: Results, gains: list[dict[str, Any]], method: str, control:
     axes.legend()
 
 
-def _gain(results: Results, gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
+def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
     """Relative gain with its interval; groups in which the control never hits have none."""
     for place, gain in enumerate(gains):
         if gain["relative"] is None:
             axes.annotate(f"{control}\nis 0", (place, 0), ha="center", va="bottom", fontsize=8, color="#666666")
             continue
         middle, low, high = (100 * gain[key] / gain["theirs"] for key in ("difference", "low", "high"))
-        certain = low > 0 or high < 0
         axes.errorbar(
             place,
             middle,
             yerr=[[middle - low], [high - middle]],
             fmt="o",
-            color=_colour(results, method) if certain else "#888888",
+            color=GAIN if low > 0 else LOSS if high < 0 else CHANCE,
             capsize=4,
             linewidth=1.6,
         )
@@ -306,7 +308,7 @@ def _differences(comparison: Comparison, axes: "Axes") -> None:
         else:
             level = float(np.mean(comparison.per_row(against)))
             middle, low, high = (100 * gain[key] / level for key in ("difference", "low", "high"))
-            colour = "#888888" if gain["holm"] >= 0.05 else COLOURS[0] if middle > 0 else COLOURS[1]
+            colour = CHANCE if gain["holm"] >= 0.05 else GAIN if middle > 0 else LOSS
             axes.plot([low, high], [place, place], color=colour, linewidth=1.6, solid_capstyle="round")
             axes.plot(middle, place, "o", color=colour, markersize=7)
     axes.axvline(0, color="black", linewidth=0.8)
