@@ -15,7 +15,7 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.files import atomic_write, read_json, write_json
-from lit_llmers.metrics import KS, Coverage, ranking_metrics
+from lit_llmers.metrics import Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.stages import Stage
@@ -49,7 +49,7 @@ def run(stage: Stage) -> dict[str, Any]:
             log.info("%-24s evaluated before", fitted.label)
             continue
         models.append(_evaluate(fitted, stage, dataset, candidates, groups))
-        write_json(path, {"protocol": protocol, **_legend(), "models": models})
+        write_json(path, {"protocol": protocol, **_legend(config.evaluation.cutoffs), "models": models})
         figures = models[-1]["metrics"]["all"]
         log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
     best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
@@ -86,14 +86,15 @@ def _evaluate(
     ranks_file = f"ranks-{name}.npy"
     with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
         np.save(file, ranks.astype(np.float32), allow_pickle=False)
-    metrics = {name: _metrics(ranks, inside, rows.user) for name, inside in _named_groups(groups).items()}
+    ks = tuple(config.evaluation.cutoffs)
+    metrics = {name: _metrics(ranks, inside, rows.user, ks) for name, inside in _named_groups(groups).items()}
     metrics["all"] |= shown
     summary = fitted.summary
     return {
         "name": fitted.name,
         "seed": fitted.seed,
         "metrics": metrics,
-        "popularity": _by_popularity(ranks, groups["popularity"], rows.user),
+        "popularity": _by_popularity(ranks, groups["popularity"], rows.user, ks),
         "parameters": summary["parameters"] | {"layers": summary["layers"], "width": summary["width"]},
         "training": {
             "seconds": summary["train_seconds"],
@@ -138,10 +139,10 @@ def rank_all(
 def coverage(model: Recommender, rows: EvaluationRows, config: EvaluateStage) -> dict[str, float]:
     """coverage@k over the lists that the rows are shown: a second pass, for a rank needs no list."""
     device = _placed(model)
-    tables = model.tables()
-    found = Coverage(rows.dataset.n_items)
+    tables, ks = model.tables(), tuple(config.evaluation.cutoffs)
+    found = Coverage(rows.dataset.n_items, ks)
     for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history):
-        found.update(model.top_items(_on(device, batch), max(KS), tables)[0])
+        found.update(model.top_items(_on(device, batch), max(ks), tables)[0])
     return found.compute()
 
 
@@ -178,11 +179,11 @@ def _named_groups(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"all": np.ones_like(head), "head": head, "tail": ~head, "short": short, "long": ~short}
 
 
-def _metrics(ranks: np.ndarray, inside: np.ndarray, user: np.ndarray) -> dict[str, Any]:
+def _metrics(ranks: np.ndarray, inside: np.ndarray, user: np.ndarray, ks: tuple[int, ...]) -> dict[str, Any]:
     count = {"users": len(np.unique(user[inside])), "interactions": int(inside.sum())}
     if not count["users"]:
         return count
-    return count | ranking_metrics(torch.from_numpy(ranks[inside]), KS, torch.from_numpy(user[inside]))
+    return count | ranking_metrics(torch.from_numpy(ranks[inside]), ks, torch.from_numpy(user[inside]))
 
 
 def _bin_names() -> list[str]:
@@ -190,11 +191,11 @@ def _bin_names() -> list[str]:
     return [f"{low}-{high - 1}" for low, high in pairwise(POPULARITY_BINS)] + [last]
 
 
-def _by_popularity(ranks: np.ndarray, group: np.ndarray, user: np.ndarray) -> list[dict[str, Any]]:
-    return [{"group": name, **_metrics(ranks, group == number, user)} for number, name in enumerate(_bin_names())]
+def _by_popularity(ranks: np.ndarray, group: np.ndarray, user: np.ndarray, ks: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [{"group": name, **_metrics(ranks, group == number, user, ks)} for number, name in enumerate(_bin_names())]
 
 
-def _legend() -> dict[str, Any]:
+def _legend(cutoffs: list[int]) -> dict[str, Any]:
     share = f"{HEAD_SHARE:.0%} of the catalogue with the most training interactions"
     groups = {
         "head": f"targets among the {share}",
@@ -202,7 +203,7 @@ def _legend() -> dict[str, Any]:
         "short": "users whose history is no longer than the median",
         "long": "all other users",
     }
-    return {"ks": list(KS), "groups": groups}
+    return {"ks": cutoffs, "groups": groups}
 
 
 def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str | None]:

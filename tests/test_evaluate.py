@@ -312,6 +312,29 @@ def test_a_temporal_split_from_data_to_report(tmp_path):
     )
 
 
+def test_cut_offs_can_be_chosen_and_leave_the_trained_models_as_they_are(whole):
+    planned = stages_of(whole, "evaluation.cutoffs=[50,10,500]")
+    before = next(stage for stage in whole if stage.name == "evaluate")
+    assert {stage.verb for stage in planned.values() if not stage.done} <= {"evaluate", "export"}
+    run(list(planned.values()), "evaluate")
+    stage = planned["evaluate"]
+    assert read(stage)["ks"] == [10, 50, 500]
+    for ours, theirs in zip(read(stage)["models"], read(before)["models"], strict=True):
+        ranks, figures = ranks_of(stage, ours), ours["metrics"]["all"]
+        assert (ranks == ranks_of(before, theirs)).all()
+        assert figures["HR@10"] == theirs["metrics"]["all"]["HR@10"]
+        assert figures["HR@50"] == pytest.approx((ranks < 50).mean())
+        assert figures["HR@500"] == 1, "there are 100 items"
+        assert figures["coverage@500"] == 1
+        assert "HR@20" not in figures
+
+
+@pytest.mark.parametrize("given", ["[5,20]", "[0,10]", "[10,x]", "[]"])
+def test_cut_offs_have_the_one_that_models_are_compared_by(whole, given):
+    with pytest.raises(UserError, match="evaluation.cutoffs is .* with 10, by which models are compared"):
+        stages_of(whole, f"evaluation.cutoffs={given}")
+
+
 # ---- sampled candidates ----------------------------------------------------------------------------------------------
 
 

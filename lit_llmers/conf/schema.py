@@ -266,6 +266,7 @@ class EvaluationConfig:
             Validation too.
         mask_history: items that the user has seen do not compete; a repeated target still does. Validation too.
         batch_size: rows at a time; it changes no figure.
+        cutoffs: k of the test's HR@k, NDCG@k, Recall@k and coverage@k; 10 is among them, by which models are compared.
     """
 
     protocol: str = "full"
@@ -274,6 +275,7 @@ class EvaluationConfig:
     mask_history: bool = True
     batch_size: int = 512
     candidate_seed: int = 0
+    cutoffs: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.protocol != "full" and not re.fullmatch("sampled-[1-9][0-9]*", self.protocol):
@@ -292,6 +294,12 @@ class EvaluationConfig:
             raise UserError(f"evaluation.users is {self.users}. It must be at least 1, or null for all.")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {self.batch_size}. It must be at least 1.")
+        if any(type(k) is not int or k < 1 for k in self.cutoffs) or 10 not in self.cutoffs:
+            raise UserError(
+                f"evaluation.cutoffs is {self.cutoffs}. It must be a list of whole numbers from 1 with 10, by which models are "
+                "compared, among them, as [10,50,100]."
+            )
+        object.__setattr__(self, "cutoffs", sorted(set(self.cutoffs)))
 
 
 @dataclass(frozen=True)
