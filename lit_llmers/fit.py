@@ -73,12 +73,14 @@ def _failed(status: int, message: str) -> int:
 
 def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> None:
     """Run a composed recipe: its stages in order, or one alone, then the report."""
+    from lit_llmers.resolving import check_sections, resolve
+
+    check_sections(config)
     quiet()
     preemption.stop_if_asked()
     from lit_llmers.locks import alone, sweep
     from lit_llmers.report import summary_table
     from lit_llmers.requeue import refuse_changed_settings
-    from lit_llmers.resolving import resolve
     from lit_llmers.running import check_needs_done, run, select
 
     stages, only = resolve(config), config["only"]

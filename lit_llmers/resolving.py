@@ -21,14 +21,7 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
     Raises:
         UserError: an unknown verb, key, stage name or option, or a stage that needs a later one.
     """
-    for section in ("run", "stages"):
-        if section not in config:
-            raise UserError(
-                f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base."
-            )
-    for section, cls in SECTIONS.items():
-        build(cls, config[section], section)
-    _check_seeds(config["seed"], config["seeds"])
+    check_sections(config)
     place = config["run"]
     run = Run(Path(place["dir"]) / config["recipe"] / place["name"], config["recipe"], place["name"], config["logger"])
     entries = {name: _inherit(name, config["stages"]) for name in config["stages"]}
@@ -61,6 +54,22 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
     check_blocks(settings)
     check_parts(settings)
     return [stage for stages in planned.values() for stage in stages]
+
+
+def check_sections(config: dict[str, Any]) -> None:
+    """Check what is said of the whole run: the part of `resolve` that imports nothing heavy.
+
+    Raises:
+        UserError: a section is missing, or has an unknown key or a value that it does not take.
+    """
+    for section in ("run", "stages"):
+        if section not in config:
+            raise UserError(
+                f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base."
+            )
+    for section, cls in SECTIONS.items():
+        build(cls, config[section], section)
+    _check_seeds(config["seed"], config["seeds"])
 
 
 def _check_seeds(seed: Any, seeds: Any) -> None:

@@ -81,6 +81,13 @@ def test_neither_help_nor_a_wrong_recipe_imports_anything_heavy():
     assert not set(found) - {"hydra", "omegaconf"}
 
 
+@pytest.mark.parametrize("given", ["trainer.max_epoch=1", "trainer.max_epochs=0", "evaluation.protocol=sampled", "seeds=[0,0]"])
+def test_what_is_wrong_of_the_whole_run_is_refused_before_anything_heavy_is_imported(given):
+    status, found = imported("recipe=slmrec", given)
+    assert status == 2
+    assert not set(found) - {"hydra", "omegaconf"}
+
+
 def test_an_unknown_key_is_an_error_without_traceback_or_folder(tmp_path):
     status, out, err, _ = command("recipe=slmrec", "trainer.max_epoch=1", cwd=tmp_path)
     assert (status, out) == (2, "")
