@@ -346,9 +346,10 @@ def soft_top_k_of_all(
         `[T]`; 0 for an empty list. It costs what a cross-entropy over the catalogue costs.
     """
     user, item_table = user.to(listed.dtype), item_table.to(listed.dtype)
-    full = cross_entropy(user / temperature, item_table[1:], (items[:, 0] - 1).clamp(min=0))  # logsumexp - s_0
+    first = (items[:, 0] - 1).clamp(min=0)
+    full = cross_entropy(user / temperature, item_table[1:], first, labels.sum(1))  # sum_k p_k (logsumexp - s_0 / t)
     gap = listed[:, :1] - listed
-    return full * labels.sum(1) + (labels * gap).sum(1) / temperature
+    return full + (labels * gap).sum(1) / temperature
 
 
 def soft_targets(teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:

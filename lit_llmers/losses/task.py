@@ -8,7 +8,7 @@ _CHUNK = 128  # rows of logits in memory at once; of 64 to 512 the fastest or eq
 _SAFE = 60.0  # largest logit whose exponential may be summed over any catalogue in float32
 
 
-def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Per-row cross-entropy of the target under a softmax over all items.
 
     With scores `s = user @ item_table.T` the loss of a row is `logsumexp(s) - s[target]`. The logits exist only for a
@@ -19,6 +19,8 @@ def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
         user: `[T, d]` user vectors.
         item_table: `[n, d]` vectors of the items that compete (no padding row).
         target: `[T]` int64 row of the item table.
+        weight: `[T]` factors of the losses, without gradient; None is 1. A factor that is put on the result instead costs the
+            table's gradient a second time.
 
     Returns:
         `[T]` losses in nats.
@@ -28,20 +30,22 @@ def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
     with torch.autocast(user.device.type, enabled=False):
         if not torch.is_grad_enabled() or not (user.requires_grad or item_table.requires_grad):
             chunks = zip(user.split(_CHUNK), target.split(_CHUNK), strict=True)
-            return torch.cat([F.cross_entropy(u @ item_table.T, t, reduction="none") for u, t in chunks])
-        return _ChunkedCrossEntropy.apply(user, item_table, target)
+            loss = torch.cat([F.cross_entropy(u @ item_table.T, t, reduction="none") for u, t in chunks])
+            return loss if weight is None else loss * weight
+        return _ChunkedCrossEntropy.apply(user, item_table, target, weight)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forward makes the gradients: with p the softmax, d user = p @ W - W[target], d W = p.T @ user - scatter(user).
 
-    They hold for a unit cotangent in every row; backward scales `d user` by row. The table's gradient sums over rows, so
-    it is made for a uniform cotangent, which is what a sum or a mean over rows sends back; anything else is recomputed.
+    With a weight they are those of the weighted losses. They hold for a unit cotangent in every row; backward scales `d user`
+    by row. The table's gradient sums over rows, so it is made for a uniform cotangent, which is what a sum or a mean over rows
+    sends back; anything else is recomputed.
     """
 
     @staticmethod
-    def forward(ctx, user: Tensor, item_table: Tensor, target: Tensor) -> Tensor:
-        needs_user, needs_table, _ = ctx.needs_input_grad
+    def forward(ctx, user: Tensor, item_table: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        needs_user, needs_table = ctx.needs_input_grad[:2]
         loss = user.new_empty(len(user))
         d_user = torch.empty_like(user) if needs_user else None
         d_table = item_table.new_zeros(item_table.shape[1], len(item_table)) if needs_table else None  # [d, n]
@@ -61,25 +65,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_user is not None:
                 torch.mm(weights, item_table, out=d_user[rows]).div_(total[:, None])
             if d_table is not None:
-                d_table.addmm_((user[rows] / total[:, None]).T, weights)
+                share = total.reciprocal() if weight is None else weight[rows] / total
+                d_table.addmm_((user[rows] * share[:, None]).T, weights)
         if d_user is not None:
             d_user.sub_(item_table[target])
+        weighted = user
+        if weight is not None:
+            loss.mul_(weight)
+            weighted = user * weight[:, None]
+            d_user = None if d_user is None else d_user.mul_(weight[:, None])
         if d_table is not None:
-            d_table = d_table.T.contiguous().index_add_(0, target, user, alpha=-1.0)
-        ctx.save_for_backward(user, item_table, target, d_user, d_table)
+            d_table = d_table.T.contiguous().index_add_(0, target, weighted, alpha=-1.0)
+        ctx.save_for_backward(user, item_table, target, weight, d_user, d_table)
         return loss
 
     @staticmethod
     def backward(ctx, cotangent: Tensor):
-        user, item_table, target, d_user, d_table = ctx.saved_tensors
+        user, item_table, target, weight, d_user, d_table = ctx.saved_tensors
         if d_table is not None:
             if bool((cotangent == cotangent[0]).all()):
                 d_table = d_table * cotangent[0]
             else:
-                d_table = _table_gradient(user, item_table, target, cotangent)
+                d_table = _table_gradient(user, item_table, target, cotangent if weight is None else cotangent * weight)
         if d_user is not None:
             d_user = d_user * cotangent[:, None]
-        return d_user, d_table, None
+        return d_user, d_table, None, None
 
 
 def _table_gradient(user: Tensor, item_table: Tensor, target: Tensor, cotangent: Tensor) -> Tensor:

@@ -30,6 +30,33 @@ def test_equals_plain_cross_entropy(monkeypatch, scale, cotangent):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("cotangent", ["uniform", "by row"])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_weighted_rows_are_the_plain_ones_times_their_weight(monkeypatch, scale, cotangent):
+    monkeypatch.setattr(task, "_CHUNK", 10)
+    user, table, target = inputs(scale=scale)
+    weight = torch.rand(37, dtype=torch.float64)
+    weight[3] = 0
+    upstream = torch.full((37,), 0.3) if cotangent == "uniform" else torch.rand(37)
+    ours = task.cross_entropy(user, table, target, weight)
+    plain = F.cross_entropy(user @ table.T, target, reduction="none") * weight
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10)
+    for got, want in zip(
+        torch.autograd.grad((upstream * ours).sum(), [user, table]),
+        torch.autograd.grad((upstream * plain).sum(), [user, table]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(task.cross_entropy(user, table, target, weight), plain)
+
+
+def test_a_weight_costs_the_table_s_gradient_once(monkeypatch):
+    user, table, target = inputs()
+    monkeypatch.setattr(task, "_table_gradient", lambda *_: pytest.fail("made again"))
+    task.cross_entropy(user, table, target, torch.rand(37, dtype=torch.float64)).mean().backward()
+
+
 def test_value_worked_out_by_hand():
     user, table = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.0, 0.0]])
     loss = task.cross_entropy(user, table, torch.tensor([1]))  # scores 0 and 1, target the second: log(1 + e^-1)
