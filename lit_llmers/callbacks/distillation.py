@@ -31,10 +31,13 @@ class Term(nn.Module):
 
     `per_target` says that its loss is a sum over targets, reduced by the student; otherwise it is a mean over rows.
     `parts` holds the detached scalars that the last forward was made of, for the log.
+    `counts_more` `[T]`, without gradient, is how often more the last forward wants each target's own cross-entropy counted;
+    the student adds it to the term, for next to nothing, where the output's `softmax` says so.
     """
 
     requires: frozenset[str] = frozenset()
     per_target: ClassVar[bool] = True
+    counts_more: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -55,6 +55,7 @@ class RankingTerm(Term):
     def __init__(self, settings: "RankingDistillation", reduce: Reduce) -> None:
         super().__init__()
         self.settings, self.reduce, self.epoch = settings, reduce, 0
+        self.shares_softmax = settings.loss == "softmax" and settings.over == "catalogue" and settings.temperature == 1
         popularity = settings.popularity
         if settings.dros:
             assert popularity is not None
@@ -71,9 +72,13 @@ class RankingTerm(Term):
         drawn = samples.draw_targets(targets, self.settings.share, output.user.device)
         user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
         lists = _Lists(user, output.items, items, scores.float())
+        if self.shares_softmax and output.softmax:
+            target = batch["target"]
+            lists.target = samples.of_drawn(target[target > 0], drawn)
         loss = getattr(self, f"_{self.settings.loss}")(lists, batch, drawn)  # [T]
         parts = {name: samples.of_all(part.detach(), drawn, targets) for name, part in lists.parts.items()}
         self.parts = {name: self.reduce(part, batch) for name, part in parts.items()}
+        self.counts_more = None if lists.target is None else samples.of_all(lists.labels.sum(1), drawn, targets)
         return self.reduce(samples.of_all(loss, drawn, targets), batch)
 
     # ---- losses, one value per target ------------------------------------------------------------------------------------
@@ -125,7 +130,10 @@ class RankingTerm(Term):
             labels = losses.soft_targets(lists.scores, lists.valid, temperature).to(lists.listed.dtype)
         if self.settings.over == "list":
             return losses.soft_top_k(lists.listed, labels, lists.valid, temperature)
-        return losses.soft_top_k_of_all(lists.user, lists.table, lists.items, lists.listed, labels, temperature)
+        if lists.target is None:
+            return losses.soft_top_k_of_all(lists.user, lists.table, lists.items, lists.listed, labels, temperature)
+        lists.labels = labels
+        return losses.soft_top_k_beside(lists.user, lists.table, lists.target, lists.listed, labels)
 
     def _pairwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         lists.score()
@@ -185,6 +193,8 @@ class _Lists:
     listed: Tensor  # the student's scores
     others: Tensor | None = None  # [T, N] of items that stand under the list
     free: Tensor | None = None  # [T, N] which of them count
+    target: Tensor | None = None  # [T], if the student's own cross-entropy of it serves the list too
+    labels: Tensor  # then those of the list, without gradient
 
     def __init__(self, user: Tensor, table: Tensor, items: Tensor, scores: Tensor) -> None:
         self.user, self.table, self.items, self.scores = user, table, items, scores
@@ -245,8 +255,8 @@ class RankingDistillation(Distillation):
         pairs, groups, group_power: of `pairwise`: pairs for each target, popularity groups, and how much more of the pairs
             unpopular groups get (UnKD's `lamda`).
         temperature: of `softmax`.
-        over: of `softmax`: the student's is over the `list` or the `catalogue`; the latter costs as much as the student's
-            own cross-entropy, unless `share` lowers it.
+        over: of `softmax`: the student's is over the `list` or the `catalogue`. The latter is the softmax of a student that is
+            trained by cross-entropy, which then serves both; with another temperature or loss it costs as much again.
         steepness: of `position` (lambda).
         mu: of `discrepancy` weights.
         epsilon: of the discrepancy sampler.

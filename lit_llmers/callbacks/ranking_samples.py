@@ -229,5 +229,9 @@ def draw_others(taken: Tensor, number: int, n_items: int) -> tuple[Tensor, Tenso
 
 def targets_of(output: StudentOutput, drawn: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:
     """User vectors `[T, d]` and what else has a row for each target, of the drawn ones."""
-    rows = (output.user, *others)
-    return rows if drawn is None else tuple(row.index_select(0, drawn) for row in rows)
+    return tuple(of_drawn(row, drawn) for row in (output.user, *others))
+
+
+def of_drawn(rows: Tensor, drawn: Tensor | None) -> Tensor:
+    """Those of the drawn targets."""
+    return rows if drawn is None else rows.index_select(0, drawn)

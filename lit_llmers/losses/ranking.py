@@ -352,6 +352,25 @@ def soft_top_k_of_all(
     return full + (labels * gap).sum(1) / temperature
 
 
+def soft_top_k_beside(user: Tensor, item_table: Tensor, target: Tensor, listed: Tensor, labels: Tensor) -> Tensor:
+    """What `soft_top_k_of_all` has over the cross-entropy of another item under the same softmax: the target's.
+
+    `sum_k p_k (logsumexp(s) - s_k) = sum_k p_k * (logsumexp(s) - s_target) + sum_k p_k (s_target - s_k)`. This is the second
+    sum, at temperature 1; the first is the student's own loss of the target, which has been paid for.
+
+    Args:
+        user: `[T, d]`.
+        item_table: `[n+1, d]`; row 0 is padding.
+        target: `[T]` 1..n.
+        listed, labels: `[T, K]`.
+
+    Returns:
+        `[T]`, of either sign.
+    """
+    own = (user.to(listed.dtype) * F.embedding(target, item_table).to(listed.dtype)).sum(1)
+    return (labels * (own[:, None] - listed)).sum(1)
+
+
 def soft_targets(teacher: Tensor, valid: Tensor, temperature: float) -> Tensor:
     """The teacher's softmax over its list, `[T, K]`; all zero for an empty list."""
     return _masked(teacher.detach(), valid, temperature).softmax(1) * valid

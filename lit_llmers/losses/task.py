@@ -26,7 +26,7 @@ def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor, weight: Tens
         `[T]` losses in nats.
     """
     kind = torch.promote_types(user.dtype, item_table.dtype)  # autocast may have made one of them smaller
-    user, item_table = user.to(kind), item_table.to(kind)
+    user, item_table, weight = user.to(kind), item_table.to(kind), None if weight is None else weight.to(kind)
     with torch.autocast(user.device.type, enabled=False):
         if not torch.is_grad_enabled() or not (user.requires_grad or item_table.requires_grad):
             chunks = zip(user.split(_CHUNK), target.split(_CHUNK), strict=True)

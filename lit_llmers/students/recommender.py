@@ -80,10 +80,7 @@ class Recommender(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with_hidden = any("hidden" in term.requires for term in self.terms.values())
         output = self(batch, with_hidden)
-        losses = {"task": self.task_loss(output, batch)}
-        for name, term in self.terms.items():
-            losses[name] = term(output, batch)
-        loss = sum(losses[name] * self.weights.get(name, 1.0) for name in self.terms) + losses["task"]
+        loss, losses = self.losses(output, batch)
         # reading the loss makes an accelerator wait, so there it is looked at only when it is logged
         if (self.writes_log or loss.device.type == "cpu") and not math.isfinite(loss.item()):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
@@ -93,6 +90,12 @@ class Recommender(L.LightningModule):
             )
         self.log_losses({"loss": loss} | {f"loss/{name}": value for name, value in losses.items()}, batch)
         return loss * batch["weight"] if "weight" in batch else loss
+
+    def losses(self, output: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and by name the task's own and the terms that it is the weighted sum of."""
+        losses = {"task": self.task_loss(output, batch)}
+        losses |= {name: term(output, batch) for name, term in self.terms.items()}
+        return losses["task"] + sum(losses[name] * self.weights.get(name, 1.0) for name in self.terms), losses
 
     def log_losses(self, losses: dict[str, Tensor], batch: Batch) -> None:
         """Log losses at the steps that the loggers write: a metric that nobody reads costs Lightning 1 to 2 ms a step.

@@ -62,7 +62,8 @@ class SequentialRecommender(Recommender):
             flat = [state.flatten(0, 1).index_select(0, scored) for state in (states if with_hidden else states[-1:])]
         else:
             flat = [state[:, -1] for state in states]
-        return StudentOutput(self.backbone.head(flat[-1]), self.item_table(), tuple(flat) if with_hidden else None)
+        hidden = tuple(flat) if with_hidden else None
+        return StudentOutput(self.backbone.head(flat[-1]), self.item_table(), hidden, self.loss.kind == "cross_entropy")
 
     def encode(self, items: Tensor, mask: Tensor) -> Tensor:
         """User vectors `[B, d]` of the histories `[B, L]`."""
@@ -83,6 +84,20 @@ class SequentialRecommender(Recommender):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return super().training_step(self.backbone.training_view(batch), batch_idx)
+
+    def losses(self, output: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not output.softmax:
+            return super().losses(output, batch)
+        losses = {name: term(output, batch) for name, term in self.terms.items()}
+        loss = sum(losses[name] * self.weights.get(name, 1.0) for name in losses)
+        more = {name: term.counts_more for name, term in self.terms.items() if term.counts_more is not None}
+        weight = 1 + sum(counts * self.weights.get(name, 1.0) for name, counts in more.items()) if more else None
+        target = batch["target"]
+        own = cross_entropy(output.user, output.items[1:], target[target > 0] - 1, weight)
+        loss = loss + self.reduce(own, batch)
+        own = own.detach() if weight is None else own.detach() / weight
+        losses = {name: value.detach() for name, value in losses.items()} | {"task": self.reduce(own, batch)}
+        return loss, losses | {name: losses[name] + self.reduce(counts * own, batch) for name, counts in more.items()}
 
     def task_loss(self, output: StudentOutput, batch: Batch) -> Tensor:
         return self.next_item_loss(output.user, batch)

@@ -57,6 +57,15 @@ def test_a_weight_costs_the_table_s_gradient_once(monkeypatch):
     task.cross_entropy(user, table, target, torch.rand(37, dtype=torch.float64)).mean().backward()
 
 
+def test_a_weight_may_be_wider_than_what_is_scored():
+    user, table, target = inputs()
+    user, table, weight = user.detach().bfloat16().requires_grad_(), table.detach().bfloat16(), torch.rand(37)
+    loss = task.cross_entropy(user, table, target, weight)
+    plain = F.cross_entropy(user.float() @ table.float().T, target, reduction="none") * weight
+    torch.testing.assert_close(loss.float(), plain, rtol=0.03, atol=0.03)
+    assert loss.dtype == torch.autograd.grad(loss.sum(), user)[0].dtype == torch.bfloat16
+
+
 def test_value_worked_out_by_hand():
     user, table = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.0, 0.0]])
     loss = task.cross_entropy(user, table, torch.tensor([1]))  # scores 0 and 1, target the second: log(1 + e^-1)

@@ -1,6 +1,8 @@
 """The sequential recommender: one loss however it is batched, padded, resumed or attached to."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -14,6 +16,7 @@ from lit_llmers.backbones.llm_decoder import LLMDecoder
 from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks.deep_supervision import DeepSupervision
 from lit_llmers.callbacks.feature_distillation import FeatureDistillation
+from lit_llmers.callbacks.ranking_distillation import RankingDistillation
 from lit_llmers.callbacks.resume import SeedEachStep, save
 from lit_llmers.conf.schema import LossConfig, OptimizerConfig, SequenceConfig
 from lit_llmers.data.dataset import Dataset
@@ -200,6 +203,32 @@ def test_a_share_of_the_targets_estimates_the_same_loss(make, data):
     size = torch.tensor([len(drawn) for drawn in parts], dtype=torch.float)
     torch.testing.assert_close((estimates * size).sum() / size.sum(), whole, rtol=1e-5, atol=1e-6)
     assert estimates.std() > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": {"position": 1.0, "discrepancy": 1.0}, "combine": "product"}])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_the_students_softmax_serves_a_list_of_the_teacher_as_one_of_the_lists_own_would(data, share, settings):
+    rows = rows_of(data, "sequence")
+    torch.manual_seed(0)
+    model = SequentialRecommender(sasrec(), targets_per_row=rows.targets / len(rows)).double()
+    batch = batch_of(rows, range(len(rows)))
+    lists = torch.rand(rows.targets, N_ITEMS).argsort(1)[:, :6] + 1
+    lists[::5, 3:] = 0
+    lists[1] = 0
+    batch |= {"teacher_items": lists, "teacher_scores": -torch.rand(rows.targets, 6).cumsum(1)}
+    callback = RankingDistillation(SimpleNamespace(k=6), None, loss="softmax", over="catalogue", share=share, **settings)
+    model.distillation["ranking"] = callback.build(model)
+    model.weights["ranking"] = 0.7
+    seen = []
+    for softmax in (True, False):
+        torch.manual_seed(1)
+        loss, parts = model.losses(replace(model(batch), softmax=softmax), batch)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        seen.append([loss.detach(), *(parts[name].detach() for name in ("task", "ranking")), *gradients])
+        assert (model.terms["ranking"].counts_more is None) != softmax
+    assert seen[0][2] > 1
+    for shared, own in zip(*seen, strict=True):
+        torch.testing.assert_close(shared, own)
 
 
 def test_scores_and_encodings_are_those_of_training(make, data):
