@@ -113,10 +113,9 @@ class RankingTerm(Term):
     def _correction(self, lists: "_Lists") -> Tensor:
         """DCD's: what the student ranks too low, in the teacher's order, above what it ranks too high."""
         lists.score()
-        lists.rank = self._ranks(lists)
-        epsilon = self.settings.epsilon
-        low = samples.discrepancy_log_weight(lists.rank, lists.place, epsilon)
-        high = samples.discrepancy_log_weight(-lists.rank, -lists.place, epsilon)
+        rank, epsilon = self._ranks(lists), self.settings.epsilon
+        low = samples.discrepancy_log_weight(rank, lists.place, epsilon)
+        high = samples.discrepancy_log_weight(-rank, -lists.place, epsilon)
         better, real = samples.draw_places(low, lists.valid, self.settings.underestimated)
         worse, free = samples.draw_places(high, lists.valid, self.settings.overestimated)
         return losses.relaxed_listwise(lists.listed.gather(1, better), lists.listed.gather(1, worse), real, free)
@@ -158,8 +157,7 @@ class RankingTerm(Term):
             lists.keep(*samples.draw_places(log_weight, lists.valid, number))
         lists.score()
         if settings.sampler == "discrepancy":
-            lists.rank = self._ranks(lists)
-            low = samples.discrepancy_log_weight(lists.rank, lists.place, settings.epsilon)
+            low = samples.discrepancy_log_weight(self._ranks(lists), lists.place, settings.epsilon)
             lists.keep(*samples.draw_places(low, lists.valid, number))
 
     def _weights(self, lists: "_Lists") -> Tensor:
@@ -172,19 +170,25 @@ class RankingTerm(Term):
                 weights[name] = losses.position_weights(valid, settings.steepness, lists.place, lists.listed.dtype)
             elif name == "confidence":
                 weights[name] = losses.confidence_weights(lists.scores, valid, settings.raw_confidence)
+            elif name == "consistency":
+                first = self._among_first(lists, settings.k or valid.shape[1])
+                weights[name] = losses.consistency_weights(first, valid, lists.listed.dtype)
             else:
-                rank = self._ranks(lists) if lists.rank is None else lists.rank
-                lists.rank = rank
-                if name == "consistency":
-                    weights[name] = losses.consistency_weights(rank, settings.k or valid.shape[1], valid)
-                else:
-                    weights[name] = losses.discrepancy_weights(rank, lists.place, settings.mu) * valid
+                weights[name] = losses.discrepancy_weights(self._ranks(lists), lists.place, settings.mu) * valid
         if not weights:
             return losses.combine({"": valid.to(lists.listed.dtype)}, {"": 1.0}, "sum", True)
         return losses.combine(weights, settings.weights, settings.combine, settings.normalise)
 
     def _ranks(self, lists: "_Lists") -> Tensor:
-        return samples.student_ranks(lists.user, lists.table, lists.items, lists.listed, self.settings.rank_samples)
+        if lists.rank is None:
+            number = self.settings.rank_samples
+            lists.rank = samples.student_ranks(lists.user, lists.table, lists.items, lists.listed, number)
+        return lists.rank
+
+    def _among_first(self, lists: "_Lists", k: int) -> Tensor:
+        if self.settings.rank_samples is None and lists.rank is None:
+            return samples.among_first(lists.user, lists.table, lists.items, k)
+        return self._ranks(lists) < k
 
 
 class _Lists:

@@ -104,6 +104,28 @@ def student_ranks(user: Tensor, item_table: Tensor, items: Tensor, listed: Tenso
     return rank
 
 
+def among_first(user: Tensor, item_table: Tensor, items: Tensor, k: int) -> Tensor:
+    """Whether fewer than k items score above each listed item, `[T, K]` bool: its exact rank, as far as that asks for it.
+
+    Args:
+        user: `[T, d]`.
+        item_table: `[n+1, d]`.
+        items: `[T, K]`.
+        k: from 1; the whole catalogue where it is shorter.
+    """
+    kind = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
+    user, item_table = user.detach().to(kind), item_table.detach().to(kind)
+    first = torch.empty_like(items, dtype=torch.bool)
+    for start in range(0, len(user), _ROWS):
+        rows = slice(start, start + _ROWS)
+        scores = user[rows] @ item_table.T  # [c, n+1]
+        own = scores.gather(1, items[rows])
+        scores[:, 0] = -torch.inf
+        last = scores.topk(min(k, scores.shape[1]), 1, sorted=False).values.amin(1, keepdim=True)
+        torch.ge(own, last, out=first[rows])
+    return first
+
+
 # ---- pairs within groups of like popularity ----------------------------------------------------------------------------
 
 

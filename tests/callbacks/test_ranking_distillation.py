@@ -154,6 +154,17 @@ def test_ranks_exact_and_estimated():
     assert (samples.student_ranks(user.float(), table.float(), items, listed.float(), None) - exact).abs().max() <= 1
 
 
+@pytest.mark.parametrize("k", [1, 5, N_ITEMS, N_ITEMS + 9])
+def test_who_is_among_the_first_is_what_exact_ranks_say(k, monkeypatch):
+    monkeypatch.setattr(samples, "_ROWS", 5)
+    output, batch = case()
+    items = batch["teacher_items"].clamp(min=1)
+    user, table = output.user.detach(), output.items.detach()
+    table[7] = table[9]  # a tie
+    exact = samples.student_ranks(user, table, items, losses.list_scores(user, table, items), None)
+    assert torch.equal(samples.among_first(user, table, items, k), exact < k)
+
+
 def test_golden_popularity_groups_and_quotas(golden):
     z = golden("unkd/case_a_groups")
     popularity = F.pad(torch.bincount(z["in.train_items"].long(), minlength=20), (1, 0))
