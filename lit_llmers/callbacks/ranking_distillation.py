@@ -249,7 +249,8 @@ class RankingDistillation(Distillation):
         sampler: which k: the `top`; by `rank`, p ~ e^(-r / rank_temperature); by `discrepancy`, p ~ tanh(epsilon (r_S - r_T))
             where that is positive (DCD's draw, for `bce` and `softmax`). `pairwise` has `popularity`, the only one it can.
         weights: of `bce` and `softmax`: factors of `position`, `confidence`, `consistency`, `discrepancy`. Without any they
-            are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax.
+            are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax, which wants
+            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
         negatives: of `bce`: items off the list, and not in the row, to be scored low.

@@ -11,7 +11,7 @@ from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
 from lit_llmers.callbacks.ranking_distillation import RankingSource
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
-from lit_llmers.losses.ranking import list_scores
+from lit_llmers.losses.ranking import list_scores, scaled_distance
 from lit_llmers.losses.response import kl, soft_bce, soft_labels
 from lit_llmers.students.output import StudentOutput
 
@@ -37,16 +37,18 @@ class ResponseTerm(Term):
         settings, targets = self.settings, len(output.user)
         drawn = samples.draw_targets(targets, settings.share, output.user.device)
         user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
-        valid = items > 0
+        scores, valid = scores.float(), items > 0
+        if settings.scaled:
+            scores = 1 - scaled_distance(scores, valid)
         if settings.sampler == "rank":
             log_weight = samples.rank_log_weight(items.shape[1], settings.rank_temperature, items.device)
             place, valid = samples.draw_places(log_weight, valid, settings.k or items.shape[1])
             items, scores = items.gather(1, place), scores.gather(1, place)
-        student, teacher = list_scores(user, output.items, items), scores.float()
+        student = list_scores(user, output.items, items)
         if settings.loss == "kl":
-            loss = kl(student, teacher, settings.temperature, valid)
+            loss = kl(student, scores, settings.temperature, valid)
         else:
-            loss = soft_bce(student, soft_labels(teacher, settings.temperature, settings.offset), valid)
+            loss = soft_bce(student, soft_labels(scores, settings.temperature, settings.offset), valid)
         return self.reduce(samples.of_all(loss, drawn, targets), batch)
 
 
@@ -57,11 +59,15 @@ class ResponseDistillation(Distillation):
     50 items once before training, each the better of two; here they are drawn at each step, without that choice. Items off
     the list have no teacher's score, so nothing is said of them.
 
+    A teacher whose scores are distances with their sign changed, as BIGRec's, has none above 0: as logits they would call all
+    of its list unlikely, the best item too. `scaled: true, temperature: 0.25, offset: -0.5` gives labels of .12 to .88.
+
     Args:
         ranking: the teacher's lists.
         loss: `soft_bce`, or `kl` between softmaxes over the list.
         k: items that a step takes of each list; null is all of it.
         sampler: which k: the `top`, or by `rank`, p ~ e^(-r / rank_temperature).
+        scaled: each list's scores are scaled to 0 (its worst item) .. 1 (its best) first; not as CD, see above.
         temperature: divides the teacher's scores; with `kl` the student's too.
         offset: of `soft_bce`: added to the teacher's scores (CD's t2).
         rank_temperature: of the rank sampler. CD's code has 20 times the length of the list, which is nearly flat.
@@ -82,6 +88,7 @@ class ResponseDistillation(Distillation):
         loss: str = "soft_bce",
         k: int | None = None,
         sampler: str = "top",
+        scaled: bool = False,
         temperature: float = 1.0,
         offset: float = 0.0,
         rank_temperature: float = 10.0,
@@ -103,7 +110,7 @@ class ResponseDistillation(Distillation):
             raise UserError("response_distillation: offset changes nothing in loss: kl. Leave it out.")
         samples.check_share("response_distillation", share)
         self.ranking, self.loss, self.k, self.sampler, self.share = ranking, loss, k, sampler, share
-        self.temperature, self.offset, self.rank_temperature = temperature, offset, rank_temperature
+        self.scaled, self.temperature, self.offset, self.rank_temperature = scaled, temperature, offset, rank_temperature
 
     def build(self, student: Any) -> ResponseTerm:
         if self.k is not None and self.k > self.ranking.k:

@@ -126,6 +126,25 @@ def position_weights(
     return _normalised(torch.exp(-place.to(dtype) / steepness) * valid)
 
 
+def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:
+    """How far each item of a list is from its best: 0 for the best, 1 for the worst, all 0 where they are equal.
+
+    Source: BIGRec's min-max scaling of distances (arXiv 2308.08434).
+
+    Args:
+        scores: `[T, K]` of the teacher, higher is better, in any unit.
+        valid: `[T, K]`.
+
+    Returns:
+        `[T, K]`, inf where not `valid`.
+    """
+    scores = scores.detach()
+    best = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    worst = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    distance = (best - scores) / (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
+    return distance.masked_fill(~valid, torch.inf)
+
+
 def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tensor:
     """`e^(-d) / sum of it`, d the teacher's distance (DLLM2Rec's w^c); a score is the distance with its sign changed.
 
@@ -141,14 +160,11 @@ def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tens
     Returns:
         `[T, K]`, of sum 1 where a list is not empty.
     """
-    scores = scores.detach()
-    best = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    if raw:  # a list with scores above 0, which are no distances, is moved: else it might overflow
-        exponent = scores - best.clamp(min=0)
-        return _normalised((exponent.masked_fill(~valid, -torch.inf).exp() + _FLOOR) * valid)
-    worst = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-    distance = (best - scores) / (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
-    return _normalised(torch.exp(-distance.masked_fill(~valid, torch.inf)))
+    if not raw:
+        return _normalised(torch.exp(-scaled_distance(scores, valid)))
+    scores = scores.detach().masked_fill(~valid, -torch.inf)
+    exponent = scores - scores.amax(1, keepdim=True).clamp(min=0)  # scores above 0 are no distances and might overflow
+    return _normalised((exponent.exp() + _FLOOR) * valid)
 
 
 def consistency_weights(first: Tensor, valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

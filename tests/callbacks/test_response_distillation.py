@@ -10,7 +10,13 @@ from torch.nn import functional as F
 from lit_llmers.callbacks.response_distillation import ResponseDistillation
 from lit_llmers.errors import UserError
 
-METHODS = {"cd": {"sampler": "rank", "k": 5, "temperature": 2.0}, "soft bce": {}, "kl": {"loss": "kl", "temperature": 1.5}}
+METHODS = {
+    "cd": {"sampler": "rank", "k": 5, "temperature": 2.0},
+    "cd of distances": {"sampler": "rank", "k": 5, "scaled": True, "temperature": 0.25, "offset": -0.5},
+    "soft bce": {},
+    "kl": {"loss": "kl", "temperature": 1.5},
+    "kl of distances": {"loss": "kl", "scaled": True},
+}
 
 
 def term(reduce=None, **settings):
@@ -32,6 +38,26 @@ def test_soft_bce_by_plain_sums():
             label = torch.sigmoid((said[real].double() + 0.5) / 2)
             expected = F.binary_cross_entropy_with_logits(scores[t, items[real]], label)
             assert loss[t].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_labels_of_distances_run_from_the_worst_to_the_best_of_each_whole_list():
+    output, batch = inputs()
+    output.items.data[:] = 0  # all items score 0, so a gradient's sign says whether a label is above a half
+    batch["response_scores"] = batch["response_scores"] * 30 - 200
+    settings = {"scaled": True, "temperature": 0.25, "offset": -0.5}
+    for sampler, k in (("top", None), ("rank", 1)):
+        loss = term(reduce=lambda loss, batch: loss, sampler=sampler, k=k, **settings)(output, batch)
+        for t, (items, said) in enumerate(zip(batch["response_items"], batch["response_scores"], strict=True)):
+            said, items = said[items > 0].double(), items[items > 0]
+            if not len(items):
+                continue
+            label = torch.sigmoid(((said - said.min()) / (said.max() - said.min()) - 0.5) / 0.25)
+            assert label.max().item() == pytest.approx(0.8808, abs=1e-4)
+            gradient = torch.autograd.grad(loss[t], output.items, retain_graph=True)[0][items]
+            drawn = gradient.any(1)
+            assert drawn.sum() == (k or len(items))
+            expected = (0.5 - label)[:, None] * output.user[t].detach() / (k or len(items))
+            torch.testing.assert_close(gradient[drawn], expected[drawn], rtol=1e-5, atol=1e-9)
 
 
 def test_cd_draws_high_ranks_more_often_and_each_item_once():

@@ -129,6 +129,14 @@ def test_the_negative_term_is_log_one_minus_sigmoid_unless_asked():
             assert loss[t].item() == pytest.approx(sum(w * (math.log(1 + math.exp(-s)) + miss) for w, s in pairs))
 
 
+def test_distances_are_scaled_from_best_to_worst():
+    scores = torch.tensor([[-100.0, -110.0, -140.0, 0.0], [-3.0, -3.0, 9.0, 9.0], [5.0, 5.0, 5.0, 5.0]])
+    valid = torch.tensor([[True, True, True, False], [True, True, False, False], [False] * 4])
+    inf = torch.inf
+    expected = torch.tensor([[0.0, 0.25, 1.0, inf], [0.0, 0.0, inf, inf], [inf] * 4])
+    torch.testing.assert_close(ranking.scaled_distance(scores.requires_grad_(), valid), expected)
+
+
 def test_scaled_confidence_tells_large_distances_apart_where_the_official_one_cannot():
     scores, valid = -torch.tensor([[30.0, 31.0, 34.0], [30.0, 31.0, 34.0]]), torch.ones(2, 3, dtype=torch.bool)
     raw, scaled = (ranking.confidence_weights(scores, valid, raw=raw) for raw in (True, False))

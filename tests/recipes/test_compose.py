@@ -11,6 +11,7 @@ from tiny import by_name
 from lit_llmers import recipes
 from lit_llmers.building import find
 from lit_llmers.callbacks.ranking_distillation import RankingDistillation
+from lit_llmers.callbacks.response_distillation import ResponseDistillation
 from lit_llmers.data import sources
 from lit_llmers.errors import UserError
 from lit_llmers.resolving import resolve
@@ -288,6 +289,34 @@ def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_
                 torch.manual_seed(1)
                 losses.append(term(StudentOutput(user, scores), batch).item())
             assert losses[1] > 0.99 * losses[0]
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_lists_of_distances_teach_the_same_in_any_unit_and_their_best_item_is_pushed_up(name, scale, no_files):
+    """A teacher that is grounded by distance has scores that are no logits: neither their size nor their sign says a thing."""
+    items = torch.arange(1, 101).expand(20, -1)
+    distances = torch.linspace(60, 75, 100).expand(20, -1)
+    parts = {
+        "ranking_distillation": ("teacher", RankingDistillation),
+        "response_distillation": ("response", ResponseDistillation),
+    }
+    student = SimpleNamespace(reduce=lambda values, batch: values.mean())
+    planned = resolve(recipes.compose(name, ["data=ml-1m", *([] if scale == "scale=laptop" else [scale])]))
+    if getattr(by_name(planned).get("teacher"), "verb", None) != "tune":
+        return
+    for part, settings in by_name(planned)["student"].config.terms:
+        prefix, make = parts[part]
+        given = {key: value for key, value in settings.items() if key not in ("from", "share")}
+        popularity = {"popularity": torch.arange(121)} if make is RankingDistillation else {}
+        term = make(SimpleNamespace(k=100), **popularity, **given).build(student)
+        losses = []
+        for scores in (-distances, -1000 - 7 * distances):
+            batch = {"target": items[:, 3], f"{prefix}_items": items, f"{prefix}_scores": scores}
+            torch.manual_seed(1)
+            table = (torch.randn(121, 4) / 20).requires_grad_()
+            losses.append(term(StudentOutput(torch.ones(20, 4), table), batch))
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+        assert torch.autograd.grad(losses[1], table)[0][1].sum() < 0, "its score is to rise"
 
 
 @pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in ("dllm2rec", "bigrec") for scale in scales(name)])
