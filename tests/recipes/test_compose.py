@@ -1,5 +1,6 @@
 """Every shipped recipe composes with every option; what is unknown is named, with the nearest known name."""
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from lit_llmers.callbacks.ranking_distillation import RankingDistillation
 from lit_llmers.callbacks.response_distillation import ResponseDistillation
 from lit_llmers.data import sources
 from lit_llmers.errors import UserError
+from lit_llmers.losses import sampled
 from lit_llmers.resolving import resolve
 from lit_llmers.students.output import StudentOutput
 
@@ -325,6 +327,24 @@ def test_what_the_student_agrees_with_weighs_as_much_as_in_dllm2rec_however_long
     config = recipes.compose(name, ["data=ml-1m", *([] if scale == "laptop" else [f"scale={scale}"])])
     (ranking,) = (entry["ranking_distillation"] for entry in config["stages"]["student"]["callbacks"])
     assert ranking["k"] * ranking["weights"]["consistency"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "official"),
+    [
+        ("llm-esr", "student", 0.1),
+        ("llmemb", "student", 0.01),
+        ("pad", "aligned", 0.2),
+        ("rd", "student", 1.0),
+    ],
+)
+def test_a_weight_beside_a_sum_over_positive_and_negatives_is_divided_where_ours_is_their_mean(name, stage, official, no_files):
+    """LLM-ESR, LLMEmb, PAD and RD add a term of `official` weight to `-log sigmoid(s+) - log(1 - sigmoid(s-))`."""
+    config = by_name(resolve(recipes.compose(name, ["data=ml-1m", "scale=paper"])))[stage].config
+    assert (config.loss.kind, config.loss.negatives) == ("bce", 1)
+    ((_, settings),) = config.terms
+    ours, theirs = sampled.binary(torch.zeros(1), torch.zeros(1, 1)), 2 * torch.tensor([math.log(2)])
+    torch.testing.assert_close(settings["weight"] / ours, official / theirs)
 
 
 @pytest.mark.parametrize("text", ["tfidf", "minilm"])
