@@ -34,8 +34,14 @@ class Histories:
             users: numbers 0..U-1.
             length: items at most; None takes the `length` of the object.
         """
+        return self._before(users, self.stop[users.cpu().numpy()], length)
+
+    def inputs(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """As `latest`, but without each user's last training item: what his latest training row reads, whose target it is."""
         user = users.cpu().numpy()
-        stop = self.stop[user]
-        start = np.maximum(stop - (length or self.length), self.dataset.offsets[user])
+        return self._before(users, np.maximum(self.stop[user] - 1, self.dataset.offsets[user]), length)
+
+    def _before(self, users: Tensor, stop: np.ndarray, length: int | None) -> tuple[Tensor, Tensor]:
+        start = np.maximum(stop - (length or self.length), self.dataset.offsets[users.cpu().numpy()])
         items = torch.from_numpy(windows(self.dataset.items, start, stop)).to(users.device)
         return items, items > 0

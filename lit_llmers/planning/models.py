@@ -64,7 +64,7 @@ class FakeLists:
 class FakeHistories(Histories):
     """Everybody's history is full."""
 
-    def latest(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    def inputs(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
         items = torch.ones(len(users), length or self.length, dtype=torch.long)
         return items, items > 0
 

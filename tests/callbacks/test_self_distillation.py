@@ -37,7 +37,7 @@ class Histories:
     def __init__(self) -> None:
         self.asked: list[int | None] = []
 
-    def latest(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
+    def inputs(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
         self.asked.append(length)
         count = (users % 4)[:, None]
         place = torch.arange(3) - 3 + count
@@ -98,7 +98,7 @@ def test_value_by_plain_loops(kind):
     loss = term(output_of(user), batch)
     found, means = nearest_users(USERS, 3), []
     for u in batch["user"].tolist():
-        rows = [Histories().latest(torch.tensor([n])) for n in found[u].tolist() if n % 4]  # user 4k has no history
+        rows = [Histories().inputs(torch.tensor([n])) for n in found[u].tolist() if n % 4]  # user 4k has no history
         means.append(torch.cat([student.encode(*row) for row in rows]).mean(0))
     own, teacher = user[[1, 2, 5]], torch.stack(means).detach()
     expected = F.mse_loss(own, teacher) if kind == "mse" else soft_clip(own, teacher, temperature=1.5).mean()
@@ -173,7 +173,7 @@ def test_training_draws_users_to_their_neighbours_and_leaves_no_parameters(make)
         fit(student, callback, epochs=4)
         term = student.distillation["self_distillation"]
         assert not term.state_dict()
-        items, mask = Histories().latest(torch.arange(60))
+        items, mask = Histories().inputs(torch.arange(60))
         has = mask.any(1).nonzero().squeeze(1)
         batch = {"user": has, "target": torch.ones(len(has)).long()}
         with torch.no_grad():

@@ -1,9 +1,13 @@
 """Training histories by user: the latest items, and never one that is held out."""
 
+import numpy as np
 import torch
 from tiny import dataset
 
+from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.data.histories import Histories
+from lit_llmers.data.loader import TrainingBatches
+from lit_llmers.data.sequences import TrainingRows
 
 
 def test_the_latest_training_items_and_never_a_held_out_one():
@@ -14,3 +18,16 @@ def test_the_latest_training_items_and_never_a_held_out_one():
     assert torch.equal(mask, items > 0)
     assert histories.latest(torch.tensor([0]), 5)[0].tolist() == [[1, 2, 3]]
     assert histories.latest(torch.tensor([2]))[0].tolist() == [[0]], "a user without training items has one column of padding"
+
+
+def test_inputs_end_before_the_last_training_item_as_the_training_rows_do():
+    data = dataset([[1, 2, 3, 4, 5, 6], [6, 7, 8], [2, 9], [9, 8, 7, 6]])
+    histories = Histories(data, 2)
+    items, mask = histories.inputs(torch.tensor([1, 0, 2, 3]))
+    assert items.tolist() == [[0, 0], [2, 3], [0, 0], [0, 9]]
+    assert torch.equal(mask, items > 0)
+    rows = TrainingRows(data, SequenceConfig(max_length=5))
+    batch = TrainingBatches(rows, len(rows), 0).collate(np.arange(len(rows)))
+    assert batch["user"].tolist() == [0, 3]
+    assert torch.equal(histories.inputs(batch["user"], 5)[0], batch["items"])
+    assert histories.inputs(torch.tensor([2]))[0].tolist() == [[0]]
