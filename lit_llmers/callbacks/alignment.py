@@ -102,7 +102,8 @@ class AlignmentTerm(Term):
     """The mean over a batch's targets of how far the student's vectors are from the signals, each entity being there once.
 
     `item`, `negative` and `user` in the log are the parts, which add up: a batch of pairs has negatives and users beside
-    its targets. One without a signal adds nothing.
+    its targets. With `mmd` the targets of a batch without negatives have uniform items among them. One without a signal adds
+    nothing.
 
     Args:
         items: `[n+1, D]` signals; or what makes the student's two tables at each step, its own and that of text.
@@ -159,7 +160,7 @@ class AlignmentTerm(Term):
         parts = {}
         table, signals = (output.items, self.items) if self.views is None else self.views()
         assert signals is not None
-        sets = item_sets(batch, self.known_items.mask)
+        sets = item_sets(batch, self.known_items.mask, uniform=self.kind == "mmd")
         for name, (index, found) in zip(("item", "negative"), sets, strict=False):
             parts[name] = found * self._aligned(table, signals, index, self.known_items, self.negatives)
         if self.users is not None:
@@ -236,7 +237,8 @@ class Alignment(Distillation):
             of which learn: PAD's second phase.
         users: `[U, D]` the users' signals, zero for one without; of use to a collaborative student alone.
         kind: `info_nce` (cosines), `soft_clip` (dot products, the signal as x), `mmd` (equal distributions) or `cosine` (equal
-            directions).
+            directions). The distributions are of the items that a step looks at: as in PAD's code, targets and as many items
+            drawn uniformly, so that rare items count too; with a collaborative student its negatives, by themselves.
         negatives: of `info_nce`: which items compete: those of the `batch`, `all`, or those of the batch and of a `bank` of the
             vectors that were last met.
         bank: how many vectors it holds.
@@ -246,7 +248,7 @@ class Alignment(Distillation):
         projector: `none`, `linear`, or `mlp` with one inner layer of the mean width and a leaky ReLU; users and items share it.
         project: what it maps: the `signal` to the student's width, or the `student` to the signal's.
         share: of a batch's targets, negatives and users, drawn at random at each step; the others are not aligned, nor do
-            they compete where the batch does. None draws 512 of each at most.
+            they compete where the batch does. None draws 512 of each at most (of targets and uniform items together).
         weight: factor of the term in the student's loss.
         decay_epochs: see `Distillation`.
 

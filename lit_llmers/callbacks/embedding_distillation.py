@@ -49,11 +49,19 @@ def with_signal(index: Tensor, known: Tensor) -> tuple[Tensor, float]:
     return found, len(found) / max(1, len(index))
 
 
-def item_sets(batch: Batch, known: Tensor) -> list[tuple[Tensor, float]]:
-    """The items that a batch is about: its targets `[T]` and, where it brings them, its negatives `[B N]`, as `with_signal`."""
+def item_sets(batch: Batch, known: Tensor, uniform: bool = False) -> list[tuple[Tensor, float]]:
+    """The items that a batch is about: its targets `[T]` and, where it brings them, its negatives `[B N]`, as `with_signal`.
+
+    Args:
+        known: `[n+1]` bool.
+        uniform: where it brings none, as many items drawn uniformly from the catalogue stand with the targets, `[2 T]`.
+    """
     target = batch["target"]
     sets = [target if target.dim() == 1 else target[target > 0]]
-    sets += [batch["negatives"].flatten()] if "negatives" in batch else []
+    if "negatives" in batch:
+        sets.append(batch["negatives"].flatten())
+    elif uniform:
+        sets[0] = torch.cat([sets[0], torch.randint(1, len(known), sets[0].shape, device=target.device)])
     return [with_signal(each, known) for each in sets]
 
 

@@ -155,7 +155,7 @@ def test_one_without_a_signal_is_no_pair_and_no_negative(arguments):
 @pytest.mark.parametrize("kind", ["info_nce", "soft_clip", "mmd", "cosine"])
 def test_a_batch_without_any_signal_has_no_loss(kind):
     text = TEXT.clone()
-    text[:30] = 0
+    text[: 51 if kind == "mmd" else 30] = 0  # of all items, where uniform ones are looked at too
     output = output_of(8)
     loss = Alignment(text, kind=kind).build(sasrec())(output, SEQUENCES)
     assert loss.item() == 0
@@ -163,17 +163,42 @@ def test_a_batch_without_any_signal_has_no_loss(kind):
     assert not output.items.grad.any()
 
 
-def test_soft_clip_mmd_and_cosine_are_of_the_items_of_the_batch():
+def test_soft_clip_and_cosine_are_of_the_items_of_the_batch():
     output, ids = output_of(), [3, 5, 7, 9]
     student, text = output.items[ids], TEXT[ids]
     share = torch.tensor([2, 1, 1, 1]) / 5
     cos = 1 - F.cosine_similarity(student, text)
     for kind, expected in {
         "soft_clip": soft_clip(text, student, temperature=2.0).dot(share),  # x and y as the official codes have them
-        "mmd": multi_kernel_mmd(student, text),
         "cosine": cos.dot(share),
     }.items():
         torch.testing.assert_close(term_of(sasrec, kind=kind, temperature=2.0)(output, SEQUENCES), expected)
+
+
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_mmd_is_of_targets_and_of_as_many_items_of_the_whole_catalogue(share):
+    output, popular = output_of(), torch.randint(1, 6, (40, 5), generator=torch.Generator().manual_seed(2))
+    term, met, number = term_of(sasrec, kind="mmd", share=share), torch.zeros(51), []
+    torch.manual_seed(0)
+    for _ in range(60):
+        output.items.grad = None
+        term(output, {"target": popular[:, :1]}).backward()
+        met += output.items.grad.any(1)
+        number.append(int(output.items.grad[6:].any(1).sum()))
+    assert (met[1:] > 0).all(), "items that are no one's target too"
+    assert met[0] == 0
+    assert met[6:].mean() == pytest.approx(60 * (1 - (49 / 50) ** (40 * (share or 1))), rel=0.1)
+    assert max(number) <= 40
+
+
+def test_mmd_of_pairs_is_of_the_targets_and_of_the_negatives():
+    output, term = collaborative(6)({"user": PAIRS["user"]}), term_of(collaborative, kind="mmd")
+    expected = {
+        name: multi_kernel_mmd(output.items[ids], TEXT[ids]).item()
+        for name, ids in {"item": [3, 7], "negative": [3, 9, 11, 20]}.items()
+    }
+    term(output, PAIRS)
+    assert {key: value.item() for key, value in term.parts.items()} == pytest.approx(expected, rel=1e-5)
 
 
 def test_llmemb_s_anchor_is_constant_and_its_targets_are_not():
