@@ -11,6 +11,7 @@ from tiny import by_name
 
 from lit_llmers import recipes
 from lit_llmers.building import find
+from lit_llmers.callbacks.embedding_distillation import EmbeddingDistillation
 from lit_llmers.callbacks.ranking_distillation import RankingDistillation
 from lit_llmers.callbacks.response_distillation import ResponseDistillation
 from lit_llmers.data import sources
@@ -345,6 +346,25 @@ def test_a_weight_beside_a_sum_over_positive_and_negatives_is_divided_where_ours
     ((_, settings),) = config.terms
     ours, theirs = sampled.binary(torch.zeros(1), torch.zeros(1, 1)), 2 * torch.tensor([math.log(2)])
     torch.testing.assert_close(settings["weight"] / ours, official / theirs)
+
+
+@pytest.mark.parametrize("name", ["hint", "htd"])
+def test_a_wide_teacher_of_text_does_not_drown_the_task(name, no_files):
+    """LLaMA's vectors as an encode stage gives them, most of which they share: squares of mean 1, 4,096 of them."""
+    torch.manual_seed(0)
+    config = by_name(resolve(recipes.compose(name, ["data=ml-1m", "scale=paper"])))["student"].config
+    ((_, settings),) = config.terms
+    text = torch.nn.functional.normalize(torch.randn(301, 4096) + 1.3 * torch.randn(4096)) * 64
+    text[0] = 0
+    given = {key: value for key, value in settings.items() if key != "from"}
+    if name == "htd":
+        given["experts"] = 3  # for the memory's sake
+    student = SimpleNamespace(backbone=SimpleNamespace(dim=64), reduce=lambda values, batch: values.mean())
+    callback = EmbeddingDistillation(text, **given)
+    vectors = torch.randn(301, 64) / 10
+    value = callback.build(student)(StudentOutput(vectors, vectors), {"target": torch.arange(1, 301)}).item()
+    assert config.loss.kind == "bce"
+    assert 0.1 < callback.weight * value < math.log(2)
 
 
 @pytest.mark.parametrize("text", ["tfidf", "minilm"])
