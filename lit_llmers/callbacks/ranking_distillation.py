@@ -267,7 +267,10 @@ class RankingDistillation(Distillation):
         epsilon: of the discrepancy sampler.
         rank_temperature: of the rank sampler and of pairs (UnKD: 20).
         rank_samples: random items that the student's ranks are estimated from. They are n / rank_samples apart, which is too
-            coarse for `consistency`; null gives the exact ranks, from the scores of the whole catalogue.
+            coarse for `consistency`; null gives the exact ranks, from the scores of the whole catalogue. 100 are coarse too
+            for `underestimated` and the sampler `discrepancy`: ranks among 12,101 items come in steps of 121 beside a teacher's
+            of 0 to 99, so that one random item above a listed one makes it underestimated, and none overestimated. Of a GRU4Rec
+            on amazon-beauty 78 % of the listed items are on their right side by 100, 92 % by 1,000, 96 % by 3,000.
         start_epoch: first epoch of the weights that depend on the student, `consistency` and `discrepancy`.
         raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking.confidence_weights`.
         dros: factor of a distributionally robust loss beside `bce` (DLLM2Rec's alpha), which reads all scores.
