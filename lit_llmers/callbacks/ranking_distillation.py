@@ -56,6 +56,8 @@ class RankingTerm(Term):
         super().__init__()
         self.settings, self.reduce, self.epoch = settings, reduce, 0
         self.shares_softmax = settings.loss == "softmax" and settings.over == "catalogue" and settings.temperature == 1
+        self.asks_for_ranks = bool(OF_STUDENT & set(settings.weights) or settings.underestimated)
+        self.asks_for_ranks |= settings.sampler == "discrepancy"
         popularity = settings.popularity
         if settings.dros:
             assert popularity is not None
@@ -72,6 +74,8 @@ class RankingTerm(Term):
         drawn = samples.draw_targets(targets, self.settings.share, output.user.device)
         user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
         lists = _Lists(user, output.items, items, scores.float())
+        if self.asks_for_ranks:
+            lists.met = samples.met_before(batch, drawn)
         if self.shares_softmax and output.softmax:
             target = batch["target"]
             lists.target = samples.of_drawn(target[target > 0], drawn)
@@ -182,12 +186,12 @@ class RankingTerm(Term):
     def _ranks(self, lists: "_Lists") -> Tensor:
         if lists.rank is None:
             number = self.settings.rank_samples
-            lists.rank = samples.student_ranks(lists.user, lists.table, lists.items, lists.listed, number)
+            lists.rank = samples.student_ranks(lists.user, lists.table, lists.items, lists.listed, number, lists.met)
         return lists.rank
 
     def _among_first(self, lists: "_Lists", k: int) -> Tensor:
         if self.settings.rank_samples is None and lists.rank is None:
-            return samples.among_first(lists.user, lists.table, lists.items, k)
+            return samples.among_first(lists.user, lists.table, lists.items, k, lists.met)
         return self._ranks(lists) < k
 
 
@@ -197,6 +201,7 @@ class _Lists:
     listed: Tensor  # the student's scores
     others: Tensor | None = None  # [T, N] of items that stand under the list
     free: Tensor | None = None  # [T, N] which of them count
+    met: Tensor | None = None  # [T, L] items of its row before each target, if the student's ranks are asked for
     target: Tensor | None = None  # [T], if the student's own cross-entropy of it serves the list too
     labels: Tensor  # then those of the list, without gradient
 
@@ -240,6 +245,8 @@ class RankingDistillation(Distillation):
     sequential student has no ranking of users. UnKD's groups are those of the items in the list, of which a list may hold few
     unpopular ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at
     all. RD's random items are the same for all targets of a step, and 16 neighbouring targets share their items off the list.
+    The student's ranks are among what its row has not met before the target, as in the teacher's list (DLLM2Rec's code has the
+    history in both): of a model of ml-1m 31 items of a history stand above a listed one, of amazon-beauty 3.
 
     Args:
         ranking: the teacher's lists.

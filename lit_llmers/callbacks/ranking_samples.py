@@ -76,8 +76,21 @@ def discrepancy_log_weight(rank: Tensor, place: Tensor, epsilon: float) -> Tenso
     return torch.tanh(epsilon * (rank - place)).clamp(min=0).log()
 
 
-def student_ranks(user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, samples: int | None) -> Tensor:
-    """The student's own 0-based rank of listed items among all items, its history too: `[T, K]`, without gradient.
+def met_before(batch: Batch, drawn: Tensor | None = None) -> Tensor | None:
+    """Items `[T, L]` that come before each target in its row, which no teacher's list has; 0 fills up. None for pairs."""
+    if "items" not in batch:
+        return None
+    if batch["target"].dim() == 1:
+        return of_drawn(batch["items"], drawn)
+    row, last = of_drawn(batch["target"].nonzero(), drawn).unbind(1)  # the item at a target's own position comes before it
+    items = batch["items"].index_select(0, row)
+    return items.masked_fill_(torch.arange(items.shape[1], device=items.device) > last[:, None], 0)
+
+
+def student_ranks(
+    user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, samples: int | None, met: Tensor | None = None
+) -> Tensor:
+    """The student's own 0-based rank of listed items among the items that were not met: `[T, K]`, without gradient.
 
     Args:
         user: `[T, d]`.
@@ -86,25 +99,32 @@ def student_ranks(user: Tensor, item_table: Tensor, items: Tensor, listed: Tenso
         listed: `[T, K]` their scores.
         samples: random items, the same for all targets, that the rank is estimated from; None: the exact rank, from the
             scores of the whole catalogue.
+        met: `[T, L]` items that do not compete, 0 fills up; None: all compete.
     """
     user, item_table = user.detach().to(listed.dtype), item_table.detach().to(listed.dtype)
     n_items = len(item_table) - 1
     if samples is not None:
         drawn = torch.randint(1, n_items + 1, (samples,), device=user.device)
-        return estimated_rank(listed, user @ item_table[drawn].T, n_items)
+        scores = user @ item_table[drawn].T  # [T, M]
+        if met is not None:
+            column = drawn.new_full((n_items + 1,), samples)  # where an item was drawn, samples: nowhere
+            column[drawn] = torch.arange(samples, device=drawn.device)
+            hit = met.new_zeros(len(met), samples + 1, dtype=torch.bool).scatter_(1, column[met], True)
+            scores = scores.masked_fill_(hit[:, column[drawn]], -torch.inf)  # a repeated item has one column
+        return estimated_rank(listed, scores, n_items)
     rank = torch.empty_like(listed)
     for start in range(0, len(user), _ROWS):
         rows = slice(start, start + _ROWS)
         scores = user[rows] @ item_table.T  # [c, n+1]
         own = scores.gather(1, items[rows])  # rounded as the others are
-        scores[:, 0] = -torch.inf
+        _leave_out(scores, met, rows)
         higher = torch.empty_like(scores)
         for k in range(items.shape[1]):
             rank[rows, k] = torch.gt(scores, own[:, k : k + 1], out=higher).sum(1)
     return rank
 
 
-def among_first(user: Tensor, item_table: Tensor, items: Tensor, k: int) -> Tensor:
+def among_first(user: Tensor, item_table: Tensor, items: Tensor, k: int, met: Tensor | None = None) -> Tensor:
     """Whether fewer than k items score above each listed item, `[T, K]` bool: its exact rank, as far as that asks for it.
 
     Args:
@@ -112,6 +132,7 @@ def among_first(user: Tensor, item_table: Tensor, items: Tensor, k: int) -> Tens
         item_table: `[n+1, d]`.
         items: `[T, K]`.
         k: from 1; the whole catalogue where it is shorter.
+        met: as in `student_ranks`.
     """
     kind = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
     user, item_table = user.detach().to(kind), item_table.detach().to(kind)
@@ -120,10 +141,17 @@ def among_first(user: Tensor, item_table: Tensor, items: Tensor, k: int) -> Tens
         rows = slice(start, start + _ROWS)
         scores = user[rows] @ item_table.T  # [c, n+1]
         own = scores.gather(1, items[rows])
-        scores[:, 0] = -torch.inf
+        _leave_out(scores, met, rows)
         last = scores.topk(min(k, scores.shape[1]), 1, sorted=False).values.amin(1, keepdim=True)
         torch.ge(own, last, out=first[rows])
     return first
+
+
+def _leave_out(scores: Tensor, met: Tensor | None, rows: slice) -> None:
+    """Take the padding and what was met out of the scores `[c, n+1]` of these rows of the targets."""
+    scores[:, 0] = -torch.inf
+    if met is not None:
+        scores.scatter_(1, met[rows], -torch.inf)
 
 
 # ---- pairs within groups of like popularity ----------------------------------------------------------------------------

@@ -154,6 +154,54 @@ def test_ranks_exact_and_estimated():
     assert (samples.student_ranks(user.float(), table.float(), items, listed.float(), None) - exact).abs().max() <= 1
 
 
+def test_what_was_met_before_a_target_is_its_row_so_far():
+    items = torch.tensor([[0, 4, 5, 6], [7, 8, 9, 3]])
+    every = {"items": items, "target": torch.tensor([[0, 5, 0, 2], [8, 0, 3, 1]])}
+    met = [[0, 4, 0, 0], [0, 4, 5, 6], [7, 0, 0, 0], [7, 8, 9, 0], [7, 8, 9, 3]]
+    assert samples.met_before(every).tolist() == met
+    assert samples.met_before(every, torch.tensor([1, 3])).tolist() == [met[1], met[3]]
+    one = {"items": items, "target": torch.tensor([2, 1])}
+    assert torch.equal(samples.met_before(one), items)
+    assert samples.met_before(one, torch.tensor([1])).tolist() == [[7, 8, 9, 3]]
+    assert samples.met_before({"user": torch.tensor([1]), "target": torch.tensor([2])}) is None
+    assert items[0].tolist() == [0, 4, 5, 6], "the batch is as it was"
+
+
+def test_what_was_met_is_in_nobodys_way(monkeypatch):
+    monkeypatch.setattr(samples, "_ROWS", 5)
+    output, batch = case()
+    items = batch["teacher_items"].clamp(min=1)
+    user, table = output.user.detach(), output.items.detach()
+    met = torch.randint(0, N_ITEMS + 1, (12, 9), generator=torch.Generator().manual_seed(5))
+    scores = (user @ table.T).scatter(1, met, -torch.inf)
+    listed = losses.list_scores(user, table, items)
+    exact = (scores[:, None, 1:] > listed[:, :, None] + 1e-12).sum(2)
+    assert torch.equal(samples.student_ranks(user, table, items, listed, None, met), exact.double())
+    assert torch.equal(samples.among_first(user, table, items, 5, met), exact < 5)
+    torch.manual_seed(0)
+    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200, met) for _ in range(50)])
+    bias = estimates.mean(0) - exact * (N_ITEMS - 1) / N_ITEMS
+    assert bias.abs().max() < 1.5
+    assert bias.mean().item() == pytest.approx(-0.5, abs=0.3)
+
+
+@pytest.mark.parametrize("method", ["dllm2rec", "rd", "dcd", "bce by discrepancy"])
+@pytest.mark.parametrize("rank_samples", [200, None])
+def test_methods_that_ask_for_ranks_leave_out_what_the_teachers_list_has_not(method, rank_samples):
+    output, batch = case()
+    batch["items"] = torch.arange(21, 31).expand(12, -1)
+    batch["teacher_items"] = torch.where(batch["teacher_items"] > 20, batch["teacher_items"] - 10, batch["teacher_items"])
+    values = []
+    for size in (-50.0, 50.0):  # what was met is the student's last, and its first
+        table = output.items.detach().clone()
+        table[21:], output.user.data[:, 0] = torch.tensor([size, 0, 0, 0], dtype=torch.float64), 1
+        one = term(**{**METHODS[method], "rank_samples": rank_samples})
+        one.epoch = 1
+        torch.manual_seed(0)
+        values.append(one(StudentOutput(output.user, table), batch).item())
+    assert values[0] == values[1]
+
+
 @pytest.mark.parametrize("k", [1, 5, N_ITEMS, N_ITEMS + 9])
 def test_who_is_among_the_first_is_what_exact_ranks_say(k, monkeypatch):
     monkeypatch.setattr(samples, "_ROWS", 5)
