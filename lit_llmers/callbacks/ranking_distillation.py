@@ -4,6 +4,7 @@ One callback for DLLM2Rec (RecSys 2024), RD (KDD 2018), RRD (CIKM 2020), DCD (CI
 top-K: they differ in the items drawn from the list, in their weights and in the loss.
 """
 
+import math
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
@@ -28,6 +29,7 @@ LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
 }
 WEIGHTS = ("position", "confidence", "consistency", "discrepancy")
 OF_STUDENT = {"consistency", "discrepancy"}  # weights that depend on how the student ranks
+_SATURATED = 10  # from where on tanh is 1 in float32
 
 
 class RankingSource(Protocol):
@@ -56,8 +58,7 @@ class RankingTerm(Term):
         super().__init__()
         self.settings, self.reduce, self.epoch = settings, reduce, 0
         self.shares_softmax = settings.loss == "softmax" and settings.over == "catalogue" and settings.temperature == 1
-        self.asks_for_ranks = bool(OF_STUDENT & set(settings.weights) or settings.underestimated)
-        self.asks_for_ranks |= settings.sampler == "discrepancy"
+        self.deepest = _deepest_rank(settings)
         popularity = settings.popularity
         if settings.dros:
             assert popularity is not None
@@ -74,7 +75,7 @@ class RankingTerm(Term):
         drawn = samples.draw_targets(targets, self.settings.share, output.user.device)
         user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
         lists = _Lists(user, output.items, items, scores.float())
-        if self.asks_for_ranks:
+        if self.deepest:
             lists.met = samples.met_before(batch, drawn)
         if self.shares_softmax and output.softmax:
             target = batch["target"]
@@ -175,8 +176,7 @@ class RankingTerm(Term):
             elif name == "confidence":
                 weights[name] = losses.confidence_weights(lists.scores, valid, settings.raw_confidence)
             elif name == "consistency":
-                first = self._among_first(lists, settings.k or valid.shape[1])
-                weights[name] = losses.consistency_weights(first, valid, lists.listed.dtype)
+                weights[name] = losses.consistency_weights(self._ranks(lists), settings.k or valid.shape[1], valid)
             else:
                 weights[name] = losses.discrepancy_weights(self._ranks(lists), lists.place, settings.mu) * valid
         if not weights:
@@ -185,14 +185,9 @@ class RankingTerm(Term):
 
     def _ranks(self, lists: "_Lists") -> Tensor:
         if lists.rank is None:
-            number = self.settings.rank_samples
-            lists.rank = samples.student_ranks(lists.user, lists.table, lists.items, lists.listed, number, lists.met)
+            own = (lists.user, lists.table, lists.items, lists.listed)
+            lists.rank = samples.student_ranks(*own, self.settings.rank_samples, self.deepest, lists.met)
         return lists.rank
-
-    def _among_first(self, lists: "_Lists", k: int) -> Tensor:
-        if self.settings.rank_samples is None and lists.rank is None:
-            return samples.among_first(lists.user, lists.table, lists.items, k, lists.met)
-        return self._ranks(lists) < k
 
 
 class _Lists:
@@ -410,6 +405,17 @@ class RankingDistillation(Distillation):
         whole = self.k is None or self.sampler != "top" or self.underestimated
         for key, values in zip((ITEMS, SCORES), self.ranking.read(batch), strict=True):
             batch[key] = (values if whole else values[:, : self.k]).to(pl_module.device, non_blocking=True)
+
+
+def _deepest_rank(settings: RankingDistillation) -> int:
+    """The student's rank from which on all ranks are alike to what reads them; 0: nothing does."""
+    k = settings.ranking.k
+    deepest = [settings.k or k] if "consistency" in settings.weights else [0]
+    if "discrepancy" in settings.weights:
+        deepest.append(k + math.ceil(_SATURATED / settings.mu))
+    if settings.sampler == "discrepancy" or settings.underestimated:
+        deepest.append(k + math.ceil(_SATURATED / settings.epsilon))
+    return max(deepest)
 
 
 def _choice(what: str, name: str, known: Any) -> None:

@@ -88,7 +88,13 @@ def met_before(batch: Batch, drawn: Tensor | None = None) -> Tensor | None:
 
 
 def student_ranks(
-    user: Tensor, item_table: Tensor, items: Tensor, listed: Tensor, samples: int | None, met: Tensor | None = None
+    user: Tensor,
+    item_table: Tensor,
+    items: Tensor,
+    listed: Tensor,
+    samples: int | None,
+    deepest: int,
+    met: Tensor | None = None,
 ) -> Tensor:
     """The student's own 0-based rank of listed items among the items that were not met: `[T, K]`, without gradient.
 
@@ -99,6 +105,7 @@ def student_ranks(
         listed: `[T, K]` their scores.
         samples: random items, the same for all targets, that the rank is estimated from; None: the exact rank, from the
             scores of the whole catalogue.
+        deepest: exact ranks from this on count as it: only so many best scores of a row are put in order.
         met: `[T, L]` items that do not compete, 0 fills up; None: all compete.
     """
     user, item_table = user.detach().to(listed.dtype), item_table.detach().to(listed.dtype)
@@ -117,41 +124,12 @@ def student_ranks(
         rows = slice(start, start + _ROWS)
         scores = user[rows] @ item_table.T  # [c, n+1]
         own = scores.gather(1, items[rows])  # rounded as the others are
-        _leave_out(scores, met, rows)
-        higher = torch.empty_like(scores)
-        for k in range(items.shape[1]):
-            rank[rows, k] = torch.gt(scores, own[:, k : k + 1], out=higher).sum(1)
+        scores[:, 0] = -torch.inf
+        if met is not None:
+            scores.scatter_(1, met[rows], -torch.inf)
+        best = scores.topk(min(deepest, n_items), 1).values.flip(1)  # ascending
+        rank[rows] = best.shape[1] - torch.searchsorted(best, own, right=True).to(rank.dtype)
     return rank
-
-
-def among_first(user: Tensor, item_table: Tensor, items: Tensor, k: int, met: Tensor | None = None) -> Tensor:
-    """Whether fewer than k items score above each listed item, `[T, K]` bool: its exact rank, as far as that asks for it.
-
-    Args:
-        user: `[T, d]`.
-        item_table: `[n+1, d]`.
-        items: `[T, K]`.
-        k: from 1; the whole catalogue where it is shorter.
-        met: as in `student_ranks`.
-    """
-    kind = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
-    user, item_table = user.detach().to(kind), item_table.detach().to(kind)
-    first = torch.empty_like(items, dtype=torch.bool)
-    for start in range(0, len(user), _ROWS):
-        rows = slice(start, start + _ROWS)
-        scores = user[rows] @ item_table.T  # [c, n+1]
-        own = scores.gather(1, items[rows])
-        _leave_out(scores, met, rows)
-        last = scores.topk(min(k, scores.shape[1]), 1, sorted=False).values.amin(1, keepdim=True)
-        torch.ge(own, last, out=first[rows])
-    return first
-
-
-def _leave_out(scores: Tensor, met: Tensor | None, rows: slice) -> None:
-    """Take the padding and what was met out of the scores `[c, n+1]` of these rows of the targets."""
-    scores[:, 0] = -torch.inf
-    if met is not None:
-        scores.scatter_(1, met[rows], -torch.inf)
 
 
 # ---- pairs within groups of like popularity ----------------------------------------------------------------------------

@@ -167,9 +167,9 @@ def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tens
     return _normalised((exponent.exp() + _FLOOR) * valid)
 
 
-def consistency_weights(first: Tensor, valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """1 for an item that is among the student's own first k, plus 1e-8 (DLLM2Rec's w^o, which is not normalised): `[T, K]`."""
-    return (first.to(dtype) + _FLOOR) * valid
+def consistency_weights(rank: Tensor, k: int, valid: Tensor) -> Tensor:
+    """1 where the student's rank is among its own first k, plus 1e-8 (DLLM2Rec's w^o, which is not normalised): `[T, K]`."""
+    return ((rank < k).to(rank.dtype) + _FLOOR) * valid
 
 
 def discrepancy_weights(rank: Tensor, place: Tensor, mu: float) -> Tensor:

@@ -144,14 +144,14 @@ def test_ranks_exact_and_estimated():
     user, table = output.user.detach(), output.items.detach()
     order = (user @ table[1:].T).argsort(1, descending=True).argsort(1)
     listed = losses.list_scores(user, table, items)
-    exact = samples.student_ranks(user, table, items, listed, None)
+    exact = samples.student_ranks(user, table, items, listed, None, N_ITEMS)
     assert torch.equal(exact, order.gather(1, items - 1).double())
     torch.manual_seed(0)
-    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200) for _ in range(50)])
+    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200, 1) for _ in range(50)])
     bias = estimates.mean(0) - exact * (N_ITEMS - 1) / N_ITEMS  # what is drawn may be the item itself; and it is rounded down
     assert bias.abs().max() < 1.5
     assert bias.mean().item() == pytest.approx(-0.5, abs=0.3)
-    assert (samples.student_ranks(user.float(), table.float(), items, listed.float(), None) - exact).abs().max() <= 1
+    assert (samples.student_ranks(user.float(), table.float(), items, listed.float(), None, N_ITEMS) - exact).abs().max() <= 1
 
 
 def test_what_was_met_before_a_target_is_its_row_so_far():
@@ -176,10 +176,9 @@ def test_what_was_met_is_in_nobodys_way(monkeypatch):
     scores = (user @ table.T).scatter(1, met, -torch.inf)
     listed = losses.list_scores(user, table, items)
     exact = (scores[:, None, 1:] > listed[:, :, None] + 1e-12).sum(2)
-    assert torch.equal(samples.student_ranks(user, table, items, listed, None, met), exact.double())
-    assert torch.equal(samples.among_first(user, table, items, 5, met), exact < 5)
+    assert torch.equal(samples.student_ranks(user, table, items, listed, None, N_ITEMS, met), exact.double())
     torch.manual_seed(0)
-    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200, met) for _ in range(50)])
+    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200, 1, met) for _ in range(50)])
     bias = estimates.mean(0) - exact * (N_ITEMS - 1) / N_ITEMS
     assert bias.abs().max() < 1.5
     assert bias.mean().item() == pytest.approx(-0.5, abs=0.3)
@@ -202,15 +201,26 @@ def test_methods_that_ask_for_ranks_leave_out_what_the_teachers_list_has_not(met
     assert values[0] == values[1]
 
 
-@pytest.mark.parametrize("k", [1, 5, N_ITEMS, N_ITEMS + 9])
-def test_who_is_among_the_first_is_what_exact_ranks_say(k, monkeypatch):
-    monkeypatch.setattr(samples, "_ROWS", 5)
+@pytest.mark.parametrize("deepest", [1, 5, N_ITEMS, N_ITEMS + 9])
+def test_exact_ranks_end_where_nothing_tells_them_apart_any_more(deepest):
     output, batch = case()
     items = batch["teacher_items"].clamp(min=1)
     user, table = output.user.detach(), output.items.detach()
     table[7] = table[9]  # a tie
-    exact = samples.student_ranks(user, table, items, losses.list_scores(user, table, items), None)
-    assert torch.equal(samples.among_first(user, table, items, k), exact < k)
+    scores = user @ table.T
+    exact = (scores[:, None, 1:] > scores.gather(1, items)[..., None]).sum(2)
+    rank = samples.student_ranks(user, table, items, losses.list_scores(user, table, items), None, deepest)
+    assert torch.equal(rank, exact.clamp(max=deepest).double())
+
+
+@pytest.mark.parametrize("method", ["rd", "dcd", "bce by discrepancy"])
+def test_ranks_go_as_deep_as_the_method_can_see(method):
+    module = term(**{**METHODS[method], "rank_samples": None})
+    rank, place = torch.tensor(float(module.deepest)), torch.arange(K)
+    deeper = rank + 1000
+    assert torch.equal(losses.discrepancy_weights(rank, place, 0.1), losses.discrepancy_weights(deeper, place, 0.1))
+    assert torch.equal(samples.discrepancy_log_weight(rank, place, 0.1), samples.discrepancy_log_weight(deeper, place, 0.1))
+    assert term(**METHODS["rrd"]).deepest == 0
 
 
 def test_golden_popularity_groups_and_quotas(golden):

@@ -86,7 +86,7 @@ def test_golden_dllm2rec(golden, case):
     weights = {
         "position": ranking.position_weights(valid, z["hp.position_lambda"].item(), dtype=torch.float64),
         "confidence": ranking.confidence_weights(teacher, valid, raw=True),
-        "consistency": ranking.consistency_weights(rank < k, valid, torch.float64),
+        "consistency": ranking.consistency_weights(rank, k, valid),
     }
     factors = {name: z[f"hp.gamma_{name}"].item() for name in weights}
     for name, weight in weights.items():
@@ -310,7 +310,7 @@ def of_list(listed, teacher, valid):
         "position": ranking.position_weights(valid, 2.0),
         "confidence": ranking.confidence_weights(teacher, valid),
         "raw": ranking.confidence_weights(teacher, valid, raw=True),
-        "consistency": ranking.consistency_weights(rank < 20, valid),
+        "consistency": ranking.consistency_weights(rank, 20, valid),
         "discrepancy": ranking.discrepancy_weights(rank, place, 0.1) * valid,
     }
     factors = dict.fromkeys(weights, 0.5)
