@@ -240,8 +240,9 @@ class RankingDistillation(Distillation):
     sequential student has no ranking of users. UnKD's groups are those of the items in the list, of which a list may hold few
     unpopular ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at
     all. RD's random items are the same for all targets of a step, and 16 neighbouring targets share their items off the list.
-    The student's ranks are among what its row has not met before the target, as in the teacher's list (DLLM2Rec's code has the
-    history in both): of a model of ml-1m 31 items of a history stand above a listed one, of amazon-beauty 3.
+    The student's ranks leave out the items before the target in its row; what is further back competes, unlike in the
+    teacher's list (DLLM2Rec's code has the history in both). In a GRU4Rec of amazon-beauty 3 items of a history stand above a
+    listed one, all of them in the row; of ml-1m 31, and 9 of them in the row of 50.
 
     Args:
         ranking: the teacher's lists.
