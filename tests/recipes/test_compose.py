@@ -391,6 +391,12 @@ def test_what_a_teacher_says_of_examples_holds_until_it_is_overridden():
     assert given["sequences"]["examples"] == "prefixes"
 
 
+def test_the_item_embeddings_train_on_all_targets_whatever_the_teacher_trains_on(no_files):
+    planned = by_name(resolve(recipes.compose("slmrec", ["teacher=llama2-7b"])))
+    assert planned["teacher"].config.sequences.examples == "last"
+    assert planned["item_embeddings"].config.sequences.examples == "sequence"
+
+
 def test_a_key_below_an_interpolation_can_be_set_and_reaches_only_its_stage():
     config = recipes.compose("slmrec", ["stages.student.model.layers=2", "teacher.seed=4", "stages.student.callbacks=[]"])
     planned = by_name(resolve(config | {"stages": {k: v for k, v in config["stages"].items() if k != "export"}}))
