@@ -13,32 +13,38 @@ from lit_llmers.losses.alignment import info_nce_among
 from lit_llmers.students.output import StudentOutput
 
 Encode = Callable[[Tensor, Tensor], Tensor]
-_CROP, _HIDE, _REORDER = range(3)
+CROP, HIDE, REORDER = WAYS = range(3)
 
 
 class SequenceContrastTerm(Term):
     """InfoNCE between two augmented views of each row: of all views of the batch, which one is of the same history?
 
-    The negatives of a view are the `2 (B - 1)` views of the other rows. The similarity is the dot product, as in the paper.
+    The history is the row's items and the last of its targets, of which the oldest give way where they are more than
+    `max_length`. The two views are made in two different ways. The negatives of a view are the `2 (B - 1)` views of the
+    other rows. The similarity is the dot product, as in the paper.
 
     Args:
         encode: user vectors `[R, d]` of histories `[R, L]` and their mask.
+        max_length: of a history that the student can read.
         crop, hide, reorder: see `augment`.
         temperature: divides the similarities.
     """
 
     per_target = False
 
-    def __init__(self, encode: Encode, crop: float, hide: float, reorder: float, temperature: float) -> None:
+    def __init__(self, encode: Encode, max_length: int, crop: float, hide: float, reorder: float, temperature: float) -> None:
         super().__init__()
-        self.encode, self.crop, self.hide, self.reorder, self.temperature = encode, crop, hide, reorder, temperature
+        self.encode, self.max_length, self.temperature = encode, max_length, temperature
+        self.crop, self.hide, self.reorder = crop, hide, reorder
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
-        twice = batch["items"].repeat(2, 1), batch["mask"].repeat(2, 1)  # [2B, L]
-        views = self.encode(*augment(*twice, self.crop, self.hide, self.reorder))  # [2B, d]
+        rows = len(batch["items"])
+        last = batch["target"].reshape(rows, -1)[:, -1:]
+        items = torch.cat([batch["items"], last], 1)[:, -self.max_length :].repeat(2, 1)  # [2B, L]
+        ways = torch.rand(rows, len(WAYS), device=items.device).argsort(1)[:, :2].T.flatten()  # [2B], a row's two differ
+        views = self.encode(*augment(items, items > 0, ways, self.crop, self.hide, self.reorder))  # [2B, d]
         own = torch.arange(len(views), device=views.device)
-        other = own.roll(len(batch["items"]))
-        return info_nce_among(views, views, other, own, temperature=self.temperature, cosine=False).mean()
+        return info_nce_among(views, views, own.roll(rows), own, temperature=self.temperature, cosine=False).mean()
 
 
 class SequenceContrast(Distillation):
@@ -46,9 +52,13 @@ class SequenceContrast(Distillation):
 
     Both are read by the student itself, with its dropout, in one pass that costs up to twice the student's own encoding.
     We differ from the paper in that an item is hidden behind the zero vector of padding, where the paper learns a vector
-    for it; and that rows may be windows of one user's history, or prefixes, where the paper's batches hold users once.
+    for it; that rows may be windows of one user's history, or prefixes, where the paper's batches hold users once; that a
+    history of two or three items has one hidden and two shuffled, where the shares round to none; and that a row's views
+    are made in two different ways. The paper draws both from one set and does not ask that they differ; they do in the
+    CL4SRec of RuihongQiu/DuoRec, which leaves the last target out.
 
     Args:
+        max_length: of a history that the student can read.
         crop: share of a history that cropping keeps (the paper's eta).
         hide: share of the items that masking hides (gamma).
         reorder: share of a history that reordering shuffles (beta).
@@ -66,6 +76,7 @@ class SequenceContrast(Distillation):
 
     def __init__(
         self,
+        max_length: int,
         crop: float = 0.6,
         hide: float = 0.3,
         reorder: float = 0.6,
@@ -79,7 +90,8 @@ class SequenceContrast(Distillation):
                 raise UserError(f"sequence_contrast: {name} is {value}. It is a share, from 0 to 1.")
         if not temperature > 0:
             raise UserError(f"sequence_contrast: temperature is {temperature}. It must be positive.")
-        self.crop, self.hide, self.reorder, self.temperature = crop, hide, reorder, temperature
+        self.max_length, self.temperature = max_length, temperature
+        self.crop, self.hide, self.reorder = crop, hide, reorder
 
     @classmethod
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:
@@ -91,39 +103,41 @@ class SequenceContrast(Distillation):
                 f"sequence_contrast: {type(student.backbone).__name__} trains on rows in which items are hidden already. "
                 "Choose a causal student, such as sasrec."
             )
-        return SequenceContrastTerm(student.encode, self.crop, self.hide, self.reorder, self.temperature)
+        return SequenceContrastTerm(student.encode, self.max_length, self.crop, self.hide, self.reorder, self.temperature)
 
 
-def augment(items: Tensor, mask: Tensor, crop: float, hide: float, reorder: float) -> tuple[Tensor, Tensor]:
-    """Change each row in one of the paper's three ways, drawn for each row.
+def augment(items: Tensor, mask: Tensor, way: Tensor, crop: float, hide: float, reorder: float) -> tuple[Tensor, Tensor]:
+    """Change each row in one of the paper's three ways.
 
-    Crop keeps `max(1, floor(crop * n))` items in a row out of n; mask hides `floor(hide * n)` items wherever they are;
-    reorder shuffles `floor(reorder * n)` items in a row. A hidden item is item 0 where `mask` is true.
+    Crop keeps `max(1, floor(crop * n))` items in a row out of n; mask hides `max(1, floor(hide * n))` items wherever they
+    are; reorder shuffles `max(2, floor(reorder * n))` items in a row. One item alone stays as it is. A hidden item is item 0
+    where `mask` is true.
 
     Args:
         items: `[R, L]`, left-padded with 0.
         mask: `[R, L]` bool.
+        way: `[R]`, `CROP`, `HIDE` or `REORDER`.
 
     Returns:
         new items and mask, of the same shapes.
     """
     (rows, length), device = items.shape, items.device
-    operation = torch.randint(3, (rows, 1), device=device)
+    way = way[:, None]
     noise = torch.rand(rows, length, device=device)
     column = torch.arange(length, device=device)
     count = mask.sum(1, keepdim=True)  # [R, 1]
     place = column - length + count  # [R, L], 0 is a row's first item
 
     # what crop keeps and reorder shuffles is a span
-    cropped = (crop * count).long().clamp(min=1)
-    size = torch.where(operation == _CROP, cropped, (reorder * count).long())
+    kept, moved = (crop * count).long().clamp(min=1), (reorder * count).long().clamp(min=2).minimum(count)
+    size = torch.where(way == CROP, kept, moved)
     start = (torch.rand(rows, 1, device=device) * (count - size + 1)).long()
     to_the_end = (column - (count - start - size)).clamp(min=0)
     in_span = (place >= start) & (place < start + size)
     shuffled = torch.where(in_span, start + noise * size, place).argsort(1)
-    source = torch.where(operation == _CROP, to_the_end, torch.where(operation == _REORDER, shuffled, column))
-    mask = torch.where(operation == _CROP, mask & (column >= length - size), mask)
+    source = torch.where(way == CROP, to_the_end, torch.where(way == REORDER, shuffled, column))
+    mask = torch.where(way == CROP, mask & (column >= length - size), mask)
 
     order_of_hiding = noise.masked_fill(~mask, 2.0).argsort(1).argsort(1)
-    hidden = (operation == _HIDE) & (order_of_hiding < (hide * count).long())
+    hidden = (way == HIDE) & (order_of_hiding < (hide * count).long().clamp(min=1)) & (count > 1)
     return items.gather(1, source).masked_fill(hidden | ~mask, 0), mask
