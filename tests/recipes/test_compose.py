@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,6 +185,14 @@ def test_a_source_of_null_is_one_that_is_not_given(tmp_path):
 def test_an_llm_alone_lacks_the_item_vectors_of_another_stage(no_files):
     with pytest.raises(UserError, match="stages.student.items"):
         resolve(recipes.compose("student", ["student=llm"]))
+
+
+def test_cl4srec_without_its_contrast_is_sasrec(no_files):
+    ours, control = (
+        by_name(resolve(recipes.compose("student", [f"student={name}"])))["student"].config for name in ("cl4srec", "sasrec")
+    )
+    assert [name for name, _ in ours.terms] == ["sequence_contrast"]
+    assert replace(ours, objective=[]) == control
 
 
 def test_what_is_said_of_the_whole_run_wins_over_the_students_own_file(no_files):
