@@ -94,7 +94,8 @@ def build_model(stage: Stage, dataset: Dataset, trained: bool = False) -> Recomm
         return CollaborativeRecommender(backbone, config.optimizer, config.loss)
     rows = TrainingRows(dataset, config.sequences)
     popularity = torch.from_numpy(dataset.popularity()) if config.loss.kind == "sampled_softmax" else None
-    return SequentialRecommender(backbone, config.optimizer, config.loss, rows.targets / len(rows), popularity)
+    per_row = backbone.mean_targets(rows.lengths, rows.targets / len(rows))
+    return SequentialRecommender(backbone, config.optimizer, config.loss, per_row, popularity)
 
 
 def offers(stage: Stage, dataset: Dataset) -> dict[str, Any]:

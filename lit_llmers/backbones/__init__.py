@@ -21,6 +21,7 @@ Constructor arguments named `n_items`, `n_users`, `max_length`, `item_table` (of
 
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from lit_llmers.backbones.items import copy_table
@@ -77,6 +78,15 @@ class Backbone(nn.Module):
     def training_view(self, batch: Batch) -> Batch:
         """The batch as this model trains on it."""
         return batch
+
+    def mean_targets(self, lengths: np.ndarray, targets: float) -> float:
+        """Mean number of targets in a row as this model trains on it.
+
+        Args:
+            lengths: `[R]` items that the training rows read.
+            targets: mean number of next items to be predicted in them.
+        """
+        return targets
 
 
 class CollaborativeBackbone(nn.Module):

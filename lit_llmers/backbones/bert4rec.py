@@ -3,6 +3,7 @@ CIKM 2019 (arXiv 1904.06690)."""
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,6 +103,11 @@ class BERT4Rec(Backbone):
             "mask": mask,
             "target": items.masked_fill(~hidden, 0),
         }
+
+    def mean_targets(self, lengths: np.ndarray, targets: float) -> float:
+        items = lengths + 1  # with the last target
+        hidden = self.mask_prob * items + (1 - self.mask_prob) ** items  # one where chance hides none
+        return self.last_prob + (1 - self.last_prob) * float(hidden.mean())
 
     def embed(self, items: Tensor) -> Tensor:
         return self.items(items.masked_fill(items == self.hidden_id, 0))

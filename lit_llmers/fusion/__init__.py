@@ -6,6 +6,7 @@ and serves as the one inside, with any student of the task. A stage names them i
 
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from lit_llmers.backbones import Backbone, Batch
@@ -55,6 +56,9 @@ class Fusion(Backbone):
 
     def training_view(self, batch: Batch) -> Batch:
         return self.inner.training_view(batch)
+
+    def mean_targets(self, lengths: np.ndarray, targets: float) -> float:
+        return self.inner.mean_targets(lengths, targets)
 
     def settle(self) -> None:
         """The weights change no more: what is made of them alone may be kept."""

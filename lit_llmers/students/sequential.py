@@ -29,7 +29,7 @@ class SequentialRecommender(Recommender):
         backbone: see `lit_llmers.backbones`.
         optimizer: AdamW's settings.
         loss: the task's own loss.
-        targets_per_row: mean number of targets in a training row.
+        targets_per_row: mean number of targets in a row as the backbone trains on it.
         popularity: `[n+1]` training interactions of each item, which sampled softmax draws its negatives by.
         ks: cut-offs of the validation metrics.
     """

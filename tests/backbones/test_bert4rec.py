@@ -101,6 +101,15 @@ def test_the_cloze_task_hides_items_of_the_whole_row(batch, examples):
     assert torch.equal(model.training_view(batch)["items"], view["items"]), "drawn from the global generator"
 
 
+@pytest.mark.parametrize(("mask_prob", "last_prob"), [(0.2, 0.1), (0.0, 0.0), (1.0, 0.5), (0.3, 1.0)])
+def test_the_mean_number_of_hidden_items_is_known_beforehand(batch, mask_prob, last_prob):
+    torch.manual_seed(0)
+    model = BERT4Rec(3000, 5, dim=8, mask_prob=mask_prob, last_prob=last_prob)
+    hidden = torch.stack([(model.training_view(batch)["target"] > 0).sum() for _ in range(100)])
+    expected = model.mean_targets(batch["mask"].sum(1).numpy(), targets=3.0)
+    assert hidden.float().mean().item() / 400 == pytest.approx(expected, rel=0.01)
+
+
 def test_at_the_ends_of_the_probabilities(batch):
     whole = torch.cat([batch["items"], batch["target"][:, -1:]], 1)
     last = BERT4Rec(3000, 5, dim=8, last_prob=1.0).training_view(batch)["target"]

@@ -15,6 +15,17 @@ def epochs_said(caplog) -> list[tuple[int, float]]:
     return [(int(match[1]), float(match[2])) for match in found if match]
 
 
+@pytest.mark.parametrize("student", ["sasrec", "bert4rec"])
+def test_the_line_s_loss_is_for_each_target_as_the_logged_one_is(tmp_path, caplog, student):
+    """Both are means over targets, one over the epoch's and one batch by batch: of hidden items where those are the targets."""
+    caplog.set_level(logging.INFO, logger="lit_llmers")
+    planned = small(tmp_path, f"student={student}", "student.trainer.max_epochs=4", "trainer.patience=0", recipe="student")
+    run(planned, "student")
+    logged = losses(by_name(planned)["student"], "loss")
+    said = [loss for _, loss in epochs_said(caplog)]
+    assert sum(said) / len(said) == pytest.approx(sum(logged) / len(logged), rel=0.05)
+
+
 @pytest.mark.parametrize(("accumulate", "close"), [(1, 2e-4), (2, 0.05)])  # of two micro-batches the second is logged
 def test_an_epoch_s_loss_is_the_mean_of_its_own_batches_however_rarely_it_is_logged(tmp_path, caplog, accumulate, close):
     caplog.set_level(logging.INFO, logger="lit_llmers")
