@@ -17,6 +17,7 @@ from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses import ranking as losses
+from lit_llmers.losses import ranking_weights as weighing
 from lit_llmers.students.output import StudentOutput
 
 ITEMS, SCORES = "teacher_items", "teacher_scores"
@@ -172,16 +173,16 @@ class RankingTerm(Term):
             if name in OF_STUDENT and self.epoch < settings.start_epoch:
                 continue
             if name == "position":
-                weights[name] = losses.position_weights(valid, settings.steepness, lists.place, lists.listed.dtype)
+                weights[name] = weighing.position_weights(valid, settings.steepness, lists.place, lists.listed.dtype)
             elif name == "confidence":
-                weights[name] = losses.confidence_weights(lists.scores, valid, settings.raw_confidence)
+                weights[name] = weighing.confidence_weights(lists.scores, valid, settings.raw_confidence)
             elif name == "consistency":
-                weights[name] = losses.consistency_weights(self._ranks(lists), settings.k or valid.shape[1], valid)
+                weights[name] = weighing.consistency_weights(self._ranks(lists), settings.k or valid.shape[1], valid)
             else:
-                weights[name] = losses.discrepancy_weights(self._ranks(lists), lists.place, settings.mu) * valid
+                weights[name] = weighing.discrepancy_weights(self._ranks(lists), lists.place, settings.mu) * valid
         if not weights:
-            return losses.combine({"": valid.to(lists.listed.dtype)}, {"": 1.0}, "sum", True)
-        return losses.combine(weights, settings.weights, settings.combine, settings.normalise)
+            return weighing.combine({"": valid.to(lists.listed.dtype)}, {"": 1.0}, "sum", True)
+        return weighing.combine(weights, settings.weights, settings.combine, settings.normalise)
 
     def _ranks(self, lists: "_Lists") -> Tensor:
         if lists.rank is None:
@@ -275,7 +276,7 @@ class RankingDistillation(Distillation):
             of 0 to 99, so that one random item above a listed one makes it underestimated, and none overestimated. Of a GRU4Rec
             on amazon-beauty 78 % of the listed items are on their right side by 100, 92 % by 1,000, 96 % by 3,000.
         start_epoch: first epoch of the weights that depend on the student, `consistency` and `discrepancy`.
-        raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking.confidence_weights`.
+        raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking_weights.confidence_weights`.
         dros: factor of a distributionally robust loss beside `bce` (DLLM2Rec's alpha), which reads all scores.
         dros_beta, dros_power: its radius, and the power of its propensities.
         official_negative_term, official_dros_mean: slips of DLLM2Rec's official code, to reproduce its figures with; see

@@ -11,7 +11,8 @@ from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
 from lit_llmers.callbacks.ranking_distillation import RankingSource
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
-from lit_llmers.losses.ranking import list_scores, scaled_distance
+from lit_llmers.losses.ranking import list_scores
+from lit_llmers.losses.ranking_weights import scaled_distance
 from lit_llmers.losses.response import kl, soft_bce, soft_labels
 from lit_llmers.students.output import StudentOutput
 

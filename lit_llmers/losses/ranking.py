@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llmers.losses.task import cross_entropy
 
-_FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
 _ROWS = 128  # rows whose scores of the whole catalogue are in memory at once
 _COMPARED = 2**20  # cells of comparisons in memory at once
 _DEEPEST = -700.0  # of differences between scores: exp is above zero in float64
@@ -105,96 +104,6 @@ def estimated_rank(listed: Tensor, drawn: Tensor, n_items: int) -> Tensor:
         higher = torch.gt(drawn[rows, None], listed[rows, :, None], out=buffer[: len(listed[rows])])
         torch.sum(higher, 2, out=above[rows])
     return ((n_items - 1) * above / drawn.shape[1]).floor_()
-
-
-# ---- weights of the listed items ---------------------------------------------------------------------------------------
-
-
-def position_weights(
-    valid: Tensor, steepness: float, place: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """`e^(-r / steepness) / sum of it`, r = 1, 2, ... the teacher's rank (RD; DLLM2Rec's w^p).
-
-    Args:
-        valid: `[T, K]`.
-        place: `[T, K]` 0-based ranks in the teacher's list; None: the entries are its first.
-
-    Returns:
-        `[T, K]`, of sum 1 where a list is not empty.
-    """
-    place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid) if place is None else place
-    return _normalised(torch.exp(-place.to(dtype) / steepness) * valid)
-
-
-def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:
-    """How far each item of a list is from its best: 0 for the best, 1 for the worst, all 0 where they are equal.
-
-    Source: BIGRec's min-max scaling of distances (arXiv 2308.08434).
-
-    Args:
-        scores: `[T, K]` of the teacher, higher is better, in any unit.
-        valid: `[T, K]`.
-
-    Returns:
-        `[T, K]`, inf where not `valid`.
-    """
-    scores = scores.detach()
-    best = scores.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-    worst = scores.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
-    distance = (best - scores) / (best - worst).clamp(min=torch.finfo(scores.dtype).tiny)
-    return distance.masked_fill(~valid, torch.inf)
-
-
-def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tensor:
-    """`e^(-d) / sum of it`, d the teacher's distance (DLLM2Rec's w^c); a score is the distance with its sign changed.
-
-    By default the distances of a list are scaled to 0..1 (best to worst) first, as its authors' teacher BIGRec does: raw
-    Euclidean distances of LLM states are so large that every `e^(-d)` is below the constant 1e-8 that is added to it, and the
-    weights of a list are all equal. Scaled ones also serve where scores are logits.
-
-    Args:
-        scores: `[T, K]` of the teacher, higher is better.
-        valid: `[T, K]`.
-        raw: as the official code does: no scaling, and 1e-8 added.
-
-    Returns:
-        `[T, K]`, of sum 1 where a list is not empty.
-    """
-    if not raw:
-        return _normalised(torch.exp(-scaled_distance(scores, valid)))
-    scores = scores.detach().masked_fill(~valid, -torch.inf)
-    exponent = scores - scores.amax(1, keepdim=True).clamp(min=0)  # scores above 0 are no distances and might overflow
-    return _normalised((exponent.exp() + _FLOOR) * valid)
-
-
-def consistency_weights(rank: Tensor, k: int, valid: Tensor) -> Tensor:
-    """1 where the student's rank is among its own first k, plus 1e-8 (DLLM2Rec's w^o, which is not normalised): `[T, K]`."""
-    return ((rank < k).to(rank.dtype) + _FLOOR) * valid
-
-
-def discrepancy_weights(rank: Tensor, place: Tensor, mu: float) -> Tensor:
-    """`max(0, tanh(mu * (student's rank - teacher's rank)))`, both 0-based, `[T, K]` (RD)."""
-    return torch.tanh(mu * (rank - place)).clamp(min=0)
-
-
-def combine(weights: dict[str, Tensor], factors: dict[str, float], how: str, normalise: bool) -> Tensor:
-    """One weight `[T, K]` from several: `sum` of factor * weight (DLLM2Rec) or their `product` (RD).
-
-    Args:
-        weights: `[T, K]` each, by name.
-        factors: by the same names.
-        normalise: divide by the sum over each list (DLLM2Rec; RD's official code does not).
-    """
-    scaled = [factors[name] * weight for name, weight in weights.items()]
-    total = scaled[0]
-    for weight in scaled[1:]:
-        total = total + weight if how == "sum" else total * weight
-    return _normalised(total) if normalise else total
-
-
-def _normalised(weight: Tensor) -> Tensor:
-    total = weight.sum(1, keepdim=True)
-    return weight / total.masked_fill(total == 0, 1)
 
 
 # ---- losses ------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.data.pairs import PairDataModule
 from lit_llmers.errors import UserError
 from lit_llmers.losses import ranking as losses
+from lit_llmers.losses import ranking_weights as weighing
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender
@@ -218,7 +219,7 @@ def test_ranks_go_as_deep_as_the_method_can_see(method):
     module = term(**{**METHODS[method], "rank_samples": None})
     rank, place = torch.tensor(float(module.deepest)), torch.arange(K)
     deeper = rank + 1000
-    assert torch.equal(losses.discrepancy_weights(rank, place, 0.1), losses.discrepancy_weights(deeper, place, 0.1))
+    assert torch.equal(weighing.discrepancy_weights(rank, place, 0.1), weighing.discrepancy_weights(deeper, place, 0.1))
     assert torch.equal(samples.discrepancy_log_weight(rank, place, 0.1), samples.discrepancy_log_weight(deeper, place, 0.1))
     assert term(**METHODS["rrd"]).deepest == 0
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from lit_llmers.losses import ranking
+from lit_llmers.losses import ranking_weights as weighing
 from lit_llmers.losses.sampled import binary
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
@@ -84,14 +85,14 @@ def test_golden_dllm2rec(golden, case):
     valid = torch.ones_like(items, dtype=torch.bool)
     rank = torch.stack([(scores > scores.gather(1, items[:, r : r + 1])).sum(1) for r in range(k)], 1).double()
     weights = {
-        "position": ranking.position_weights(valid, z["hp.position_lambda"].item(), dtype=torch.float64),
-        "confidence": ranking.confidence_weights(teacher, valid, raw=True),
-        "consistency": ranking.consistency_weights(rank, k, valid),
+        "position": weighing.position_weights(valid, z["hp.position_lambda"].item(), dtype=torch.float64),
+        "confidence": weighing.confidence_weights(teacher, valid, raw=True),
+        "consistency": weighing.consistency_weights(rank, k, valid),
     }
     factors = {name: z[f"hp.gamma_{name}"].item() for name in weights}
     for name, weight in weights.items():
         torch.testing.assert_close(weight, z[f"out.weight_{name}"], **CLOSE)
-    weight = ranking.combine(weights, factors, "sum", True)
+    weight = weighing.combine(weights, factors, "sum", True)
     torch.testing.assert_close(weight, z["out.weight"], **CLOSE)
 
     negative = scores.gather(1, z["in.negative"][:, None])
@@ -134,18 +135,18 @@ def test_distances_are_scaled_from_best_to_worst():
     valid = torch.tensor([[True, True, True, False], [True, True, False, False], [False] * 4])
     inf = torch.inf
     expected = torch.tensor([[0.0, 0.25, 1.0, inf], [0.0, 0.0, inf, inf], [inf] * 4])
-    torch.testing.assert_close(ranking.scaled_distance(scores.requires_grad_(), valid), expected)
+    torch.testing.assert_close(weighing.scaled_distance(scores.requires_grad_(), valid), expected)
 
 
 def test_scaled_confidence_tells_large_distances_apart_where_the_official_one_cannot():
     scores, valid = -torch.tensor([[30.0, 31.0, 34.0], [30.0, 31.0, 34.0]]), torch.ones(2, 3, dtype=torch.bool)
-    raw, scaled = (ranking.confidence_weights(scores, valid, raw=raw) for raw in (True, False))
+    raw, scaled = (weighing.confidence_weights(scores, valid, raw=raw) for raw in (True, False))
     torch.testing.assert_close(raw, torch.full((2, 3), 1 / 3), rtol=1e-4, atol=0)
     want = torch.exp(-torch.tensor([0.0, 0.25, 1.0]))
     torch.testing.assert_close(scaled, (want / want.sum()).expand(2, 3))
-    torch.testing.assert_close(ranking.confidence_weights(scores * 5 + 900, valid), scaled)  # whatever the unit
-    assert ranking.confidence_weights(torch.full((1, 3), 200.0), valid[:1], raw=True).isfinite().all()
-    torch.testing.assert_close(ranking.confidence_weights(torch.zeros(1, 3), valid[:1]), torch.full((1, 3), 1 / 3))
+    torch.testing.assert_close(weighing.confidence_weights(scores * 5 + 900, valid), scaled)  # whatever the unit
+    assert weighing.confidence_weights(torch.full((1, 3), 200.0), valid[:1], raw=True).isfinite().all()
+    torch.testing.assert_close(weighing.confidence_weights(torch.zeros(1, 3), valid[:1]), torch.full((1, 3), 1 / 3))
 
 
 def test_dros_equals_a_plain_loop_also_where_the_item_is_nearly_all_of_the_sum():
@@ -175,13 +176,13 @@ def test_golden_rd(golden, case):
     names = ("target", "negative", "candidate")
     target, negative, listed = (z[f"in.{name}_scores"].requires_grad_() for name in names)
     valid = torch.ones_like(listed, dtype=torch.bool)
-    weights = {"position": ranking.position_weights(valid, z["hp.lam"].item(), dtype=torch.float64)}
+    weights = {"position": weighing.position_weights(valid, z["hp.lam"].item(), dtype=torch.float64)}
     torch.testing.assert_close(weights["position"][:1], z["out.weight_static"], **CLOSE)
     if z["hp.dynamic"]:
         rank = ranking.estimated_rank(listed, z["in.dynamic_scores"], int(z["hp.n_items"]))
-        weights["discrepancy"] = ranking.discrepancy_weights(rank, torch.arange(listed.shape[1]), z["hp.mu"].item())
+        weights["discrepancy"] = weighing.discrepancy_weights(rank, torch.arange(listed.shape[1]), z["hp.mu"].item())
         torch.testing.assert_close(weights["discrepancy"], z["out.weight_dynamic"], **CLOSE)
-    weight = ranking.combine(weights, dict.fromkeys(weights, 1.0), "product", bool(z["hp.renormalize"]))
+    weight = weighing.combine(weights, dict.fromkeys(weights, 1.0), "product", bool(z["hp.renormalize"]))
     torch.testing.assert_close(weight, z["out.weight"].expand_as(weight), **CLOSE)
     regular = (F.softplus(-target).sum(1) + F.softplus(negative).sum(1)).mean()
     torch.testing.assert_close(regular, z["out.regular_loss"], **CLOSE)
@@ -201,10 +202,10 @@ def test_golden_rd_as_unkd_ported_it(golden):
     place = torch.arange(listed.shape[1]).expand_as(listed)
     rank = ranking.estimated_rank(listed, drawn, len(table)) + 1  # the port's own; its ranks of the teacher start at 0 too
     weights = {
-        "position": ranking.position_weights(torch.ones_like(listed, dtype=torch.bool), z["hp.lam"].item(), place),
-        "discrepancy": ranking.discrepancy_weights(rank, place, z["hp.mu"].item()),
+        "position": weighing.position_weights(torch.ones_like(listed, dtype=torch.bool), z["hp.lam"].item(), place),
+        "discrepancy": weighing.discrepancy_weights(rank, place, z["hp.mu"].item()),
     }
-    weight = ranking.combine(weights, dict.fromkeys(weights, 1.0), "product", True)
+    weight = weighing.combine(weights, dict.fromkeys(weights, 1.0), "product", True)
     torch.testing.assert_close(weight, z["out.weight"], rtol=1e-6, atol=1e-7)  # it adds an epsilon
     total = ranking.list_bce(listed, weight).mean() / listed.shape[1]
     torch.testing.assert_close(total, z["out.total"], rtol=1e-6, atol=1e-8)
@@ -307,18 +308,18 @@ def of_list(listed, teacher, valid):
     rank = ranking.estimated_rank(listed, torch.linspace(-2, 2, 9, dtype=torch.float64).expand(len(listed), 9), 30)
     place = torch.arange(listed.shape[1]).expand_as(valid)
     weights = {
-        "position": ranking.position_weights(valid, 2.0),
-        "confidence": ranking.confidence_weights(teacher, valid),
-        "raw": ranking.confidence_weights(teacher, valid, raw=True),
-        "consistency": ranking.consistency_weights(rank, 20, valid),
-        "discrepancy": ranking.discrepancy_weights(rank, place, 0.1) * valid,
+        "position": weighing.position_weights(valid, 2.0),
+        "confidence": weighing.confidence_weights(teacher, valid),
+        "raw": weighing.confidence_weights(teacher, valid, raw=True),
+        "consistency": weighing.consistency_weights(rank, 20, valid),
+        "discrepancy": weighing.discrepancy_weights(rank, place, 0.1) * valid,
     }
     factors = dict.fromkeys(weights, 0.5)
-    summed = ranking.combine(weights, factors, "sum", True)
+    summed = weighing.combine(weights, factors, "sum", True)
     energy = torch.full((len(listed),), 9.0, dtype=torch.float64)
     return weights | {
         "bce": ranking.list_bce(listed, summed, listed[:, :1]),
-        "product": ranking.list_bce(listed, ranking.combine(weights, factors, "product", False)),
+        "product": ranking.list_bce(listed, weighing.combine(weights, factors, "product", False)),
         "dros": ranking.weighted_dros(ranking.dros(listed, torch.full_like(listed, 0.6), energy), summed),
         "listwise": ranking.relaxed_listwise(listed, listed[:, :1] - 1, valid),
         "softmax": ranking.soft_top_k(listed, ranking.soft_targets(teacher, valid, 2.0), valid, 2.0),
