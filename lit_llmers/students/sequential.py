@@ -86,7 +86,7 @@ class SequentialRecommender(Recommender):
         return super().training_step(self.backbone.training_view(batch), batch_idx)
 
     def losses(self, output: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As of any recommender; with a softmax, what the terms want of a target's cross-entropy besides is its weight there."""
+        """As of any recommender; with a softmax, what terms want of a target's cross-entropy besides is its weight there."""
         if not output.softmax:
             return super().losses(output, batch)
         losses = {name: term(output, batch) for name, term in self.terms.items()}
