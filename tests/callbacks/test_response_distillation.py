@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_ranking_distillation import K, Lists, case, student, train
+from ranking_lists import K, Lists, case, student
+from test_ranking_distillation import train
 from torch.nn import functional as F
 
 from lit_llmers.callbacks.response_distillation import ResponseDistillation
