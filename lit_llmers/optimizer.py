@@ -30,7 +30,8 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
         trainer = module.trainer
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         steps = per_epoch * (trainer.max_epochs or 1)  # known only now: asking earlier would set the loader up
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        passed = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 1 - passed if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
     return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

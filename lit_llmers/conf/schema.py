@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from lit_llmers.errors import UserError, nearest, unknown
 
 EXAMPLES = ("sequence", "prefixes", "last")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "linear", "cosine")
 SIGNAL_DTYPES = ("float16", "float32")
 LOGGERS = ("wandb", "tensorboard", "csv")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
@@ -132,7 +132,7 @@ class OptimizerConfig:
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
         warmup_steps: optimiser steps of linear warm-up.
-        schedule: after warm-up, `constant` or `cosine` to zero over the whole training.
+        schedule: after warm-up, `constant`, or `linear` or `cosine` to zero over the whole training.
     """
 
     lr: float = 1e-3

@@ -295,6 +295,7 @@ def test_learning_rate_schedules():
     cosine = [0.25 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
     assert rates(schedule="cosine") == pytest.approx(cosine)
     assert cosine[6] == pytest.approx(0.25)
+    assert rates(schedule="linear") == pytest.approx([0.5 * (1 - step / 12) for step in range(12)])
     late = [0.25 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert rates(schedule="cosine", warmup_steps=2, accumulate=2) == pytest.approx([0.25, 0.5, *late]), "in steps, not batches"
 
