@@ -152,12 +152,12 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         from lit_llmers.checks import check
 
         check(typed, where)
+        return typed, _content_of(typed.model.get("base"))
     if verb == "tune":
         from lit_llmers.checks import check_base_of
-        from lit_llmers.teachers.base import BaseConfig
 
-        BaseConfig.of(typed.base)
         check_base_of(typed.trainer, typed.base, where)
+        return typed, _content_of(typed.base)
     if verb == "encode":
         from lit_llmers.text.prompts import check_prompt
         from lit_llmers.text.transformer import identity
@@ -170,6 +170,15 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
             raise UserError(f"There is no file {file}. Set evaluation.candidates to an npy or a parquet file, or to null.")
         return typed, {"candidates": sha256(Path(file))}
     return typed, {}
+
+
+def _content_of(base: Any) -> dict[str, Any]:
+    """The identity of the language model that a stage trains; none where it has none."""
+    if base is None:
+        return {}
+    from lit_llmers.teachers.base import BaseConfig, content_of
+
+    return content_of(BaseConfig.of(base))
 
 
 def _shares(strategy: str, verb: str, entry: dict[str, Any]) -> bool:

@@ -108,6 +108,26 @@ def test_content_of_the_data_renames_everything_and_their_place_nothing(tmp_path
     assert not names(one) & names(other)
 
 
+def test_other_files_of_a_base_make_another_teacher_and_another_student_of_it(tmp_path):
+    """A checkpoint of adapters on a frozen base says nothing of the base."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+
+    def names(recipe: str, weights: bytes) -> dict[str, str]:
+        (base / "model.safetensors").write_bytes(weights)
+        (base / "README.md").write_bytes(weights)
+        given = ("teacher=local", f"teacher.path={base}", "teacher.prompt=false")
+        return {stage.name: stage.fingerprint for stage in small(tmp_path / "runs", *given, recipe=recipe)}
+
+    for recipe, fixed in (("slmrec", {"prepare", "item_embeddings"}), ("bigrec", {"prepare", "control", "popularity"})):
+        one, other, again = (names(recipe, weights) for weights in (b"one", b"another", b"one"))
+        assert one == again
+        same = {name for name in one if one[name] == other[name]}
+        assert same >= fixed
+        assert not same & {"teacher", "student", "evaluate"}
+
+
 def test_fingerprints_do_not_depend_on_the_process(tmp_path):
     code = "import sys; sys.path.insert(0, 'tests'); from tiny import small; "
     code += "print(*(stage.folder.name for stage in small('anywhere')))"

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lit_llmers.conf.schema import EXAMPLES, build
 from lit_llmers.errors import UserError, unknown
+from lit_llmers.files import sha256
 from lit_llmers.teachers.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ELSEWHERE: ContextVar[bool] = ContextVar("elsewhere", default=False)
+_CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings and words; not the words about them
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -89,6 +92,25 @@ def located(path: str, what: str) -> str:
     if path[:1] in "./~":
         raise UserError(f"There is no folder {folder}, {what}. Correct it, or name a model of the hub.")
     return path
+
+
+def content_of(base: BaseConfig) -> dict[str, Any]:
+    """What names a base besides its settings: checksums of its files, if they are in a folder.
+
+    A checkpoint leaves frozen weights out, so what was trained on one base would else be loaded on another.
+    """
+    return {"base": checksums(Path(base.path))} if base.path and Path(base.path).is_dir() else {}
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of a model's files by name, each read once in a process."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _CONTENT]
+    return {path.name: _checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@lru_cache(maxsize=256)
+def _checksum(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
 
 
 @contextmanager

