@@ -281,7 +281,7 @@ class TuneStage:
         tune: the method.
         base: which language model, a mapping as a teacher option has it; with `lora` adapters are trained, else all of it. Its
             `prompt` and `examples` are not read here.
-        history: titles in a prompt, of the latest items.
+        history: titles in a prompt, of the latest items; no more than `sequences.max_length`, which is what others ask with.
         fields: columns of the catalogue that tell of an item in a prompt, joined by full stops. The response is its title.
         instruction: what the prompt asks for; null takes the default.
         samples: so many training targets, drawn at random among those of `sequences`; null takes all.

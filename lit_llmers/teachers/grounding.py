@@ -93,8 +93,9 @@ class GroundedRecommender(Recommender):
         super().__init__(model)
         self.base, self.wording, self.config = base, wording, config
         self.limit = config.max_new_tokens or wording.longest
-        self.trie = Trie([ids for ids in wording.responses if len(ids) > 1], wording.end) if config.constrained else None
-        self.known = {tuple(ids) for ids in wording.responses}
+        titles = [tuple(ids) for ids in wording.responses if len(ids) > 1]  # an item without a title has the end alone
+        self.trie = Trie(titles, wording.end) if config.constrained else None
+        self.known = set(titles)
         self.work = Work()
         self.transcript: Transcript | None = None
         self.titles = [tuple(wording.title(title)) for title in wording.titles[1:]]
@@ -182,7 +183,7 @@ class GroundedRecommender(Recommender):
             if self.config.embedder == "base" and self.base is None:
                 stack.enter_context(model.disable_adapter())
             states = read(model, ids, mask, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
-        return states[:, -1]
+        return states[:, -1].clone()  # a view would keep the states of all positions
 
     def tables(self) -> Catalogue:
         """Vectors of all titles, such that a dot product is `||u||^2 - D^2`: `[2 h(title), -||h(title)||^2]`, float64."""

@@ -60,7 +60,9 @@ class InstructionRows:
     def of_validation(cls, dataset: Dataset, wording: Wording, users: int | None) -> "InstructionRows":
         """Validation items that have a title."""
         rows = EvaluationRows(dataset, "valid", wording.history, users)
-        titled = np.array([bool(wording.titles[item]) for item in rows.target])
+        titled = np.array([bool(wording.titles[item]) for item in rows.target], dtype=bool)
+        if not titled.any():
+            raise UserError("No validation item has a title, so there is nothing to select by. Look at data.columns.title.")
         return cls(dataset, wording, rows.user[titled], rows.at[titled])
 
     def __len__(self) -> int:
@@ -129,7 +131,7 @@ class InstructionData(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         config = self.config
         if config.validate == "ranking":
-            rows = EvaluationRows(self.dataset, "valid", config.history, config.validation_users)
+            rows = EvaluationRows(self.dataset, "valid", self.wording.history, config.validation_users)
             return EvaluationBatches(rows, 256, config.mask_history, **self._ranks())
         held_out = InstructionRows.of_validation(self.dataset, self.wording, config.validation_users)
         return HeldOutBatches(held_out, config.trainer.batch_size, **self._ranks())

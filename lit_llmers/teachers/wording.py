@@ -38,7 +38,8 @@ class Wording:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, config: TuneStage) -> None:
-        self.tokenizer, self.history, self.max_tokens = tokenizer, config.history, config.max_tokens
+        self.tokenizer, self.max_tokens = tokenizer, config.max_tokens
+        self.history = min(config.history, config.sequences.max_length)
         self.instruction = config.instruction or INSTRUCTION
         for name, about in dataset.info.get("texts", {}).items():
             if name in config.fields and about["leaks"]:

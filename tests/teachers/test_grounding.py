@@ -65,6 +65,18 @@ def test_what_was_said_is_known_again_batch_by_batch(tmp_path):
     assert len(read_journal(tmp_path / "said.jsonl")) == 2
 
 
+def test_a_model_that_says_nothing_says_no_title_though_an_item_has_none():
+    ranker = ranker_of(titled(HISTORIES, [*TITLES, ""]), num_beams=1)
+    ranker._best_beams = lambda prompts: [[ranker.wording.end] for _ in prompts]
+    ranker.say(ASKED)
+    assert ranker.work.exact == 0
+    title = ranker.wording.response(3)
+    ranker.forget()
+    ranker._best_beams = lambda prompts: [title for _ in prompts]
+    ranker.say(ASKED)
+    assert ranker.work.exact == len(ASKED)
+
+
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_constrained_to_the_catalogue_nothing_else_is_said(num_beams):
     asked = [[a, b] for a in range(1, 15) for b in (3, 7)]

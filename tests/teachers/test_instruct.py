@@ -5,6 +5,7 @@ import pytest
 import torch
 from titles import LORA, TITLES, language_model, settings, titled, wording_of
 
+from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.conf.stages import GenerationConfig
 from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.errors import UserError
@@ -36,6 +37,14 @@ def test_every_training_item_but_a_users_first_is_a_response_after_those_before_
     assert wording.tokenizer.decode(wording.response(12)) == TITLES[11] + "</s>"
 
 
+def test_a_prompt_tells_of_no_more_items_than_those_who_ask_have():
+    data = titled(HISTORIES)
+    short, long = (wording_of(data, history=4, sequences=SequenceConfig(length)) for length in (2, 50))
+    last = [rows_of(data, wording).example(-1) for wording in (short, long)]
+    assert last == [([11, 12], 13), ([10, 11, 12], 13)]
+    assert short.prompts([[10, 11, 12]]) == short.prompts([[11, 12]])
+
+
 def test_a_sample_is_a_part_of_the_targets_and_belongs_to_its_seed():
     data = titled(HISTORIES)
     wording = wording_of(data)
@@ -44,6 +53,12 @@ def test_a_sample_is_a_part_of_the_targets_and_belongs_to_its_seed():
     assert all(len(set(sample)) == 3 and set(sample) <= every for sample in drawn)
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) > 1
+
+
+def test_without_a_titled_validation_item_nothing_can_be_selected():
+    data = titled([[1, 2, 16, 3], [4, 5, 6, 16, 7]], [*TITLES, ""])
+    with pytest.raises(UserError, match="No validation item has a title"):
+        InstructionRows.of_validation(data, wording_of(data), None)
 
 
 def test_held_out_items_are_in_no_training_prompt_and_no_response():
