@@ -30,8 +30,8 @@ class AlphaRec(CollaborativeBackbone):
         training_pairs: `[E, 2]` int64, user 0..U-1 and item 1..n.
         dim: width of what the MLP makes (D = d).
         layers: propagations.
-        hidden: width of the MLP's inner layer in multiples of D (official: 1/2 for D = 3072, 8 for D = 768); None makes it one
-            linear map without bias, the paper's "linear mapping".
+        hidden: width of the MLP's inner layer in multiples of D (official: 1/2 for D = 3072, 9/32 for 4096, 8 for 768); None
+            makes it one linear map without bias, the paper's "linear mapping".
         temperature: tau; .15 or .2 in the paper.
 
     Raises:

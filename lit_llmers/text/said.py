@@ -34,7 +34,7 @@ from lit_llmers.text.transformer import base_of
 
 INSTRUCTION = "Here is an item. Say what is known about it."
 IGNORED = -100  # label of a token that is not learnt
-INIT_STD = 0.01  # small beside what is learned: two items are alike by their texts alone
+INIT_STD = 0.001  # small beside what is learned: two items are alike by their texts alone
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ CUT = [
     "trainer.batch_size=16",
     "trainer.accumulate_grad_batches=1",
     "trainer.max_epochs=1",
+    "trainer.validate_every=1",
     "trainer.limit_train_batches=2",
     "trainer.log_every=1",
     "trainer.precision=32-true",
