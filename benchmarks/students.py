@@ -221,6 +221,7 @@ def our_command(model: str, data: str, folder: Path, options: argparse.Namespace
         "logger=csv",
         "trainer.accelerator=cpu",
         f"sequences.max_length={LENGTH}",
+        f"sequences.targets_per_user={LENGTH}",  # the others learn from the latest so many alone
         "evaluation.mask_history=false",
         *(f"stages.student.{setting}" for setting in stage),
         "stage=student",

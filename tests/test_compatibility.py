@@ -13,6 +13,7 @@ from lit_llmers.stages import Stage
 RECIPE = """\
 # A teacher's word about each training target, for students of every kind.
 defaults: [/base, /data: demo, /teacher: tiny-llama, /student: sasrec, /trainer: single, /logger: csv, _self_]
+sequences: {targets_per_user: null}
 stages:
   prepare: {prepare: interactions}
   text: {encode: tfidf, dim: 8, users: mean}
@@ -43,6 +44,7 @@ def planned(folder, *overrides: str) -> list[Stage]:
         ["stages.teacher.sequences.examples=last", "sequences.targets_per_user=1"],
         [*GRAPH, "stages.lists.per=user"],
         ["stages.deep.sequences.max_length=5", "signals.online=true"],
+        ["sequences.targets_per_user=0", "stages.student.sequences.max_length=5"],  # all of them, as recipes have it
     ],
     ids=" ".join,
 )

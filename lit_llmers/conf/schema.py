@@ -100,8 +100,8 @@ class SequenceConfig:
         examples: `last`: one example per user, its last training item (SLMRec). `prefixes`: one example per training item,
             each with the history before it (E4SRec). `sequence`: the targets of `prefixes`, all predicted in one causal
             pass over the user's history; needs a model that reads out at every position.
-        targets_per_user: for `prefixes` and `sequence`, at most so many targets per user, the latest first; by default
-            `max_length` (as E4SRec). 0 takes all of them.
+        targets_per_user: for `prefixes` and `sequence`, at most so many targets per user, the latest first. 0, which recipes
+            have but where they say otherwise, takes all of them; null is `max_length` (as E4SRec).
     """
 
     max_length: int = 50
