@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Progress(L.Callback):
     """One bar per stage with epoch, loss and validation figure; in a log file, one line per validation.
 
-    The line's loss is the mean over the epoch's batches, or since the training went on within it. They are added up where they
-    are, so no step waits for its loss.
+    The line's loss is the mean over the epoch's batches, those before an interruption too, which are then the first process's
+    for all. They are added up where they are, so no step waits for its loss.
 
     Args:
         title: name of the stage.
@@ -62,4 +62,11 @@ class Progress(L.Callback):
         """The epoch's mean over the batches of all processes, which must all call it; None where nothing was trained."""
         if not self.batches:
             return None
-        return float(trainer.strategy.reduce(self.total / self.batches, reduce_op="mean"))
+        mean = (self.total / self.batches).to(trainer.strategy.root_device)  # what a checkpoint gave back is on the CPU
+        return float(trainer.strategy.reduce(mean, reduce_op="mean"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": float(self.total), "batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total, self.batches = torch.tensor(state_dict["total"]), state_dict["batches"]

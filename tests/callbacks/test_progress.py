@@ -4,6 +4,7 @@ import logging
 import re
 
 import pytest
+from test_resume import interrupt
 from tiny import by_name, losses, small
 
 from lit_llmers.running import run
@@ -47,3 +48,16 @@ def test_an_epoch_s_loss_is_the_mean_of_its_own_batches_however_rarely_it_is_log
     caplog.clear()
     run(small(tmp_path / "rarely", *given, "trainer.log_every=100", recipe="student"), "student")
     assert epochs_said(caplog) == said
+
+
+@pytest.mark.parametrize("batches", [3, 5, 9, 10, 13])  # ten batches are an epoch; a checkpoint comes every three
+def test_an_epoch_that_was_interrupted_has_the_loss_of_all_its_batches(tmp_path, caplog, monkeypatch, batches):
+    caplog.set_level(logging.INFO, logger="lit_llmers")
+    run(small(tmp_path / "whole", "student=sasrec", recipe="student"), "student")
+    whole = epochs_said(caplog)
+
+    caplog.clear()
+    planned = small(tmp_path / "killed", "student=sasrec", recipe="student")
+    interrupt(planned, "student", batches, monkeypatch)
+    run(planned, "student")
+    assert dict(epochs_said(caplog)) == dict(whole)
