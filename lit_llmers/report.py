@@ -62,6 +62,8 @@ def summary_table(run: Path) -> str:
     parts = [tables.terminal_table(results)]
     if results.generated:
         parts.append(f"The data set {results.data['name']} is generated: the figures say nothing about real users.")
+    if note := sections.sampled_note(results):
+        parts.append(note)
     parts += leak_warnings([results])
     if results.models:
         parts += [verdict(results), *teacher_warnings(results)]
@@ -106,9 +108,10 @@ def _state(results: Results) -> str:
 
 def _results(results: Results) -> str:
     assert results.evaluation is not None
+    note = sections.sampled_note(results)
     parts = [
         "## Results on the test users",
-        "Means over seeds with their standard deviation; the best of a column is bold.",
+        " ".join(filter(None, ["Means over seeds with their standard deviation; the best of a column is bold.", note])),
         tables.main_table(results),
     ]
     if results.comparisons:

@@ -155,6 +155,17 @@ def test_real_data_is_not_called_generated(tmp_path):
     assert "enerated" not in write_report(run).read_text() + summary_table(run)
 
 
+def test_figures_among_candidates_are_called_so_wherever_they_stand(good, tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0, "control": 1.0}, seeds=(0,))
+    path = run / "evaluate-abc123" / "evaluation.json"
+    content = json.loads(path.read_text())
+    write(path, content | {"protocol": content["protocol"] | {"name": "sampled-99", "candidates": "ab12"}})
+    said = "Ranked among stored candidates (sampled-99): these figures do not compare with those of the whole catalogue."
+    assert said in summary_table(run)
+    assert said in section(write_report(run).read_text(), "## Results on the test users")
+    assert "do not compare" not in (good / "report.md").read_text() + summary_table(good)
+
+
 def test_the_verdict_is_worked_out_from_the_ranks(good):
     folder = good / "evaluate-abc123"
 

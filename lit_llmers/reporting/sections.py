@@ -44,6 +44,14 @@ def protocol_section(results: Evaluated) -> str:
     return "\n".join(["## Protocol\n", *(f"- {line}" for line in lines)])
 
 
+def sampled_note(results: Evaluated) -> str:
+    """That targets competed with candidates, not with the whole catalogue; said wherever the figures stand."""
+    name = results.evaluation["protocol"]["name"] if results.evaluation else "full"
+    if name == "full":
+        return ""
+    return f"Ranked among stored candidates ({name}): these figures do not compare with those of the whole catalogue."
+
+
 def _sample(protocol: dict[str, Any]) -> list[str]:
     """Whether some of the users stand for all."""
     number = protocol.get("sample")
