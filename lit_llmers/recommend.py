@@ -180,7 +180,7 @@ class Recommender:
                     f"'{title}' could be: {named}{more}. Write the whole title, or give the id: history_ids=\"ID; ID\"."
                 )
         names = [*self._exact, *self._short]
-        close = get_close_matches(wanted, names, n=1, cutoff=0.5)
+        close = get_close_matches(wanted, names, n=1, cutoff=0.6)
         index = (self._exact.get(close[0]) or self._short[close[0]])[0] if close else 0
         hint = f" Did you mean '{self.titles[index]}'?" if index else " Write a word of it, or give ids: history_ids=ID."
         raise UserError(f"No item's title contains '{title}'.{hint}")

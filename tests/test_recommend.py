@@ -66,6 +66,7 @@ def test_a_title_is_found(recommender, title, item):
     [
         ("Toy", r"'Toy' could be: Toy Story \(1995\) \(id i1\); Toy Story 2 \(1999\) \(id i2\)\."),
         ("number 1", r"could be: Film number 10 \(id i10\).*and 2 more"),
+        ("West Side Story", r"contains 'West Side Story'. Write a word of it"),  # which no title here resembles
         ("Aladin", r"contains 'Aladin'. Did you mean 'Aladdin \(1992\)'\?"),
         ("qqqq", r"contains 'qqqq'\. Write a word of it"),
         (" ", "A title of the history is empty"),

@@ -6,7 +6,7 @@ not read: no method here uses them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ class Table:
             UserError: there is none; the message names the nearest one and the setting `key` that chooses.
         """
         if name not in self.names:
+            near = nearest(name, set(self.names) - {usual for part, usual in asdict(Columns()).items() if part != key})
             raise UserError(
-                f"{self.origin} has no column '{name}'.{nearest(name, self.names)} It has: {', '.join(self.names)}. "
+                f"{self.origin} has no column '{name}'.{near} It has: {', '.join(self.names)}. "
                 f"Choose the column with data.columns.{key}=NAME."
             )
         return name

@@ -144,6 +144,13 @@ class TestBadInput:
         assert f"no column '{wrong}'. Did you mean '{near}'?" in str(error.value)
         assert f"data.columns.{key}=NAME" in str(error.value)
 
+    @pytest.mark.parametrize(("kind", "column"), [("interactions", "user_id"), ("items", "title")])
+    def test_a_column_that_plays_another_part_is_not_proposed(self, kind: str, column: str, folder: Path) -> None:
+        path = folder / f"{kind}.parquet"
+        pd.read_parquet(path).rename(columns={column: "xx"}).to_parquet(path)
+        with pytest.raises(UserError, match=f"no column '{column}'. It has: .*item_id"):
+            read_folder(folder, COLUMNS)
+
     def test_missing_time_names_both_and_the_nearest(self, folder: Path) -> None:
         path = folder / "interactions.parquet"
         pd.read_parquet(path).rename(columns={"timestamp": "timestanp"}).to_parquet(path)
