@@ -34,7 +34,10 @@ def check(stage: FitStage, where: str) -> None:
                 "one position of a row can be read. Use sequences.examples=prefixes or last, or teacher.prompt=false."
             )
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
-        raise UserError(f"'{where}.items' is missing: {stage.fit} reads the item table of another stage.")
+        raise UserError(
+            f"'{where}.items' is missing: {stage.fit} reads the item table of another stage. Name that stage there, take a "
+            "recipe that has one, such as recipe=slmrec, or choose another student."
+        )
     _check_fit(stage, backbone, where)
     if issubclass(backbone, CountingBackbone) and (stage.initial or stage.fusion or stage.objective or stage.callbacks):
         raise UserError(
@@ -129,7 +132,7 @@ def _check_sparse(stage: FitStage, where: str) -> None:
     if not stage.model.get("sparse"):
         return
     touching = {
-        "loss.kind=cross_entropy": stage.loss.kind == "cross_entropy",
+        "loss.kind=cross_entropy (but sampled_softmax, bce, gbce and bpr do)": stage.loss.kind == "cross_entropy",
         "optimizer.weight_decay": stage.optimizer.weight_decay,
         "trainer.gradient_clip_val": stage.trainer.gradient_clip_val,
         "fusion": stage.fusion,
@@ -185,7 +188,10 @@ def _check_rows(cls: Any, backbone: Any, where: str) -> None:
 def _check_fusion(name: str, arguments: dict[str, Any], backbone: Any, stage: FitStage, where: str) -> None:
     cls = find("fusion", name)
     if not issubclass(backbone, Backbone):
-        raise UserError(f"'{where}' stands between the items of a history and its reading; {stage.fit} reads no history.")
+        raise UserError(
+            f"'{where}' stands between the items of a history and its reading; {stage.fit} reads no history. Choose a "
+            "sequential student, such as student=sasrec."
+        )
     if cls.reads_ahead and stage.sequences.examples == "sequence":
         raise UserError(
             f"'{where}' mixes all positions of a row, so that one sees what comes after it. Use "

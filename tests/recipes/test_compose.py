@@ -138,6 +138,15 @@ def test_a_student_of_another_task_is_refused_before_anything_runs(name, option,
         resolve(recipes.compose(name, [option]))
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "cure"),
+    [("student", "student=llm", "such as recipe=slmrec"), ("dllm2rec", "student=bpr-mf", "such as student=sasrec")],
+)
+def test_a_student_that_does_not_fit_is_refused_with_what_does(name, option, cure, no_files):
+    with pytest.raises(UserError, match=cure):
+        resolve(recipes.compose(name, [option]))
+
+
 def test_a_text_that_is_no_choice_of_the_recipe_is_refused_with_the_keys_that_choose(no_files):
     with pytest.raises(UserError, match=r"Its stage 'text' is set by stages\.text\.encode and stages\.text\.model\. "):
         recipes.compose("slmrec", ["text=minilm"])
