@@ -18,6 +18,7 @@ from lit_llmers.allocator import keep_memory
 from lit_llmers.errors import UserError
 from lit_llmers.processes import Processes, RankFailed
 
+log = logging.getLogger("lit_llmers.fit")  # as a program this file is __main__
 PATIENCE = 600  # seconds that a process waits while another one of the same run writes the report
 
 
@@ -160,9 +161,15 @@ def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str],
     from omegaconf import OmegaConf
 
     from lit_llmers.environment import recorded
-    from lit_llmers.files import atomic_write, write_json
+    from lit_llmers.files import atomic_write, read_json, write_json
     from lit_llmers.stages import describe
 
+    described = describe(stages)
+    if (folder / "run.json").exists():
+        earlier = {each["folder"] for each in read_json(folder / "run.json")["stages"] if each["verb"] == "evaluate"}
+        other = earlier - {each["folder"] for each in described}
+        if any((folder / name / "DONE").exists() for name in other):
+            log.info("%s holds the report of other settings, which this one's will replace; run.name=OTHER keeps both.", folder)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(config))
     recorded(folder, worked)
@@ -175,7 +182,7 @@ def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str],
             "run": config["run"]["name"],
             "command": shlex.join(["python", "-m", "lit_llmers.fit", *whole]),  # what makes the run, not a stage of it
             "data": prepared.summary if prepared else {},
-            "stages": describe(stages),
+            "stages": described,
             "pairs": config["pairs"],
             "paper": config.get("paper"),
             "teacher": next((stage.config.of for stage in stages if stage.verb == "record"), None),

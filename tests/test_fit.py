@@ -1,5 +1,6 @@
 """The command line: quick answers, errors as a user sees them, exit status."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import arguments
+from tiny import arguments, by_name, small
 
 from lit_llmers import fit, recipes
 from lit_llmers.errors import UserError
@@ -163,3 +164,22 @@ def test_an_error_in_a_stage_leaves_a_run_that_says_how_far_it_came(capsys, tmp_
     assert "teacher (seed 0)" in report
     assert " stage=" not in report, "the command that it names makes the whole run"
     assert "Report:" in capsys.readouterr().out
+
+
+def test_a_report_that_other_settings_replace_is_said_beforehand(caplog, tmp_path):
+    caplog.set_level(logging.INFO, logger="lit_llmers")
+    first, second = small(tmp_path), small(tmp_path, "optimizer.lr=1e-4")
+    folder, config = first[0].run.folder, recipes.compose("slmrec", [])
+    folder.mkdir(parents=True)
+    for given in (first, second):  # nothing was reported yet
+        fit.describe_run(folder, config, ["recipe=slmrec"], given, False)
+    assert "other settings" not in caplog.text
+
+    evaluated = by_name(second)["evaluate"].folder
+    evaluated.mkdir()
+    (evaluated / "DONE").touch()
+    fit.describe_run(folder, config, ["recipe=slmrec"], second, False)
+    assert "other settings" not in caplog.text
+    for _ in range(2):  # said once: then the run is described as it is now
+        fit.describe_run(folder, config, ["recipe=slmrec"], first, False)
+    assert caplog.text.count("holds the report of other settings, which this one's will replace; run.name=OTHER") == 1
