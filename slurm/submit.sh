@@ -41,6 +41,7 @@ site=$(realpath "${SITE_FILE:-$here/site.sh}")
 # shellcheck source=slurm/site.sh
 source "$site"
 activate
+command -v "${PYTHON[0]}" >/dev/null || fail "There is no ${PYTHON[0]}. Say in $site which ENVIRONMENT has lit_llmers, or make it."
 [[ -n $dry_run ]] || command -v sbatch >/dev/null || fail "There is no sbatch here. --dry-run works without it."
 
 # ---- one run of the recipe -------------------------------------------------------------------------------------------

@@ -257,6 +257,10 @@ def test_the_environment_is_a_venv_conda_or_a_container(tmp_path, environment):
     assert (tmp_path / "activated").read_text().split() == ["activate", "llm"]
     site.write_text(f"source {shlex.quote(str(ROOT))}/slurm/site.sh\nENVIRONMENT=poetry\n")
     assert "Write venv:FOLDER" in bash(SUBMIT, "recipe=x", env=environment | {"SITE_FILE": str(site)}).stderr
+    site.write_text(f"source {shlex.quote(str(ROOT))}/slurm/site.sh\nENVIRONMENT=venv:nowhere\n")
+    missing = bash(SUBMIT, "--dry-run", "recipe=x", env=environment | {"SITE_FILE": str(site)})
+    assert missing.returncode == 2
+    assert f"There is no nowhere/bin/python. Say in {site} which ENVIRONMENT" in missing.stderr
 
 
 # ---- W&B, afterwards -------------------------------------------------------------------------------------------------
