@@ -133,7 +133,6 @@ def test_a_teacher_on_many_gpus_gets_its_nodes_and_the_rest_one_gpu_or_none(tmp_
     wide, single, none = ("2", "8", "gpu:8"), ("1", "1", "gpu:1"), ("1", "1", None)
     assert asked == {
         "prepare": none,
-        "text": none,
         "item_embeddings": single,
         "teacher": wide,
         "signals": wide,
