@@ -4,7 +4,8 @@ Each subject of `students.py` trains the same model on the same sequences, on on
 protocol: leave-one-out, the whole catalogue, ties counted half, HR@10 and NDCG@10 both with the read items masked and with
 them competing. After each epoch it ranks the validation items. It stops when the student's own `trainer.patience` epochs
 brought no better NDCG@10 (masked), or before the epoch that would exceed the budget of processor time; the test figures are
-those after the best epoch. Ours is the command that users type, as it is shipped. Each run is kept when it ends, in
+those after the best epoch. Ours is the command that users type, but that it learns from
+the latest targets of each user alone, as the others do. Each run is kept when it ends, in
 `benchmarks/results/quality.json`, a row for each model, data set, subject, budget and settings, and a seed that is kept is
 not run again but with `--again`; `--record FILE` rewrites their section in a Markdown file.
 """
@@ -208,7 +209,7 @@ def train(subject: Subject, seed: int, patience: int, options: argparse.Namespac
 
 
 def our_command(model: str, data: str, seed: int, folder: Path, options: argparse.Namespace) -> list[str]:
-    """The arguments of `python -m lit_llmers.fit`: the student as it is shipped."""
+    """The arguments of `python -m lit_llmers.fit`: the student as it is shipped, on the targets that the others have."""
     return [
         "recipe=student",
         f"student={model}",
@@ -219,6 +220,7 @@ def our_command(model: str, data: str, seed: int, folder: Path, options: argpars
         f"run.name={data}-{model}-{seed}",
         "logger=csv",
         "trainer.accelerator=cpu",
+        f"sequences.targets_per_user={LENGTH}",
         "~stages.export",
     ]
 
