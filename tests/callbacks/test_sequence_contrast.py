@@ -233,7 +233,12 @@ def test_a_student_that_hides_items_itself_is_refused():
 def test_cl4srec_from_yaml_learns_both_and_serves_as_sasrec(tmp_path):
     """The contrast belongs to the model, so it is no callback that a control would go without."""
     planned = small(
-        tmp_path, "student=cl4srec", "student.optimizer.lr=0.01", "+stages.student.trainer.batch_size=16", recipe="student"
+        tmp_path,
+        "student=cl4srec",
+        "student.optimizer.lr=0.01",
+        "+stages.student.trainer.batch_size=16",
+        "sequences.targets_per_user=null",  # a row of each user
+        recipe="student",
     )
     student = by_name(planned)["student"]
     assert student.config.fit == "sasrec"
