@@ -5,8 +5,10 @@ A place is a 0-based rank in the teacher's list, `[T, K]` lists have their best 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
@@ -15,6 +17,7 @@ from lit_llmers.students.output import StudentOutput
 
 _TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
 _CELLS = {"cpu": 2**20, "other": 2**26}  # of a table of draws x items in memory at once
+_GROUP = 8  # items of whose scores the best one is looked at first
 _ROWS = 64  # targets whose scores of the whole catalogue are in memory at once
 
 
@@ -55,10 +58,13 @@ def draw_places(log_weight: Tensor, valid: Tensor, number: int) -> tuple[Tensor,
     number = min(number, valid.shape[1])
     waiting = torch.rand(valid.shape, device=valid.device).neg_().log1p_().neg_().clamp_(min=1e-30)  # exponential, but faster
     key = torch.where(valid, log_weight - waiting.log_(), -torch.inf)  # the largest are the draw (Efraimidis and Spirakis)
-    best, place = key.topk(number, 1, sorted=False)
-    place = place.masked_fill_(best == -torch.inf, valid.shape[1]).sort(1).values
-    drawn = place < valid.shape[1]
-    return place.masked_fill_(~drawn, 0), drawn
+    least = _sorted(key)[:, -number:].select(1, 0).clamp(min=torch.finfo(key.dtype).min)
+    taken = key >= least[:, None]
+    column = taken.cumsum(1).clamp_(max=number).mul_(taken)  # 1..number, 0 for what is not taken
+    every = torch.arange(key.shape[1], device=key.device).expand_as(key)
+    place = column.new_zeros(len(key), number + 1).scatter_(1, column, every)
+    drawn = torch.arange(number, device=key.device) < taken.sum(1, keepdim=True)
+    return place[:, 1:].masked_fill(~drawn, 0), drawn
 
 
 def rank_log_weight(length: int, temperature: float, device: torch.device | None = None) -> Tensor:
@@ -105,7 +111,7 @@ def student_ranks(
         listed: `[T, K]` their scores.
         samples: random items, the same for all targets, that the rank is estimated from; None: the exact rank, from the
             scores of the whole catalogue.
-        deepest: exact ranks from this on count as it: only so many best scores of a row are put in order.
+        deepest: exact ranks from this on count as it, so that not all of a row need be put in order.
         met: `[T, L]` items that do not compete, 0 fills up; None: all compete.
     """
     user, item_table = user.detach().to(listed.dtype), item_table.detach().to(listed.dtype)
@@ -120,16 +126,33 @@ def student_ranks(
             scores = scores.masked_fill_(hit[:, column[drawn]], -torch.inf)  # a repeated item has one column
         return estimated_rank(listed, scores, n_items)
     rank = torch.empty_like(listed)
+    item_table = F.pad(item_table, (0, 0, 0, -len(item_table) % _GROUP))
     for start in range(0, len(user), _ROWS):
         rows = slice(start, start + _ROWS)
-        scores = user[rows] @ item_table.T  # [c, n+1]
+        scores = (user[rows] @ item_table.T).to(listed.dtype)  # [c, n+1 and what fills it up], autocast or not
         own = scores.gather(1, items[rows])  # rounded as the others are
-        scores[:, 0] = -torch.inf
+        scores[:, 0] = scores[:, n_items + 1 :] = -torch.inf
         if met is not None:
             scores.scatter_(1, met[rows], -torch.inf)
-        best = scores.topk(min(deepest, n_items), 1).values.flip(1)  # ascending
-        rank[rows] = best.shape[1] - torch.searchsorted(best, own, right=True).to(rank.dtype)
+        best = _sorted(_with_the_best(scores, deepest))
+        rank[rows] = (best.shape[1] - torch.searchsorted(best, own, right=True)).clamp_(max=deepest).to(rank.dtype)
     return rank
+
+
+def _with_the_best(scores: Tensor, number: int) -> Tensor:
+    """Some of the scores `[c, G w]`, among which are the so many best: all of the groups of G whose best are the best.
+
+    A group's best is at hand in a glance, and so a fraction of the scores is put in order.
+    """
+    groups = scores.view(len(scores), _GROUP, -1)
+    number = min(number, groups.shape[2])
+    group = groups.amax(1).topk(number, 1, sorted=False).indices
+    return groups.gather(2, group[:, None].expand(-1, _GROUP, -1)).view(len(scores), -1)
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    """Each row ascending. On a CPU by NumPy, which takes a twentieth of torch's time."""
+    return torch.from_numpy(np.sort(rows.numpy(), axis=1)) if rows.device.type == "cpu" else rows.sort(1).values
 
 
 # ---- pairs within groups of like popularity ----------------------------------------------------------------------------

@@ -4,7 +4,11 @@ Lists are best first. Where `valid` is false an entry only fills up a list that 
 no gradient, and neither does anything that the teacher said.
 """
 
+import warnings
+
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +26,7 @@ _DEEPEST = -700.0  # of differences between scores: exp is above zero in float64
 def list_scores(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
     """Scores `user[t] . item_table[items[t, k]]` of the items of each target's list.
 
-    The vectors of the listed items are never all in memory, forward or backward; on a CPU it takes a tenth of the time of
+    The vectors of the listed items are never all in memory, forward or backward; on a CPU it takes a twentieth of the time of
     `einsum("td,tkd->tk", user, item_table[items])` and its gradient.
 
     Args:
@@ -38,15 +42,10 @@ def list_scores(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
 
 
 class _ListScores(torch.autograd.Function):
-    """The scores are the gradient of `sum_k w_k item_k` in its weights w, for a cotangent `user`; one kernel computes that."""
-
     @staticmethod
     def forward(ctx, user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
         ctx.save_for_backward(user, item_table, items)
-        with torch.enable_grad():
-            weight = user.new_zeros(items.shape).requires_grad_()
-            bags = F.embedding_bag(items, item_table.detach(), per_sample_weights=weight, mode="sum")
-        return torch.autograd.grad(bags, weight, user.detach())[0]
+        return (_sampled_on_cpu if items.device.type == "cpu" else _sampled)(user.detach(), item_table.detach(), items)
 
     @staticmethod
     def backward(ctx, cotangent: Tensor):
@@ -56,11 +55,44 @@ class _ListScores(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_user = F.embedding_bag(items, item_table, per_sample_weights=cotangent, mode="sum")
         if ctx.needs_input_grad[1]:  # the same sum the other way round: an item's users, weighed by the cotangent
-            order = items.flatten().int().argsort()
-            count = torch.bincount(items.flatten(), minlength=len(item_table))
-            row, weight = order.div(items.shape[1], rounding_mode="floor"), cotangent.flatten()[order]
-            d_table = F.embedding_bag(row, user, count.cumsum(0) - count, per_sample_weights=weight, mode="sum")
+            by_item = _by_item_on_cpu if items.device.type == "cpu" else _by_item
+            row, first, weight = by_item(items, cotangent, len(item_table))
+            d_table = F.embedding_bag(row, user, first, per_sample_weights=weight, mode="sum")
         return d_user, d_table, None
+
+
+def _sampled(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
+    """The scores are the gradient of `sum_k w_k item_k` in its weights w, for a cotangent `user`; one kernel computes that."""
+    with torch.enable_grad():
+        weight = user.new_zeros(items.shape).requires_grad_()
+        bags = F.embedding_bag(items, item_table, per_sample_weights=weight, mode="sum")
+    return torch.autograd.grad(bags, weight, user)[0]
+
+
+def _sampled_on_cpu(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
+    """The same in half the time, by a kernel for the cells of a product that a sparse matrix has.
+
+    A GPU's wants each row's columns sorted and different; a CPU's takes them as they come.
+    """
+    first = torch.arange(len(items) + 1, dtype=torch.int32) * items.shape[1]
+    values, shape = user.new_zeros(items.numel()), (len(items), len(item_table))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that CSR tensors are new
+        cells = torch.sparse_csr_tensor(first, items.flatten().int(), values, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(cells, user, item_table.T, beta=0.0).values().view(items.shape)
+
+
+def _by_item(items: Tensor, weight: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of lists in the order of their items: target and weight `[T K]`, and `[n]` where each item's begin."""
+    order = items.flatten().int().argsort()
+    count = torch.bincount(items.flatten(), minlength=n)
+    return order.div(items.shape[1], rounding_mode="floor"), count.cumsum(0) - count, weight.flatten()[order]
+
+
+def _by_item_on_cpu(items: Tensor, weight: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in a third of the time: counted and not sorted."""
+    first = np.arange(len(items) + 1, dtype=np.int32) * items.shape[1]
+    lists = csr_array((weight.flatten().numpy(), items.flatten().int().numpy(), first), (len(items), n)).tocsc()
+    return torch.from_numpy(lists.indices), torch.from_numpy(lists.indptr[:-1]), torch.from_numpy(lists.data)
 
 
 def shared_scores(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:

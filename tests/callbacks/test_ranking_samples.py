@@ -142,6 +142,18 @@ def test_exact_ranks_end_where_nothing_tells_them_apart_any_more(deepest):
     assert torch.equal(rank, exact.clamp(max=deepest).double())
 
 
+@pytest.mark.parametrize(("n_items", "deepest"), [(299, 7), (300, 20), (301, 37), (307, 38)])
+def test_the_best_are_in_the_groups_that_are_looked_at(n_items, deepest):
+    items = torch.stack([torch.randperm(n_items)[:50] + 1 for _ in range(9)])
+    user, table = torch.randn(9, 4), torch.randn(n_items + 1, 4).round()  # with ties
+    listed = losses.list_scores(user, table, items)
+    scores = user @ table.T
+    exact = (scores[:, None, 1:] > scores.gather(1, items)[..., None]).sum(2)
+    assert (exact < deepest).sum() > 9
+    rank = samples.student_ranks(user, table, items, listed, None, deepest)
+    assert torch.equal(rank, exact.clamp(max=deepest).float())
+
+
 @pytest.mark.parametrize("method", ["rd", "dcd", "bce by discrepancy"])
 def test_ranks_go_as_deep_as_the_method_can_see(method):
     module = term(**{**METHODS[method], "rank_samples": None})

@@ -39,6 +39,19 @@ def test_scores_and_gradients_equal_the_plain_ones():
     assert (got[1][0] == 0).all(), "the padding row"
 
 
+def test_what_a_cpu_computes_otherwise_is_the_same():
+    user, table, items = inputs()
+    items[2] = 3
+    user, table, weight = user.detach(), table.detach(), draw(*items.shape, seed=3).detach()
+    torch.testing.assert_close(ranking._sampled_on_cpu(user, table, items), ranking._sampled(user, table, items))
+    ours, plain = (by(items, weight, len(table)) for by in (ranking._by_item_on_cpu, ranking._by_item))
+    assert torch.equal(ours[0][ours[1][3] : ours[1][4]].sort().values, plain[0][plain[1][3] : plain[1][4]].sort().values)
+    sums = [
+        F.embedding_bag(row.long(), user, first.long(), per_sample_weights=w, mode="sum") for row, first, w in (ours, plain)
+    ]
+    torch.testing.assert_close(*sums)
+
+
 def test_scores_where_only_one_side_learns_and_in_half_precision():
     user, table, items = inputs()
     only_user = torch.autograd.grad(ranking.list_scores(user, table.detach(), items).sum(), user)[0]
