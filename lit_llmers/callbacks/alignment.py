@@ -167,11 +167,11 @@ class AlignmentTerm(Term):
             known: Any = self.known_users
             index, found = with_signal(batch["user"], known.mask)
             parts["user"] = found * self._aligned(output.users, self.users, index, known, "all")  # type: ignore[attr-defined]
-        total = torch.stack(list(parts.values())).sum()
-        self.parts = {name: value.detach() for name, value in parts.items()}
+        targets = int((batch["target"] > 0).sum())
+        self.parts = {name: self.reduce(value.detach().expand(targets), batch) for name, value in parts.items()}
         if self.log_temperature is not None:
-            self.parts["temperature"] = self.log_temperature.detach().exp()
-        return self.reduce(total.expand(int((batch["target"] > 0).sum())), batch)
+            self.learned = {"temperature": self.log_temperature.detach().exp()}
+        return self.reduce(torch.stack(list(parts.values())).sum().expand(targets), batch)
 
     def _aligned(self, table: Tensor, signals: Tensor, index: Tensor, known: Known, negatives: str) -> Tensor:
         """The mean over the rows `index` `[K]` of a table `[N, d]`, all of them `known`, or over a share of them; a scalar."""

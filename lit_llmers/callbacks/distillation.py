@@ -30,7 +30,8 @@ class Term(nn.Module):
     """A loss term. `requires` names the outputs (`hidden`) and the batch keys that `forward` reads.
 
     `per_target` says that its loss is a sum over targets, reduced by the student; otherwise it is a mean over rows.
-    `parts` holds the detached scalars that the last forward was made of, for the log.
+    `parts` holds the detached scalars that the last forward was made of, reduced as it was, for the log; `learned` what else it
+    says of itself.
     `counts_more` `[T]`, without gradient, is how often more the last forward wants each target's own cross-entropy counted;
     the student adds it to the term, for next to nothing, where the output's `softmax` says so.
     """
@@ -42,6 +43,7 @@ class Term(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.parts: dict[str, Tensor] = {}
+        self.learned: dict[str, Tensor] = {}
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
         """The weighted loss of the batch, a scalar."""
@@ -103,10 +105,3 @@ class Distillation(L.Callback):
     def _set_weight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         left = max(0.0, 1 - trainer.current_epoch / self.decay_epochs) if self.decay_epochs else 1.0
         pl_module.weights[self.name] = self.weight * left  # type: ignore[operator, index]
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        if isinstance(pl_module, Recommender):
-            parts = pl_module.terms[self.name].parts
-            pl_module.log_losses({f"loss/{self.name}/{part}": value for part, value in parts.items()}, batch)

@@ -118,7 +118,7 @@ def student_ranks(
     n_items = len(item_table) - 1
     if samples is not None:
         drawn = torch.randint(1, n_items + 1, (samples,), device=user.device)
-        scores = user @ item_table[drawn].T  # [T, M]
+        scores = _products(user, item_table[drawn])  # [T, M]
         if met is not None:
             column = drawn.new_full((n_items + 1,), samples)  # where an item was drawn, samples: nowhere
             column[drawn] = torch.arange(samples, device=drawn.device)
@@ -129,7 +129,7 @@ def student_ranks(
     item_table = F.pad(item_table, (0, 0, 0, -len(item_table) % _GROUP))
     for start in range(0, len(user), _ROWS):
         rows = slice(start, start + _ROWS)
-        scores = (user[rows] @ item_table.T).to(listed.dtype)  # [c, n+1 and what fills it up], autocast or not
+        scores = _products(user[rows], item_table)  # [c, n+1 and what fills it up]
         own = scores.gather(1, items[rows])  # rounded as the others are
         scores[:, 0] = scores[:, n_items + 1 :] = -torch.inf
         if met is not None:
@@ -137,6 +137,12 @@ def student_ranks(
         best = _sorted(_with_the_best(scores, deepest))
         rank[rows] = (best.shape[1] - torch.searchsorted(best, own, right=True)).clamp_(max=deepest).to(rank.dtype)
     return rank
+
+
+def _products(user: Tensor, items: Tensor) -> Tensor:
+    """Scores of all items for all users, in full precision: in bf16 most ranks would be others."""
+    with torch.autocast(user.device.type, enabled=False):
+        return user @ items.T
 
 
 def _with_the_best(scores: Tensor, number: int) -> Tensor:

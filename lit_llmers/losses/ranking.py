@@ -195,7 +195,8 @@ def log_energy(user: Tensor, item_table: Tensor, propensity: Tensor, beta: float
         return ((rows @ table.T).square() * (propensity / beta)).logsumexp(1)
 
     pieces = user.split(_ROWS)
-    return torch.cat([checkpoint(of, piece, item_table, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
+    with torch.autocast(user.device.type, enabled=False):  # half precision would be nats off
+        return torch.cat([checkpoint(of, piece, item_table, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
 
 
 def dros(listed: Tensor, own: Tensor, energy: Tensor, beta: float = 1.0) -> Tensor:

@@ -23,7 +23,9 @@ def position_weights(
         `[T, K]`, of sum 1 where a list is not empty.
     """
     place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid) if place is None else place
-    return _normalised(torch.exp(-place.to(dtype) / steepness) * valid)
+    place = place.to(dtype).masked_fill(~valid, torch.inf)
+    best = place.amin(1, keepdim=True).nan_to_num(posinf=0.0)  # far down a list all would be 0
+    return _normalised(torch.exp((best - place) / steepness))
 
 
 def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:

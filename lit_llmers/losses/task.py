@@ -23,9 +23,9 @@ def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor, weight: Tens
             table's gradient a second time.
 
     Returns:
-        `[T]` losses in nats.
+        `[T]` losses in nats, in float32 at least: a sum of exponentials over a catalogue needs more than half precision.
     """
-    kind = torch.promote_types(user.dtype, item_table.dtype)  # autocast may have made one of them smaller
+    kind = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
     user, item_table, weight = user.to(kind), item_table.to(kind), None if weight is None else weight.to(kind)
     with torch.autocast(user.device.type, enabled=False):
         if not torch.is_grad_enabled() or not (user.requires_grad or item_table.requires_grad):

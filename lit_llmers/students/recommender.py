@@ -88,7 +88,10 @@ class Recommender(L.LightningModule):
                 f"The loss is not finite at step {self.global_step} ({values}). Lower optimizer.lr, or use "
                 "trainer.precision=32-true."
             )
+        losses |= {f"{name}/{part}": value for name, term in self.terms.items() for part, value in term.parts.items()}
         self.log_losses({"loss": loss} | {f"loss/{name}": value for name, value in losses.items()}, batch)
+        if self.writes_log:
+            self.log_dict({f"{name}/{what}": at for name, term in self.terms.items() for what, at in term.learned.items()})
         return loss * batch["weight"] if "weight" in batch else loss
 
     def losses(self, output: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -149,8 +149,9 @@ class SequentialRecommender(Recommender):
                 own = targets.float() if batch["weight"] else torch.zeros_like(targets, dtype=torch.float32)
                 targets = self.trainer.strategy.reduce(own, reduce_op="sum")
             factor = self._typical_targets(batch, batch.get("rows")) / max(1, int(targets))
-            per_row = {f"loss/{name}" for name, term in self.terms.items() if not term.per_target}
-            means = {name: value if name in per_row else value * factor for name, value in losses.items()}
+            per_row = {name for name, term in self.terms.items() if not term.per_target}
+            whose = {key: key.removeprefix("loss/").partition("/")[0] for key in losses}
+            means = {key: value if whose[key] in per_row else value * factor for key, value in losses.items()}
             if "loss" in means:
                 weighted = [self.weights.get(name, 1.0) * means[f"loss/{name}"] for name in self.terms]
                 means["loss"] = sum(weighted, means["loss/task"])

@@ -32,7 +32,8 @@ stages:
     model: {dim: 8, layers: 1, dropout: 0.0}
     callbacks:
       - embedding_distillation: {from: text, kind: topology, experts: 3, weight: 0.1}
-      - alignment: {from: collaborative, kind: soft_clip, projector: none, temperature: 2.0, weight: 0.1}
+      - alignment: {from: collaborative, kind: soft_clip, temperature: 2.0, learn_temperature: true, projector: none,
+                    weight: 0.1}
       - self_distillation: {from: text, neighbours: 3, weight: 0.1}
   graph:
     fit: lightgcn
@@ -263,7 +264,7 @@ def test_a_temperature_is_learned_and_stays_positive():
     torch.testing.assert_close(term(output, SEQUENCES), fixed(output, SEQUENCES))
     term(output, SEQUENCES).backward()
     assert term.log_temperature.grad.item() != 0
-    assert term.parts["temperature"].item() == pytest.approx(0.5)
+    assert term.learned["temperature"].item() == pytest.approx(0.5)
     with torch.no_grad():
         term.log_temperature.fill_(-50.0)
     assert term(output, SEQUENCES).isfinite()
@@ -374,5 +375,11 @@ def test_from_yaml_all_terms_are_in_the_loss_and_in_no_checkpoint(tmp_path):
         sums = [task + 0.1 * sum(rest) for task, *rest in zip(losses(stages[name], "loss/task"), *parts, strict=True)]
         assert losses(stages[name], "loss") == pytest.approx(sums, rel=1e-4)
         assert all(min(values) > 0 for values in parts)
+        own = [values for part in ("item", "negative", "user") if (values := losses(stages[name], f"loss/alignment/{part}"))]
+        summed = [sum(values) for values in zip(*own, strict=True)]
+        assert losses(stages[name], "loss/alignment") == pytest.approx(summed, rel=1e-4)
         state = torch.load(stages[name].folder / "best.ckpt", weights_only=True)["state_dict"]
         assert not [key for key in state if not key.startswith("backbone.")]
+    learned = losses(stages["sequential"], "alignment/temperature")
+    assert learned == pytest.approx([2.0] * len(learned), rel=0.2)
+    assert len(set(learned)) > 1

@@ -26,6 +26,12 @@ stages:
     model: {dim: 8, layers: 4, dropout: 0.0}
     callbacks:
       - deep_supervision: {blocks: 4, weight: 0.5}
+  masked:
+    fit: bert4rec
+    model: {dim: 8, layers: 2, heads: 1}
+    sequences: {examples: sequence}
+    callbacks:
+      - deep_supervision: {blocks: 2}
 """
 
 
@@ -111,12 +117,23 @@ def test_heads_map_the_width_to_the_item_table(backbone):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def every(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     (folder / "mine.yaml").write_text(RECIPE)
     planned = small(folder, "optimizer.lr=0.02", recipe=str(folder / "mine.yaml"))
     run(planned, None)
-    return by_name(planned)["student"]
+    return by_name(planned)
+
+
+@pytest.fixture(scope="module")
+def trained(every):
+    return every["student"]
+
+
+def test_the_log_of_a_part_is_of_the_targets_that_were_trained_on(every):
+    """BERT4Rec hides other items in each step than those that the batch came with."""
+    part, term = (losses(every["masked"], f"loss/deep_supervision{name}") for name in ("/block1", ""))
+    np.testing.assert_allclose(part, term, rtol=1e-5)
 
 
 def test_alone_from_yaml_it_teaches_every_block_of_a_gru(trained):

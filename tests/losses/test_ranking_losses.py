@@ -162,6 +162,12 @@ def test_scaled_confidence_tells_large_distances_apart_where_the_official_one_ca
     torch.testing.assert_close(weighing.confidence_weights(torch.zeros(1, 3), valid[:1]), torch.full((1, 3), 1 / 3))
 
 
+def test_places_far_down_a_list_weigh_something():
+    valid, place = torch.tensor([[True, True, False], [False, False, False]]), torch.tensor([[140, 120, 0], [1, 2, 3]])
+    expected = torch.tensor([[math.exp(-20.0), 1.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(weighing.position_weights(valid, 1.0, place), expected)
+
+
 def test_dros_equals_a_plain_loop_also_where_the_item_is_nearly_all_of_the_sum():
     scores, share = (
         torch.tensor([[3.0, -1.0, 0.5], [9.0, 0.0, 0.0]], dtype=torch.float64),
