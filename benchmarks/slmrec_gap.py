@@ -100,7 +100,7 @@ def measure(name: str, overrides: list[str]) -> dict[str, Any]:
     stages = resolve(config)
     folder = stages[0].run.folder
     worked = not all(stage.done for stage in stages)
-    with alone(folder):
+    with alone(folder, deep=False):
         run(stages, "evaluate")
         describe_run(folder, config, overrides, stages, worked)
     results = Results(folder)

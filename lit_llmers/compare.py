@@ -99,7 +99,7 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
         raise unknown("reference", asked.reference, set(called.values()))
     failed: dict[str, str] = {}
     worked = not all(run.done for run in runs)
-    with alone(root):
+    with alone(root, deep=False):  # each run cleans its own folder, which somebody else may hold
         for number, run in enumerate(runs, start=1):
             where = f"[{number}/{len(runs)}] {run.label:<16}"
             if run.done:

@@ -19,6 +19,7 @@ from tiny import arguments
 
 from lit_llmers import comparable, compare, fit, recipes
 from lit_llmers.errors import UserError
+from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.reporting import comparison_report
 from lit_llmers.reporting.comparison import Comparison, Contender, comparison_table, figures, notes
@@ -262,6 +263,15 @@ def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path
         patch.setattr(compare, "start", lambda given: "no memory")
         assert main(*command, "trainer.batch_size=8") == 1
     assert "sasrec" not in capsys.readouterr().out, "figures of other settings are no substitute"
+
+
+def test_what_somebody_else_writes_below_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "start", lambda given: "no memory")
+    half = tmp_path / "compare" / "demo" / "student" / "sasrec" / "student-1" / ".last.ckpt.5.tmp"
+    with alone(half.parent):
+        half.write_bytes(b"being written")
+        assert main("students=[sasrec]", *tiny(tmp_path)) == 1
+    assert half.exists()
 
 
 def test_a_run_goes_on_with_its_own_command(tmp_path, started):
