@@ -142,8 +142,8 @@ class EncodeStage:
         dtype: of the model's weights; null is the base's own, or float32.
         reduce: keep so many principal components of the items' vectors, which are centred then; `all`: those there are, of
             the vectors of any encoder; null leaves the vectors as they are.
-        whiten: give those components one variance. Text vectors point mostly one way, and what is trained on them learns the
-            other ways late.
+        whiten: give those components one variance; of `all`, those without any are left out. Text vectors point mostly one
+            way, and what is trained on them learns the other ways late.
         shuffle: give every vector to another item, drawn at random: what remains is the spectrum without the meaning.
         users: vectors of users too: `mean` of their training items' vectors; `history`: the encoded titles of their training
             items, the latest that fit; `profile`: an encoded text about the user.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lit_llmers.text.transformer import TextEncoder
 
+NO_VARIANCE = 1e-7  # of the first component's: what has no more is noise, which whitening would blow up
 SHARD_BATCHES = 32  # batches in a shard of the record, the most that an interrupted pass loses
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Projection:
         """The projection of `vectors` `[n, D]` onto `reduce` components: `all` is min(n - 1, D), None leaves the vectors alone.
 
         Args:
-            whiten: all components get one variance.
+            whiten: all components get one variance; those in which the vectors do not differ are not among `all`.
 
         The factor makes the mean square of the projected entries 1, so tables of all encoders have the same size.
 
@@ -149,16 +150,23 @@ class Projection:
             return cls(None, _factor(vectors))
         from sklearn.decomposition import PCA
 
-        possible = min(vectors.shape)
-        if isinstance(reduce, str):
-            reduce = max(1, min(len(vectors) - 1, vectors.shape[1]))
-        if reduce > possible:
-            raise UserError(
-                f"reduce={reduce} is more than {len(vectors)} texts with vectors of width {vectors.shape[1]} can give. "
-                f"Choose reduce={possible} or less, or null."
-            )
-        components = PCA(reduce, whiten=whiten, random_state=seed).fit(vectors)
-        return cls(components, _factor(components.transform(vectors)))
+        possible, given = min(vectors.shape), f"{len(vectors)} texts with vectors of width {vectors.shape[1]}"
+        number = max(1, min(len(vectors) - 1, vectors.shape[1])) if isinstance(reduce, str) else reduce
+        if number > possible:
+            raise UserError(f"reduce={reduce} is more than {given} can give. Choose reduce={possible} or less, or null.")
+        exact = vectors.astype(np.float64) if whiten else vectors  # in float32 noise looks like a small variance
+        components = PCA(number, whiten=whiten, random_state=seed).fit(exact)
+        if whiten:
+            variance = components.explained_variance_
+            differ = int((variance > NO_VARIANCE * variance[0]).sum())
+            if differ < (1 if isinstance(reduce, str) else reduce):
+                raise UserError(
+                    f"reduce={reduce} asks for more components to whiten than the {differ} in which {given} differ. "
+                    "Lower it, or drop whiten."
+                )
+            if differ < number:
+                components = PCA(differ, whiten=True, random_state=seed).fit(exact)
+        return cls(components, _factor(components.transform(exact)))
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """`[N, D]` to `[N, d]` float32; a row of zeros is no vector and stays so."""

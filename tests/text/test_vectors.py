@@ -70,3 +70,19 @@ def test_a_row_of_zeros_stays_so():
 def test_more_directions_than_there_are():
     with pytest.raises(UserError, match="reduce=9 is more than 60 texts with vectors of width 8 can give. Choose reduce=8"):
         Projection.fit(vectors(), 9, 0)
+
+
+@pytest.mark.parametrize("rows", [40, 400])  # of which scikit-learn decomposes the one, and the covariances of the other
+def test_of_few_distinct_texts_only_what_differs_is_whitened(rows):
+    given = vectors(5, 8) + 20
+    project = Projection.fit(given[np.arange(rows) % 5], "all", 0, whiten=True)
+    assert project(given).shape == (5, 4)
+    assert np.abs(project(given + 0.1)).max() < 10
+    assert Projection.fit(given[np.arange(rows) % 5], 4, 0, whiten=True)(given).shape == (5, 4)
+    with pytest.raises(UserError, match=f"reduce=5 .*than the 4 in which {rows} texts .* differ. Lower it"):
+        Projection.fit(given[np.arange(rows) % 5], 5, 0, whiten=True)
+
+
+def test_texts_that_are_all_alike_cannot_be_whitened():
+    with pytest.raises(UserError, match="than the 0 in which 3 texts .* differ. Lower it, or drop whiten"):
+        Projection.fit(np.ones((3, 8), np.float32), "all", 0, whiten=True)
