@@ -144,11 +144,13 @@ def share(run: PlannedRun, root: Path) -> None:
     """Link the stages that other runs of this comparison have done, and encoded texts: the same name is the same content."""
     from lit_llmers.locks import RECORDS
 
+    for own in (run.folder / RECORDS).glob("*"):
+        if own.is_symlink() and not own.exists():  # the record that it led to was removed
+            own.unlink()
     for record in [whole.parent.resolve() for whole in root.glob(f"*/*/{RECORDS}/*/manifest.json")]:
         own = run.folder / RECORDS / record.name
         if not own.exists():
             own.parent.mkdir(parents=True, exist_ok=True)
-            own.unlink(missing_ok=True)
             own.symlink_to(os.path.relpath(record, own.parent.resolve()), target_is_directory=True)
     for stage in run.stages:
         if stage.folder.is_symlink() and not stage.done:  # the folder that it led to was removed

@@ -226,6 +226,7 @@ class SignalReader:
         split: fingerprint of the training rows that it must be of; None accepts any.
         rows: number of rows that it must have; None accepts any.
         verify: compare every shard's SHA-256 with the manifest's (about a second for each GB); sizes always are.
+        remove: the folder to remove to have the record made again; None is the stage's, in which it lies.
 
     Attributes:
         spec: the record's `SignalSpec`.
@@ -242,6 +243,7 @@ class SignalReader:
         split: str | None = None,
         rows: int | None = None,
         verify: bool = True,
+        remove: Path | None = None,
     ) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
@@ -249,7 +251,8 @@ class SignalReader:
             state = "is unfinished (it has no manifest.json)" if self.folder.is_dir() else "does not exist"
             raise UserError(f"The teacher's record {self.folder} {state}. Run the stage that records it to its end first.")
         manifest = read_json(path)
-        cure = f"Remove {self.folder.parent} and run the stage that records it again."
+        removed = remove.resolve() if remove else self.folder.resolve().parent
+        cure = f"Remove {removed} and run the stage that records it again."
         self._expect("format version", manifest.pop("format_version", None), FORMAT_VERSION, cure)
         self._shards = manifest.pop("shards")
         self.spec = SignalSpec(**manifest)

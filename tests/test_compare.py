@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -302,6 +303,18 @@ def test_methods_share_their_control(tmp_path, started, monkeypatch, capsys):
     shutil.rmtree(root / "one")
     assert main(*command) == 0, "links that lead nowhere are mended"
     assert all((path / "DONE").is_file() for path in root.glob("*/default/*-*") if path.name != "report")
+
+
+def test_a_record_that_was_removed_leaves_no_link_behind(tmp_path):
+    record, run = tmp_path / "one" / "default" / "encoded" / "ab12", SimpleNamespace(folder=tmp_path / "two" / "x", stages=[])
+    record.mkdir(parents=True)
+    (record / "manifest.json").touch()
+    link = run.folder / "encoded" / "ab12"
+    compare.share(run, tmp_path)
+    assert link.resolve() == record.resolve()
+    shutil.rmtree(record)
+    compare.share(run, tmp_path)
+    assert not link.is_symlink()
 
 
 def test_labels_name_what_differs(tmp_path, monkeypatch):

@@ -157,6 +157,17 @@ def test_the_record_names_the_encoder_and_the_texts(stages):
     assert reader.shape == (16,)
 
 
+def test_of_a_damaged_record_nothing_else_is_to_be_removed(stages):
+    planned = stages(more="  narrow: {like: text, reduce: 4}\n")
+    run(list(planned.values()), "text")
+    (record,) = (planned["text"].run.folder / encode.RECORDS).iterdir()
+    (record / "shard-00000.npy").unlink()
+    with pytest.raises(UserError, match=f"is missing. Remove {record.resolve()} and run"):
+        run(list(planned.values()), "narrow")
+    shutil.rmtree(record)
+    assert done(planned)["narrow"].summary["dim"] == 4
+
+
 # ---- interrupted -----------------------------------------------------------------------------------------------------
 
 

@@ -324,6 +324,16 @@ def test_a_damaged_shard_is_named(whole, tmp_path):
         shutil.rmtree(folder)
 
 
+def test_the_folder_to_remove_is_the_real_one(whole, tmp_path):
+    edit_manifest(whole, format_version=99)
+    link = tmp_path / "elsewhere" / "linked"
+    link.parent.mkdir()
+    link.symlink_to(whole)
+    for given, removed in (({}, whole.parent), ({"remove": link}, whole)):
+        with pytest.raises(UserError, match=f"Remove {removed.resolve()} and run"):
+            SignalReader(link, **given)
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -82,7 +82,7 @@ class Recorder:
             with alone(folder, patience=PATIENCE) if self.mine.first else nullcontext():
                 self._fill(folder, split, texts)
         self.own.seconds += time.perf_counter() - started
-        return SignalReader(folder, verify=False)[np.arange(len(texts))].numpy()
+        return SignalReader(folder, verify=False, remove=folder)[np.arange(len(texts))].numpy()
 
     def _fill(self, folder: Path, split: str, texts: list[str]) -> None:
         """Encode what is missing, and leave when all is there."""
