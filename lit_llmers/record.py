@@ -31,8 +31,9 @@ from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter, shard_row
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
-from lit_llmers.teachers.grounding import GroundedRecommender
+from lit_llmers.teachers.grounding import GroundedRecommender, Work
 
+SAID = "said-{}.jsonl"  # what each process had a teacher that writes say
 SAYS_TITLES = 0.5  # of the histories; with fewer a teacher that writes is warned of
 
 log = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ def run(stage: Stage) -> dict[str, Any]:
     device = torch.device("cuda", mine.local_rank) if accelerated else torch.device("cpu")
     model = load_model(teacher, dataset).to(device)
     if isinstance(model, GroundedRecommender):  # a shard may take it hours
-        model.keep(stage.folder / f"said-{mine.rank}.jsonl")
+        model.keep(stage.folder / SAID.format(mine.rank))
     question: Question = QUESTIONS[config.record](model, config, teacher, dataset)
     if config.online:
         return {"rows": question.rows, "bytes": 0, "online": True}
@@ -249,17 +250,20 @@ def run(stage: Stage) -> dict[str, Any]:
         writer.finish()
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for writer in writers.values() for path in writer.folder.glob("*.npy"))
-    summary = {"rows": question.rows, "bytes": size, "seconds": seconds, "rows_per_second": recorded / max(seconds, 1e-9)}
-    if not isinstance(model, GroundedRecommender):
+    summary = {"rows": question.rows, "bytes": size, "seconds": seconds}
+    if recorded:  # the last start may have found all shards whole
+        summary["rows_per_second"] = recorded / max(seconds, 1e-9)
+    work = model.kept(stage.folder.glob(SAID.format("*"))) if isinstance(model, GroundedRecommender) else Work()
+    if not work.asked:
         return summary
-    if (exact := model.work.summary["said_is_a_title"]) < SAYS_TITLES:
+    if (exact := work.summary["said_is_a_title"]) < SAYS_TITLES:
         log.warning(
             "%s says a title of the catalogue after only %.0f %% of the histories; after the others the nearest titles are "
             "taken. Tune it for longer or on more histories, or let it say nothing else (generation.constrained=true)",
             stage.config.of,
             100 * exact,
         )
-    return summary | model.work.summary
+    return summary | work.summary
 
 
 def _missing(writers: dict[str, SignalWriter], mine: Processes) -> list[range]:

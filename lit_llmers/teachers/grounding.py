@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_llmers.conf.stages import GenerationConfig, TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch
+from lit_llmers.journal import read_journal
 from lit_llmers.ranking import Catalogue
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import load_causal
@@ -54,6 +55,7 @@ class Work:
     """What generation cost: histories asked, tokens read in prompts and said by best beams, titles of the catalogue said.
 
     Attributes:
+        read: 0 where a transcript of an older version does not say.
         before: of the seconds, those that an interrupted pass has spent.
     """
 
@@ -71,9 +73,8 @@ class Work:
             "generated_titles": self.asked,
             "titles_per_second": self.asked / seconds,
             "tokens_per_second": self.said / seconds,
-            "prompt_tokens_per_second": self.read / seconds,
             "said_is_a_title": self.exact / max(self.asked, 1),
-        }
+        } | ({"prompt_tokens_per_second": self.read / seconds} if self.read else {})
 
 
 class GroundedRecommender(Recommender):
@@ -110,6 +111,13 @@ class GroundedRecommender(Recommender):
         """Keep what is said from now on in a file, and take from it what an interrupted pass has said."""
         self.transcript = Transcript(path)
 
+    def kept(self, paths: Iterable[Path]) -> Work:
+        """What it cost to say what is kept in these files: all of a pass, its interruptions and other processes included."""
+        entries = [entry for path in paths for entry in read_journal(path)]
+        said = [ids for entry in entries for ids in entry["said"]]
+        read = sum(entry["read"] for entry in entries) if all("read" in entry for entry in entries) else 0
+        return Work(len(said), read, sum(map(len, said)), self._titles(said), sum(entry["seconds"] for entry in entries))
+
     def item_table(self) -> None:
         """There are none: the vectors of titles, which are many times wider, belong to the distance."""
 
@@ -142,9 +150,13 @@ class GroundedRecommender(Recommender):
         self.work.asked += len(prompts)
         self.work.read += sum(map(len, prompts))
         self.work.said += sum(map(len, said))
-        self.work.exact += sum(tuple(ids) in self.known for ids in said)
+        self.work.exact += self._titles(said)
         self.work.seconds += seconds
         return said
+
+    def _titles(self, said: Iterable[Sequence[int]]) -> int:
+        """How many of these are titles of the catalogue."""
+        return sum(tuple(ids) in self.known for ids in said)
 
     @torch.no_grad()
     def _best_beams(self, prompts: list[list[int]]) -> list[list[int]]:

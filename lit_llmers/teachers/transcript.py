@@ -28,4 +28,5 @@ class Transcript:
         Raises:
             UserError: the disk is full or the file may not be written.
         """
-        self.journal.append({"prompts": digest(prompts), "said": said, "seconds": seconds})
+        read = sum(map(len, prompts))
+        self.journal.append({"prompts": digest(prompts), "read": read, "said": said, "seconds": seconds})

@@ -7,7 +7,7 @@ from test_resume import KillAfter, Killed, link
 from tiny import assert_equal_weights, by_name, small, weights
 from titles import LORA, TITLES, as_if_tuned, language_model, settings, titled, wording_of
 
-from lit_llmers import tuning
+from lit_llmers import record, tuning
 from lit_llmers.conf.stages import GenerationConfig
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.errors import UserError
@@ -371,6 +371,28 @@ def test_a_record_of_one_shard_goes_on_after_what_was_said(stages, done, tmp_pat
         for place in (stage, done["users"])
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [2, 4], ids=["some", "all"])
+def test_a_record_that_was_stopped_counts_all_that_was_said(stages, done, tmp_path, monkeypatch, shards):
+    stage = link(stages(place=tmp_path), done, "users")
+
+    def stopped():
+        if len(list(stage.folder.glob("ranking-items/shard-*.npy"))) == shards:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "stop_if_asked", stopped)
+        with pytest.raises(Killed):
+            run([stage], None)
+    run([stage], None)
+    assert {*done["users"].summary} - {*stage.summary} == ({"rows_per_second"} if shards == 4 else set())
+    for name in ("generated_titles", "said_is_a_title"):
+        assert stage.summary[name] == done["users"].summary[name]
+    seconds = stage.summary["generated_titles"] / stage.summary["titles_per_second"]
+    assert seconds * stage.summary["prompt_tokens_per_second"] == pytest.approx(
+        sum(entry["read"] for entry in read_journal(stage.folder / "said-0.jsonl"))
+    )
 
 
 def test_a_killed_evaluation_goes_on_after_what_was_said(stages, done, tmp_path, monkeypatch):
