@@ -129,7 +129,7 @@ def build(stages: "list[Stage]", pairs: list[list[str]], entity: str) -> Any:
         runset_settings=ws.RunsetSettings(
             filters=[expr.Metric("Group") == group],
             groupby=[expr.Metric("JobType")],
-            pinned_columns=["run:displayName", "summary:val/NDCG@10", "summary:rows_per_second", "summary:peak_memory_gb"],
+            pinned_columns=["run:displayName", "summary:val/NDCG@10", "summary:targets_per_second", "summary:peak_memory_gb"],
         ),
     )
     for section in workspace.sections:
@@ -174,7 +174,7 @@ def _sections(stages: "list[Stage]", pairs: list[list[str]]) -> Iterator[Any]:
     losses += [over_steps(f"Loss: {term}", f"loss/{term}") for term in _terms(stages)]
     yield ws.Section(name="Loss terms", panels=losses, is_open=True)
     for section, title, metric in (
-        ("Throughput", "Training rows per second", "rows_per_second"),
+        ("Throughput", "Training targets per second", "targets_per_second"),
         ("Memory", "Peak memory of a process [GB]", "peak_memory_gb"),
     ):
         panels = [over_steps(title, metric), by_stage(f"{title}, by stage", metric)] if trained else []

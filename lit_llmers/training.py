@@ -67,7 +67,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "width": model.backbone.width,
         "epochs": throughput.epochs,
         "train_seconds": throughput.seconds,
-        "rows_per_second": throughput.rows / max(throughput.seconds, 1e-9),
+        **throughput.speed,
         "best": {"epoch": best.epoch, MONITOR: best.score},
     }
     finish_loggers(trainer.loggers, summary)

@@ -62,7 +62,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "vocabulary": len(wording.tokenizer),
         "epochs": throughput.epochs,
         "train_seconds": throughput.seconds,
-        "rows_per_second": throughput.rows / max(throughput.seconds, 1e-9),
+        **throughput.speed,
         "best": {"epoch": best.epoch, best.monitor: best.score},
     }
     finish_loggers(trainer.loggers, summary)

@@ -76,7 +76,7 @@ def test_every_panel_shows_what_the_run_logged(finished, capsys):
             assert set(config["metrics"]) <= logged | set(figures(results)), config["chartTitle"]
     told = {metric for panel in shown for metric in panel["config"].get("metrics", [])}
     terms = {key for key in logged if key.startswith("loss") and key.count("/") < 2}
-    assert {*terms, "val/NDCG@10", "rows_per_second", "peak_memory_gb"} <= told
+    assert {*terms, "val/NDCG@10", "targets_per_second", "peak_memory_gb"} <= told
 
 
 def test_the_same_plan_gives_the_same_file(finished):

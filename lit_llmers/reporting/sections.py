@@ -66,7 +66,8 @@ def _several(results: Evaluated) -> list[str]:
         return []
     return [
         f"The {figures['interactions']:,} interactions are of {figures['users']:,} users, each predicted from all before it. "
-        "HR, NDCG and MRR are means over interactions; Recall is a mean over users, of the share of hits among a user's."
+        "HR, NDCG and MRR are means over interactions; Recall is a mean over users, of the share of hits among a user's. "
+        "users/s counts a user once for each interaction."
     ]
 
 

@@ -99,7 +99,7 @@ def gain_table(results: Evaluated) -> str:
 
 
 def cost_table(results: Evaluated) -> str:
-    """Size and speed of every model, means over seeds."""
+    """Size and speed of every model, means over seeds; no speed of training where nothing was trained."""
     header = [
         "model",
         "layers",
@@ -108,12 +108,13 @@ def cost_table(results: Evaluated) -> str:
         "trainable",
         "epochs",
         "training",
-        "training rows/s",
+        "training targets/s",
         "inference users/s",
     ]
     rows = []
     for name in results.models:
         seconds = average(results, name, "training", "seconds")
+        speed = training_speed(results, name)
         rows.append(
             [
                 name,
@@ -123,7 +124,7 @@ def cost_table(results: Evaluated) -> str:
                 count(average(results, name, "parameters", "trainable")),
                 f"{average(results, name, 'training', 'epochs'):.0f}",
                 duration(seconds),
-                count(average(results, name, "training", "rows_per_second")),
+                count(speed) if speed else NONE,
                 count(average(results, name, "inference", "users_per_second")),
             ]
         )
@@ -138,18 +139,16 @@ def ratio_table(results: Results) -> str:
     for method in dict.fromkeys(method for method, _ in results.pairs):
         if results.teacher is None:
             continue
-
-        def ratio(part: str, key: str, method: str = method, teacher: str = results.teacher) -> float:
-            return average(results, method, part, key) / average(results, teacher, part, key)
-
-        layers = [average(results, name, "parameters", "layers") for name in (method, results.teacher)]
+        both = (method, results.teacher)
+        total, layers = ([average(results, name, "parameters", key) for name in both] for key in ("total", "layers"))
+        training = [training_speed(results, name) for name in both]
+        inference = [average(results, name, "inference", "users_per_second") for name in both]
         rows.append(
             [
                 f"{method} : {results.teacher}, this run",
-                f"{100 * ratio('parameters', 'total'):.0f} %",
+                f"{100 * total[0] / total[1]:.0f} %" if total[1] else NONE,
                 f"{layers[0]:.0f} : {layers[1]:.0f}",
-                f"{ratio('training', 'rows_per_second'):.1f} x",
-                f"{ratio('inference', 'users_per_second'):.1f} x",
+                *(f"{ours / theirs:.1f} x" if ours and theirs else NONE for ours, theirs in (training, inference)),
             ]
         )
     if rows and paper:
@@ -211,6 +210,12 @@ def _metric(name: str) -> Callable[[dict[str, Any]], float | None]:
 def average(results: Evaluated, name: str, part: str, key: str) -> float:
     """A figure of a model's `parameters`, `training` or `inference`, mean over its seeds."""
     return float(np.average(results.values(name, lambda model: model[part][key])))
+
+
+def training_speed(results: Evaluated, name: str) -> float | None:
+    """Training targets per second of a model, mean over its seeds; None where an older version did not count them."""
+    found = results.values(name, lambda model: model["training"].get("targets_per_second"))
+    return float(np.mean(found)) if found else None
 
 
 def percent(share: float | None) -> str:

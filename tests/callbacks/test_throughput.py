@@ -4,10 +4,14 @@ import mmap
 
 import pytest
 import torch
-from tiny import by_name, small
+from tiny import by_name, random_dataset, small
 
 from lit_llmers.callbacks import throughput
-from lit_llmers.callbacks.throughput import peak_memory, start_peak
+from lit_llmers.callbacks.throughput import Throughput, peak_memory, start_peak
+from lit_llmers.conf.schema import SequenceConfig
+from lit_llmers.data.loader import TrainingBatches
+from lit_llmers.data.pairs import PairBatches, PairRows
+from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.journal import read_metrics
 from lit_llmers.running import run
 
@@ -47,8 +51,30 @@ def test_every_epoch_logs_speed_and_memory(tmp_path):
     planned = small(tmp_path, recipe="student")
     run(planned, "student")
     stage = by_name(planned)["student"]
-    logged = [entry for entry in read_metrics(stage.folder / "metrics.jsonl") if "rows_per_second" in entry]
+    logged = [entry for entry in read_metrics(stage.folder / "metrics.jsonl") if "targets_per_second" in entry]
     assert len(logged) == stage.summary["epochs"]
     peaks = [entry["peak_memory_gb"] for entry in logged]
     assert peaks == sorted(peaks)
     assert 0.05 < peaks[0] < 20
+
+
+@pytest.mark.parametrize("examples", ["last", "prefixes", "sequence", None], ids=str)
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_target_is_one_whatever_a_row_holds(examples, world):
+    data, counted = random_dataset(), [Throughput() for _ in range(world)]
+    rows = PairRows(data) if examples is None else TrainingRows(data, SequenceConfig(8, examples))
+    for rank, each in enumerate(counted):
+        ranks = {"rank": rank, "world": world}
+        batches = TrainingBatches(rows, 6, 0, **ranks) if examples else PairBatches(rows, 6, 2, 0, **ranks)
+        for batch in batches:
+            each.on_train_batch_end(None, None, None, batch, 0)
+        assert each.rows == len(rows)
+    assert sum(each.targets for each in counted) / world == pytest.approx(rows.targets, rel=0 if world == 1 else 0.1)
+
+
+def test_targets_that_an_older_version_did_not_count_are_not_guessed():
+    throughput = Throughput()
+    throughput.load_state_dict({"epochs": 1, "rows": 6, "seconds": 2.0})
+    throughput.on_train_batch_end(None, None, None, {"row": torch.arange(4)}, 0)
+    assert {*throughput.speed} == {"rows_per_second"}
+    assert throughput.rows == 10
