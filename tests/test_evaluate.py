@@ -253,8 +253,8 @@ def test_a_sample_of_users_has_their_ranks_and_is_named(whole, tmp_path, monkeyp
 
 
 def test_a_sample_is_a_number_and_not_beside_the_users_of_a_file():
-    with pytest.raises(UserError, match=r"evaluation\.users is 0"):
-        EvaluationConfig(users=0)
+    with pytest.raises(UserError, match=r"evaluation\.users is 1\. Models are compared on 2 or more"):
+        EvaluationConfig(users=1)
     with pytest.raises(UserError, match=r"evaluation\.candidates excludes evaluation\.users=5"):
         EvaluationConfig(users=5, candidates="mine.npy")
 

@@ -15,6 +15,8 @@ from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.report import publish, summary_table, write_report
 from lit_llmers.reporting import plots
+from lit_llmers.reporting.comparison import Comparison, Contender
+from lit_llmers.reporting.comparison_report import write_report as write_comparison_report
 from lit_llmers.reporting.results import Results
 
 USERS, KS, SEEDS = 600, (1, 5, 10, 20), (0, 1, 2)
@@ -189,6 +191,27 @@ def test_noise_and_losses_are_called_so(tmp_path, levels, said):
     run = make_run(tmp_path, dict(zip(("teacher", "student", "control"), levels, strict=True)))
     assert said in write_report(run).read_text()
     assert said in summary_table(run)
+
+
+def test_of_one_user_there_are_figures_and_nothing_is_compared(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.0, "student": 1.8, "control": 1.6})
+    folder = run / "evaluate-abc123"
+    for path in folder.glob("ranks-*.npy"):
+        np.save(path, np.load(path)[:1])
+    np.savez(folder / "groups.npz", **{name: array[:1] for name, array in np.load(folder / "groups.npz").items()})
+    said = "student and control cannot be compared: one user alone was evaluated."
+    assert said in write_report(run).read_text()
+    assert said in summary_table(run)
+    comparison = Comparison([Contender(name, run, name) for name in ("student", "control")])
+    assert write_comparison_report(tmp_path, comparison, [], {}, "").is_file()
+
+
+def test_models_of_other_seeds_are_not_compared(tmp_path):
+    run = make_run(tmp_path, {"student": 1.8, "control": 1.6})
+    path = run / "evaluate-abc123" / "evaluation.json"
+    content = json.loads(path.read_text())
+    write(path, content | {"models": content["models"][:-1]})
+    assert "cannot be compared: they were not evaluated with the same seeds." in write_report(run).read_text()
 
 
 @pytest.mark.parametrize(("level", "said"), [(1.6, "does not clearly beat"), (0.9, "is worse than")])

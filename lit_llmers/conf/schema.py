@@ -290,8 +290,8 @@ class EvaluationConfig:
                 raise UserError(f"evaluation.candidates excludes evaluation.users={self.users}: the file names the users.")
             if not self.candidates.endswith((".npy", ".parquet")):
                 raise UserError(f"evaluation.candidates is {self.candidates}. It must be an npy or a parquet file.")
-        if self.users is not None and self.users < 1:
-            raise UserError(f"evaluation.users is {self.users}. It must be at least 1, or null for all.")
+        if self.users is not None and self.users < 2:
+            raise UserError(f"evaluation.users is {self.users}. Models are compared on 2 or more; null takes all.")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {self.batch_size}. It must be at least 1.")
         if any(type(k) is not int or k < 1 for k in self.cutoffs) or 10 not in self.cutoffs:

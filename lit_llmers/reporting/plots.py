@@ -199,7 +199,8 @@ def _comparison(results: Results, axes: "Axes") -> None:
         rows = results.per_row(name)
         level, low, high = _level(rows, results.user)
         axes.barh(place, level, height=0.6, color=_colour(results, name), alpha=0.75)
-        axes.errorbar(level, place, xerr=[[level - low], [high - level]], color="black", capsize=4, linewidth=1.2)
+        if low < high:
+            axes.errorbar(level, place, xerr=[[level - low], [high - level]], color="black", capsize=4, linewidth=1.2)
         if len(rows) > 1:
             axes.plot([row.mean() for row in rows], [place + 0.18] * len(rows), "o", color="black", markersize=3)
         axes.annotate(f"{level:.4f}", (high, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
@@ -212,8 +213,10 @@ def _comparison(results: Results, axes: "Axes") -> None:
 
 
 def _level(rows: list[np.ndarray], user: np.ndarray) -> tuple[float, float, float]:
-    """Mean over seeds and rows of `[n]` for each seed, and the 95 % bootstrap interval over users."""
+    """Mean over seeds and rows of `[n]` for each seed, and the 95 % bootstrap interval over users; a point for one user."""
     mean = np.mean(rows, axis=0)
+    if np.ptp(user) == 0:
+        return (float(mean.mean()),) * 3
     interval = paired_test(mean, np.zeros_like(mean), user=user)
     level, low, high = (float(interval[key] or 0.0) for key in ("difference", "low", "high"))
     return level, low, high

@@ -20,7 +20,8 @@ def verdict(results: Results) -> str:
 def _verdict(results: Results, method: str, control: str) -> str:
     gain = results.compare(method, control)
     if gain is None:
-        return f"{method} and {control} cannot be compared: they were not evaluated with the same seeds."
+        one = "one user alone was evaluated" if len(set(results.user)) < 2 else "they were not evaluated with the same seeds"
+        return f"{method} and {control} cannot be compared: {one}."
     within = gain["low"] <= 0 <= gain["high"]
     what = "is within noise of" if within else "beats" if gain["difference"] > 0 else "loses to"
     ours, theirs = (sum(row.mean() for row in rows) / len(rows) for rows in map(results.per_row, (method, control)))
