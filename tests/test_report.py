@@ -356,6 +356,16 @@ def test_a_loss_has_not_the_colour_of_a_gain():
     assert [container.lines[0].get_color() for container in axes.containers] == [plots.GAIN, plots.LOSS, plots.CHANCE]
 
 
+def test_a_gain_beyond_the_axis_is_said_in_words_at_its_edge():
+    gains = [{"group": "5-9", "users": 9, "theirs": 0.1, "relative": 1, "low": low, "high": 0.9} for low in (0.05, 0.3)]
+    gains = [gain | {"difference": middle} for gain, middle in zip(gains, (0.1, 0.4), strict=True)]
+    figure, axes = pyplot.subplots()
+    plots._gain(gains, "student", "control", axes)
+    pyplot.close(figure)
+    (words,) = axes.texts
+    assert (words.get_text(), words.xy) == ("▲\n+400 %", (1, axes.get_ylim()[1]))
+
+
 def test_one_loss_is_one_curve_and_several_say_what_they_are(good):
     figure, (one, several) = pyplot.subplots(1, 2)
     plots._losses("control", Results(good).fits["control"], one)

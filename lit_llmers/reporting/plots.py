@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")  # Okabe and Ito, and olive
 VALIDATION = f"val/{METRIC}"
 CHANCE, GAIN, LOSS = "#888888", COLOURS[0], COLOURS[1]  # of a difference; models that stand beside it have their own colours
+HIGHEST = 210  # per cent of relative gain on an axis; what is above is said in words
 SMOOTHING = 40  # a curve is averaged over a window of 1/40 of its points
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -252,24 +253,21 @@ def _levels(results: Results, gains: list[dict[str, Any]], method: str, control:
 
 
 def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
-    """Relative gain with its interval; groups in which the control never hits have none."""
+    """Relative gain with its interval, one beyond the axis in words; groups in which the control never hits have none."""
     for place, gain in enumerate(gains):
         if gain["relative"] is None:
             axes.annotate(f"{control}\nis 0", (place, 0), ha="center", va="bottom", fontsize=8, color="#666666")
             continue
         middle, low, high = (100 * gain[key] / gain["theirs"] for key in ("difference", "low", "high"))
-        axes.errorbar(
-            place,
-            middle,
-            yerr=[[middle - low], [high - middle]],
-            fmt="o",
-            color=GAIN if low > 0 else LOSS if high < 0 else CHANCE,
-            capsize=4,
-            linewidth=1.6,
-        )
+        colour = GAIN if low > 0 else LOSS if high < 0 else CHANCE
+        axes.errorbar(place, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=4, linewidth=1.6)
+        if middle > HIGHEST:
+            words = f"▲\n{middle:+.0f} %"
+            ground = {"color": "white", "pad": 1}
+            axes.annotate(words, (place, HIGHEST), ha="center", va="top", fontsize=8, color=colour, bbox=ground)
     axes.axhline(0, color="black", linewidth=0.8)
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -110), min(high, 210))
+    axes.set_ylim(max(low, -110), min(high, HIGHEST))
     _labels(gains, axes)
     title = f"Gain of {method} over {control}\n(95 % bootstrap over users; grey: contains 0)"
     axes.set(title=title, ylabel=f"relative gain in {METRIC} [%]")
