@@ -47,16 +47,27 @@ class Tables:
 
 @dataclass(frozen=True)
 class Table:
-    """One file's columns, read on demand. `words`: names of columns that hold blank-separated words (RecBole)."""
+    """One file's columns, read on demand.
+
+    Attributes:
+        origin: the file or place that messages name.
+        names: of all columns.
+        load: from different names to their columns.
+        words: names of columns that hold blank-separated words (RecBole).
+    """
 
     origin: str
     names: list[str]
-    read: Callable[[list[str]], pd.DataFrame]
+    load: Callable[[list[str]], pd.DataFrame]
     words: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, origin: str) -> "Table":
-        return cls(origin, list(frame.columns), lambda names: frame[names])
+    def of(cls, frame: pd.DataFrame, origin: str, words: frozenset[str] = frozenset()) -> "Table":
+        return cls(origin, list(frame.columns), lambda names: frame[names], words)
+
+    def read(self, names: list[str]) -> pd.DataFrame:
+        """The columns of these names, each once: one column may play several parts."""
+        return self.load(list(dict.fromkeys(names)))
 
     def require(self, name: str, key: str) -> str:
         """Return `name` if there is such a column.
@@ -101,7 +112,7 @@ def open_table(path: Path) -> Table:
     try:
         if path.suffix == ".parquet":
             names = pyarrow.parquet.read_schema(path).names
-            return Table(str(path), names, lambda wanted: pd.read_parquet(path, columns=list(dict.fromkeys(wanted))))
+            return Table(str(path), names, lambda wanted: pd.read_parquet(path, columns=wanted))
         if path.suffix == ".jsonl":
             return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
         if path.suffix == ".csv":
@@ -110,7 +121,7 @@ def open_table(path: Path) -> Table:
         kinds = {name: kind for name, _, kind in (column.partition(":") for column in frame.columns)}
         frame.columns = pd.Index(list(kinds))
         words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
-        return Table(str(path), list(kinds), lambda wanted: frame[wanted], words)
+        return Table.of(frame, str(path), words)
     except (ValueError, OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
 

@@ -37,12 +37,31 @@ def test_parquet(folder: Path) -> None:
     assert tables.interactions["time"].tolist()[:3] == [30, 10, 20]
 
 
-@pytest.mark.parametrize("form", ["csv", "semicolons", "tabs", "jsonl", "recbole"])
+FORMS = ("csv", "semicolons", "tabs", "jsonl", "recbole")
+
+
+def write(form: str, folder: Path, interactions: pd.DataFrame, items: pd.DataFrame, **kinds: str) -> None:
+    """Write the tables as `form`; `kinds` are RecBole's kinds of columns that are no tokens."""
+    folder.mkdir()
+    if form == "jsonl":
+        interactions.to_json(folder / "interactions.jsonl", orient="records", lines=True)
+        items.to_json(folder / "items.jsonl", orient="records", lines=True)
+        return
+    mark = {"csv": ",", "semicolons": ";"}.get(form, "\t")
+    list_mark = " " if form == "recbole" else "|"
+    items = items.map(lambda cell: list_mark.join(cell) if isinstance(cell, list) else cell)
+    names = ("interactions.csv", "items.csv")
+    if form == "recbole":
+        names = ("shop.inter", "shop.item")
+        interactions, items = (
+            table.rename(columns={name: f"{name}:{kinds.get(name, 'token')}" for name in table}) for table in (interactions, items)
+        )
+    interactions.to_csv(folder / names[0], index=False, sep=mark)
+    items.to_csv(folder / names[1], index=False, sep=mark)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path: Path, tables: tuple) -> None:
-    interactions, items = tables
-    other = tmp_path / form
-    other.mkdir()
-    columns = Columns(user="who", item="what", time="when", title="name", categories=["kinds"], text=["story"])
     names = {
         "user_id": "who",
         "item_id": "what",
@@ -51,19 +70,10 @@ def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path
         "genres": "kinds",
         "plot": "story",
     }
-    interactions, items = interactions.rename(columns=names), items.rename(columns=names)
-    if mark := {"csv": ",", "semicolons": ";", "tabs": "\t"}.get(form):
-        interactions.to_csv(other / "interactions.csv", index=False, sep=mark)
-        items.assign(kinds=items["kinds"].map("|".join)).to_csv(other / "items.csv", index=False, sep=mark)
-    elif form == "jsonl":
-        interactions.to_json(other / "interactions.jsonl", orient="records", lines=True)
-        items.to_json(other / "items.jsonl", orient="records", lines=True)
-    else:
-        head = {"who": "who:token", "what": "what:token", "when": "when:float"}
-        interactions.rename(columns=head).to_csv(other / "shop.inter", sep="\t", index=False)
-        head |= {"name": "name:token_seq", "kinds": "kinds:token_seq", "story": "story:token_seq"}
-        items.assign(kinds=items["kinds"].map(" ".join)).rename(columns=head).to_csv(other / "shop.item", sep="\t", index=False)
-    expected, found = read_folder(folder, COLUMNS), read_folder(other, columns)
+    kinds = {"when": "float", "name": "token_seq", "kinds": "token_seq", "story": "token_seq"}
+    write(form, tmp_path / form, *(table.rename(columns=names) for table in tables), **kinds)
+    columns = Columns(user="who", item="what", time="when", title="name", categories=["kinds"], text=["story"])
+    expected, found = read_folder(folder, COLUMNS), read_folder(tmp_path / form, columns)
     assert values(found.items) == values(expected.items)
     assert values(found.interactions) == values(expected.interactions)
 
@@ -99,9 +109,18 @@ def test_categories_and_texts_are_found_or_left_out(folder: Path) -> None:
     assert (found["categories"][1], found["text"][0]) == ("Drama, Noir", "first")
     none = read_folder(folder, Columns(categories=[], text=[])).items
     assert set(none["categories"]) == set(none["text"]) == {""}
+
+
+@pytest.mark.parametrize("form", ["parquet", *FORMS])
+def test_a_column_may_play_several_parts(form: str, folder: Path, tmp_path: Path, tables: tuple) -> None:
+    if form != "parquet":
+        folder = tmp_path / form
+        write(form, folder, *tables, genres="token_seq")
     both = read_folder(folder, Columns(categories=["genres", "title"], text=["title", "plot"])).items
     assert both["categories"].tolist()[2:] == ["Three", "Comedy, Four"]
     assert both["text"].tolist()[:2] == ["One first", "Two, Again"]
+    assert read_folder(folder, Columns(title="item_id")).items["title"].tolist() == ["1", "2", "3", "4"]
+    assert read_folder(folder, Columns(user="item_id")).interactions["user_id"].tolist()[:2] == ["4", "1"]
 
 
 class TestBadInput:
