@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow
 
 from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.interactions import read_parquet
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, read_json, sha256, write_json
@@ -155,7 +156,7 @@ def read_candidates(path: Path, dataset: Dataset, rows: EvaluationRows) -> tuple
 def _from_table(path: Path, dataset: Dataset, rows: EvaluationRows) -> np.ndarray:
     """The candidates `[rows, N]` of a parquet table, in the order of the evaluation rows."""
     try:
-        table = pd.read_parquet(path, columns=["user_id", "item_id", "candidates"])
+        table = read_parquet(path, ["user_id", "item_id", "candidates"])
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path} cannot be read ({str(error).splitlines()[0]}). It must be a parquet table with the columns user_id, "

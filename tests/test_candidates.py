@@ -163,6 +163,13 @@ def test_a_table_that_does_not_fit_is_refused(held_out, tmp_path, rows, message)
         read_candidates(parquet(tmp_path / "mine.parquet", rows), *held_out)
 
 
+def test_an_index_of_pandas_is_a_column(held_out, tmp_path):
+    path = tmp_path / "mine.parquet"
+    expected = read_candidates(parquet(path, GIVEN), *held_out)[0]
+    pd.read_parquet(path).set_index(["user_id", "item_id"]).to_parquet(path)
+    assert np.array_equal(read_candidates(path, *held_out)[0], expected)
+
+
 def test_a_table_without_the_columns_or_no_table_at_all(held_out, tmp_path):
     path = tmp_path / "mine.parquet"
     parquet(path, GIVEN)

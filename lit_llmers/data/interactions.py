@@ -5,8 +5,10 @@ RecBole atomic file of each kind (`NAME.inter`, `NAME.item`: tab separated, `nam
 not read: no method here uses them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,13 @@ def open_table(path: Path) -> Table:
     """Open a parquet, CSV, JSON lines or RecBole atomic file.
 
     Raises:
-        UserError: the file cannot be read in the format of its suffix.
+        UserError: the file cannot be read in the format of its suffix. What is damaged in a parquet file may show only when
+            columns are read.
     """
-    try:
+    with _readable(path):
         if path.suffix == ".parquet":
-            names = pyarrow.parquet.read_schema(path).names
-            return Table(str(path), names, lambda wanted: pd.read_parquet(path, columns=wanted))
+            load = _readable(path)(partial(read_parquet, path))
+            return Table(str(path), pyarrow.parquet.read_schema(path).names, load)
         if path.suffix == ".jsonl":
             return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
         if path.suffix == ".csv":
@@ -122,6 +125,17 @@ def open_table(path: Path) -> Table:
         frame.columns = pd.Index(list(kinds))
         words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
         return Table.of(frame, str(path), words)
+
+
+def read_parquet(path: Path, names: list[str]) -> pd.DataFrame:
+    """Columns of a parquet file; one that pandas wrote as its index is a column like others."""
+    return pyarrow.parquet.read_table(path, columns=names).to_pandas(ignore_metadata=True)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
 

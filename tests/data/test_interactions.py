@@ -53,9 +53,8 @@ def write(form: str, folder: Path, interactions: pd.DataFrame, items: pd.DataFra
     names = ("interactions.csv", "items.csv")
     if form == "recbole":
         names = ("shop.inter", "shop.item")
-        interactions, items = (
-            table.rename(columns={name: f"{name}:{kinds.get(name, 'token')}" for name in table}) for table in (interactions, items)
-        )
+        head = {name: f"{name}:{kinds.get(name, 'token')}" for name in (*interactions, *items)}
+        interactions, items = interactions.rename(columns=head), items.rename(columns=head)
     interactions.to_csv(folder / names[0], index=False, sep=mark)
     items.to_csv(folder / names[1], index=False, sep=mark)
 
@@ -76,6 +75,17 @@ def test_other_formats_say_the_same_as_parquet(form: str, folder: Path, tmp_path
     expected, found = read_folder(folder, COLUMNS), read_folder(tmp_path / form, columns)
     assert values(found.items) == values(expected.items)
     assert values(found.interactions) == values(expected.interactions)
+
+
+@pytest.mark.parametrize("index", ["user_id", "item_id", ["user_id", "timestamp"]])
+def test_an_index_of_pandas_is_a_column(index: str | list[str], folder: Path) -> None:
+    expected = read_folder(folder, COLUMNS)
+    for kind, of_kind in (("interactions", index), ("items", "item_id")):
+        path = folder / f"{kind}.parquet"
+        pd.read_parquet(path).set_index(of_kind).to_parquet(path)
+    found = read_folder(folder, COLUMNS)
+    assert values(found.interactions) == values(expected.interactions)
+    assert values(found.items) == values(expected.items)
 
 
 def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path: Path) -> None:
@@ -144,6 +154,14 @@ class TestBadInput:
         (folder / "items.parquet").unlink()
         (folder / f"items.{suffix}").write_text("this is not a table")
         with pytest.raises(UserError, match=rf"items\.{suffix} cannot be read as {suffix}"):
+            read_folder(folder, COLUMNS)
+
+    def test_parquet_that_is_damaged_inside(self, folder: Path) -> None:
+        path = folder / "items.parquet"
+        content = bytearray(path.read_bytes())
+        content[4:40] = b"\xff" * 36  # the first page; names and sizes stand at the end
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"(?s)items\.parquet cannot be read as parquet .*Write it again"):
             read_folder(folder, COLUMNS)
 
     @pytest.mark.parametrize(
