@@ -258,7 +258,7 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
     """Ids as strings, whole numbers without a decimal point.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing, or is a number with a decimal point so large that it may stand for several.
     """
     missing = np.flatnonzero(column.isna())
     if missing.size:
@@ -266,8 +266,17 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
             f"{origin}: column '{name}' is empty (NaN) in {missing.size} rows, first in row {missing[0] + 1}. Fill "
             "them in or drop the rows."
         )
-    if pd.api.types.is_float_dtype(column) and (column == column.round()).all():
-        column = column.astype(np.int64)
+    if pd.api.types.is_float_dtype(column):
+        numbers = column.to_numpy()
+        inexact = np.flatnonzero(np.abs(numbers) >= 2.0 ** (np.finfo(numbers.dtype).nmant + 1))
+        if inexact.size:
+            raise UserError(
+                f"{origin}: column '{name}' holds ids as numbers with a decimal point ({numbers.dtype}), of which "
+                f"{inexact.size} are too large to be exact, first in row {inexact[0] + 1} ({numbers[inexact[0]]:.15g}). "
+                "Store ids as text or as integers."
+            )
+        if (column == column.round()).all():
+            column = column.astype(np.int64)
     return column.astype(str)
 
 

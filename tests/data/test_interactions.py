@@ -242,6 +242,32 @@ class TestBadInput:
         with pytest.raises(UserError, match=rf"{kind}\.parquet: column '{column}' is empty \(NaN\) in 1 rows, first in row 2"):
             read_folder(folder, COLUMNS)
 
+    @pytest.mark.parametrize(
+        ("dtype", "largest", "wrong"),
+        [
+            (np.float64, 2**53 - 1, 2**53),
+            (np.float64, 2**53 - 1, 1e19),
+            (np.float64, 2**53 - 1, -np.inf),
+            (np.float32, 2**24 - 1, 2**24),
+        ],
+    )
+    def test_ids_too_large_for_their_decimal_point(self, dtype: type, largest: int, wrong: float, folder: Path) -> None:
+        def ids(last: float) -> np.ndarray:
+            return np.array([*range(9), last], dtype)
+
+        rewrite(folder, "interactions", user_id=ids(largest))
+        assert read_folder(folder, COLUMNS).interactions["user_id"].tolist()[8:] == ["8", str(largest)]
+        rewrite(folder, "interactions", user_id=ids(wrong))
+        with pytest.raises(UserError, match=r"'user_id' holds ids as .* of which 1 are too large .* row 10 .*\. Store ids as"):
+            read_folder(folder, COLUMNS)
+
+    def test_large_integers_beside_a_fraction_in_json(self, tmp_path: Path) -> None:
+        rows = [{"user_id": 1.5, "item_id": 1, "timestamp": 1}, {"user_id": 2**60 + 1, "item_id": 1, "timestamp": 2}]
+        (tmp_path / "interactions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "items.jsonl").write_text('{"item_id": 1, "title": "One"}\n')
+        with pytest.raises(UserError, match=r"'user_id' .* too large to be exact, first in row 2"):
+            read_folder(tmp_path, COLUMNS)
+
     def test_local_without_path(self) -> None:
         with pytest.raises(UserError, match=r"data=local needs data\.path=FOLDER"):
             source_of(DataConfig(name="local", source="folder"))
