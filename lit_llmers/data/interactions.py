@@ -25,6 +25,7 @@ TIME_NAMES = ("timestamp", "position")
 CATEGORY_NAMES = ("categories", "category_path", "genres", "category", "genre")
 TEXT_NAMES = ("text", "description", "plot", "summary")
 SUFFIXES = {"interactions": ".inter", "items": ".item"}
+_LISTS = (list, tuple, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -304,11 +305,18 @@ def _numbers(column: pd.Series, name: str, origin: str, cure: str = "Fill them i
 
 
 def as_strings(column: pd.Series, separator: str, split: str | None = None) -> list[str]:
-    """Make every cell a string: lists are joined, missing ones are empty, `split` in a string becomes the separator."""
+    """Make every cell a string: lists, nested or not, are joined, missing ones are empty, `split` becomes the separator."""
+
+    def parts(cell: Any) -> Iterator[str]:
+        for part in cell:
+            if isinstance(part, _LISTS):
+                yield from parts(part)
+            elif part is not None:
+                yield str(part)
 
     def one(cell: Any) -> str:
-        if isinstance(cell, (list, tuple, np.ndarray)):
-            return separator.join(str(part) for part in cell if part is not None)
+        if isinstance(cell, _LISTS):
+            return separator.join(parts(cell))
         if cell is None or cell is pd.NA or cell != cell:
             return ""
         return separator.join(str(cell).split(split)) if split else str(cell)

@@ -133,6 +133,18 @@ def test_a_column_may_play_several_parts(form: str, folder: Path, tmp_path: Path
     assert read_folder(folder, Columns(user="item_id")).interactions["user_id"].tolist()[:2] == ["4", "1"]
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_lists_of_lists_become_one_list(form: str, folder: Path, tmp_path: Path, tables: tuple) -> None:
+    """So Amazon's metadata of 2014 have their categories."""
+    genres = [[["Books", "Noir"]], [["Books"], [], ["Film", None]], [], None]
+    if form == "parquet":
+        rewrite(folder, "items", genres=genres)
+    else:
+        folder = tmp_path / form
+        write(form, folder, tables[0], tables[1].assign(genres=genres))
+    assert read_folder(folder, COLUMNS).items["categories"].tolist() == ["Books, Noir", "Books, Film", "", ""]
+
+
 class TestBadInput:
     def test_missing_folder(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no folder .*nowhere.*data\.root"):
