@@ -172,8 +172,8 @@ def check_tables(
     """Bring two tables into the form of `Tables`.
 
     Raises:
-        UserError: a column is missing; an id or a time is missing; a time is no number or negative; an item id occurs
-            twice among the items; an interaction has an item that is not among them.
+        UserError: a column is missing; an id or a time is missing; a time is neither a date nor a number from 0; an item id
+            occurs twice among the items; an interaction has an item that is not among them.
     """
     wanted = {
         "user_id": interactions.require(columns.user, "user"),
@@ -188,10 +188,14 @@ def check_tables(
     result = pd.DataFrame({name: raw[column] for name, column in wanted.items()}).reset_index(drop=True)
     for name in ("user_id", "item_id"):
         result[name] = as_ids(result[name], wanted[name], interactions.origin)
+    dates = _seconds(result["time"])
     result["time"] = _numbers(
-        _seconds(result["time"]), wanted["time"], interactions.origin, "Fill them in, write dates as 2026-05-17T12:00,"
+        result["time"] if dates is None else dates,
+        wanted["time"],
+        interactions.origin,
+        "Fill them in, write dates as 2026-05-17T12:00,",
     )
-    if (negative := np.flatnonzero(result["time"] < 0)).size:
+    if dates is None and (negative := np.flatnonzero(result["time"] < 0)).size:
         row = negative[0]
         raise UserError(
             f"{interactions.origin}: column '{wanted['time']}' is negative in {negative.size} rows, first in row "
@@ -281,14 +285,14 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
     return column.astype(str)
 
 
-def _seconds(column: pd.Series) -> pd.Series:
-    """Dates (ISO 8601, in UTC where no zone is named) as seconds; what holds numbers, or no date at all, as it is."""
+def _seconds(column: pd.Series) -> pd.Series | None:
+    """Dates (ISO 8601, in UTC where no zone is named) as seconds since 1970; None for what holds numbers or no date at all."""
     is_date = pd.api.types.is_datetime64_any_dtype(column)
     if not is_date and pd.to_numeric(column, errors="coerce").notna().any():
-        return column
+        return None
     dates = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
     if not is_date and dates.isna().all():
-        return column
+        return None
     seconds = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
     return seconds if seconds.notna().all() else seconds.astype(object).where(seconds.notna(), column)
 

@@ -99,13 +99,14 @@ def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path: Path)
     assert read_folder(tmp_path, Columns()).interactions.iloc[0].tolist() == ["01", "007", 1400000000]
 
 
+@pytest.mark.parametrize(("first", "second"), [("2026-05-17", 1778976000), ("1969-12-27", -5 * 86400)])
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns", "text", "date"])
-def test_dates_are_seconds(unit: str, folder: Path) -> None:
-    dates = pd.Series(pd.date_range("2026-05-17", periods=10, freq="D"))
+def test_dates_are_seconds(unit: str, first: str, second: int, folder: Path) -> None:
+    dates = pd.Series(pd.date_range(first, periods=10, freq="D"))
     written = {"text": dates.dt.strftime("%Y-%m-%d"), "date": dates.dt.date}
     rewrite(folder, "interactions", timestamp=written[unit] if unit in written else dates.astype(f"datetime64[{unit}]"))
     time = read_folder(folder, COLUMNS).interactions["time"]
-    assert time.tolist() == [1778976000 + 86400 * day for day in range(10)]
+    assert time.tolist() == [second + 86400 * day for day in range(10)]
 
 
 def test_integers_and_whole_floats_are_the_same_id(folder: Path) -> None:
