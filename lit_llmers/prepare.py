@@ -54,11 +54,13 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     if config.k_core > 1:
         core = s.k_core(rows.users, rows.items, max(config.k_core, config.min_interactions), config.k_core)
         rows.keep(core, f"k_core={config.k_core}")
-    rows.sort()
     if config.split == "given":
         split = s.given(rows.table["split"].to_numpy(), tables.origin)
+        split = split[rows.sort(split)]
         s.check_order(split, rows.users, rows.user_ids, tables.origin)
         split = rows.keep_known(split, config.split, users=rows.users)
+    else:
+        rows.sort()
     if config.split == "temporal":
         split, moments = s.temporal(rows.table["time"].to_numpy(), config.quantiles)
         rows.note(f"Training before time {moments[0]:.15g}, validation before {moments[1]:.15g}, test from there on.")
@@ -167,10 +169,11 @@ class _Rows:
         self.keep(known, f"split={name} ({' and '.join(codes)} without a training interaction)")
         return split[known]
 
-    def sort(self) -> None:
-        """Order by user, then by time; at the same time in the order of the file."""
-        order = np.lexsort((self.table["time"].to_numpy(), self.users))
+    def sort(self, *ties: np.ndarray) -> np.ndarray:
+        """Order by user, then by time, at the same time by `ties` `[N]` and then as in the file; return the order `[N]`."""
+        order = np.lexsort((*ties, self.table["time"].to_numpy(), self.users))
         self.table, self.users, self.items = self.table.iloc[order], self.users[order], self.items[order]
+        return order
 
     def note(self, text: str) -> None:
         self.notes.append(text)

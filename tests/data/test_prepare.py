@@ -121,6 +121,16 @@ def test_given_split(folder: Path, tmp_path: Path) -> None:
     assert info["counts"] == {"users": 2, "items": 4, "interactions": 7, "train": 3, "valid": 1, "test": 3}
 
 
+def test_a_given_split_orders_what_happened_at_one_time(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    parts = ["test", "valid", "train", "train", "test", "valid", "valid", "test", "train", "test"]
+    pd.read_parquet(path).assign(split=parts, timestamp=7).to_parquet(path)
+    prepare(local(folder, split="given"), tmp_path / "out")
+    dataset = Dataset.load(tmp_path / "out")
+    assert histories(dataset) == {"b": ["1", "2", "4"], "a": ["2", "1", "3", "4"], "c": ["1", "4", "3"]}
+    assert dataset.split.tolist() == [0, 1, 2, 0, 1, 2, 2, 0, 1, 2]
+
+
 def test_given_split_without_training(folder: Path, tmp_path: Path) -> None:
     path = folder / "interactions.parquet"
     pd.read_parquet(path).assign(split="test").to_parquet(path)
