@@ -79,6 +79,11 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         rows.note(f"{name}: texts of {int((column != '').sum())} of {len(column)} {entry['of']}.{leaks}")
     parts = np.bincount(split, minlength=3).tolist()
     _check(parts, len(item_ids), config)
+    if config.split == "leave-one-out" and (undecided := s.undecided(offsets, rows.table["time"].to_numpy())).any():
+        rows.note(
+            f"{undecided.sum()} of {len(user_ids)} users have their test or validation item at the same time as the item "
+            "before it: the order of the file decides which is held out."
+        )
     met = users.astype(np.int64) * len(item_ids) + items
     ordered = np.sort(met)
     repeats = np.count_nonzero(ordered[1:] == ordered[:-1])

