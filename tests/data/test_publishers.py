@@ -12,6 +12,7 @@ import pytest
 from lit_llmers.data import DataConfig
 from lit_llmers.data.sources import amazon, movielens, source_of
 from lit_llmers.errors import UserError
+from lit_llmers.prepare import build
 
 GENRES = ["unknown", "Drama", "Children's"]
 
@@ -39,13 +40,17 @@ def publisher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "movies.dat": "661::James and the Peach: A Story (1996)::Animation|Children's\n1193::Caf\xe9 (1975)::Drama\n",
     }
     for name, files in (("ml-100k", ml_100k), ("ml-1m", ml_1m)):
-        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
-            for file, text in files.items():
-                archive.writestr(f"{name}/{file}", text.encode("latin-1"))
-        checksum = hashlib.md5((folder / f"{name}.zip").read_bytes()).hexdigest()
-        monkeypatch.setitem(movielens.MD5, name, checksum)
+        publish(folder, name, files, monkeypatch)
     monkeypatch.setattr(movielens, "URL", folder.as_uri())
     return folder
+
+
+def publish(folder: Path, name: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+        for file, text in files.items():
+            archive.writestr(f"{name}/{file}", text.encode("latin-1"))
+    checksum = hashlib.md5((folder / f"{name}.zip").read_bytes()).hexdigest()
+    monkeypatch.setitem(movielens.MD5, name, checksum)
 
 
 def load(name: str, **settings: object):
@@ -201,5 +206,30 @@ def test_hub_out_of_reach(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_hub_does_not_have() -> None:
     with pytest.raises(UserError, match=r"amazon-pantry has no counterpart.*data\.root=FOLDER"):
         source_of(games(name="amazon-pantry", category=None))
-    with pytest.raises(UserError, match="no column 'split'"):
+    with pytest.raises(UserError, match=r"no column 'split'\. Use data\.split=leave-one-out or data\.split=temporal, or name"):
         source_of(games(split="given"))
+
+
+# ---- a temporal split needs no column --------------------------------------------------------------------------------
+
+ROWS = [("1", "10", 1), ("2", "20", 2), ("1", "20", 3), ("2", "10", 4), ("2", "20", 5), ("1", "10", 6)]
+
+
+def assert_temporal(config: DataConfig) -> None:
+    dataset = build(source_of(config).load(), config)
+    assert dataset.info["counts"] == {"users": 2, "items": 2, "interactions": 6, "train": 4, "valid": 1, "test": 1}
+    assert dataset.split.tolist() == [0, 0, 2, 0, 0, 1]
+
+
+def test_a_temporal_split_of_movielens(publisher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratings = "".join(f"{user}::{item}::5::{time}\n" for user, item, time in ROWS)
+    publish(publisher, "ml-1m", {"ratings.dat": ratings, "movies.dat": "10::A::Drama\n20::B::Drama\n"}, monkeypatch)
+    assert_temporal(DataConfig(name="ml-1m", source="movielens", split="temporal", quantiles=[0.7, 0.9]))
+    with pytest.raises(UserError, match=r"no column 'split'\. Use data\.split=leave-one-out or data\.split=temporal\."):
+        load("ml-1m", split="given")
+
+
+def test_a_temporal_split_of_amazon(hub: Path) -> None:
+    rows = "".join(f"{user},{'B001' if item == '10' else '0002'},5.0,{time}000\n" for user, item, time in ROWS)
+    (hub / "benchmark/5core/rating_only/Video_Games.csv").write_text(f"user_id,parent_asin,rating,timestamp\n{rows}")
+    assert_temporal(games(split="temporal", quantiles=[0.7, 0.9]))

@@ -44,10 +44,10 @@ class AmazonReviews2023:
             raise UserError(
                 f"{name} has no counterpart on the Hugging Face hub. Name a folder that has it with data.root=FOLDER."
             )
-        if self.config.split != "leave-one-out":
+        if self.config.split == "given":
             raise UserError(
-                f"The hub's edition of {name} has no column 'split'. Use data.split=leave-one-out, or name a folder "
-                f"that has {name} with data.root=FOLDER."
+                f"The hub's edition of {name} has no column 'split'. Use data.split=leave-one-out or data.split=temporal, or "
+                f"name a folder that has {name} with data.root=FOLDER."
             )
 
     def fingerprint(self) -> dict[str, Any]:

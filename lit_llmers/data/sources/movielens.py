@@ -36,8 +36,10 @@ class MovieLens:
     def __post_init__(self) -> None:
         if self.config.name not in MD5:
             raise unknown("MovieLens data set (data.name)", self.config.name, MD5)
-        if self.config.split != "leave-one-out":
-            raise UserError(f"The archive of {self.config.name} has no column 'split'. Use data.split=leave-one-out.")
+        if self.config.split == "given":
+            raise UserError(
+                f"The archive of {self.config.name} has no column 'split'. Use data.split=leave-one-out or data.split=temporal."
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         return {"archive": f"{self.config.name}.zip", "md5": MD5[self.config.name]}
