@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow
 
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.interactions import read_parquet
+from lit_llmers.data.interactions import as_ids, read_parquet
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, read_json, sha256, write_json
@@ -157,14 +157,14 @@ def _from_table(path: Path, dataset: Dataset, rows: EvaluationRows) -> np.ndarra
     """The candidates `[rows, N]` of a parquet table, in the order of the evaluation rows."""
     try:
         table = read_parquet(path, ["user_id", "item_id", "candidates"])
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path} cannot be read ({str(error).splitlines()[0]}). It must be a parquet table with the columns user_id, "
             "item_id (the held-out item) and candidates (a list of item ids)."
         ) from error
     item_ids = dataset.catalogue["item_id"].to_numpy(dtype=object)
     wanted = pd.DataFrame({"user_id": dataset.users[rows.user], "item_id": item_ids[rows.target - 1]}).astype(str)
-    given = table[["user_id", "item_id"]].astype(str)
+    given = pd.DataFrame({name: as_ids(table[name], name, str(path)) for name in ("user_id", "item_id")})
     for one, other, what in ((given, wanted, "is in it but not"), (wanted, given, "is not in it but")):
         strangers = one["user_id"][~one["user_id"].isin(other["user_id"])]
         if len(strangers):
@@ -180,12 +180,19 @@ def _from_table(path: Path, dataset: Dataset, rows: EvaluationRows) -> np.ndarra
             f"{path} is of another split: user '{user}' and item '{item}' are a held-out interaction in only one of the two. "
             "Set evaluation.candidates to a file of this split."
         )
-    lists = table["candidates"].iloc[place]
+    lists = table["candidates"]
+    whole = lists.map(lambda items: isinstance(items, np.ndarray) and not pd.isna(items).any()).to_numpy(dtype=bool)
+    if not whole.all():
+        raise UserError(
+            f"{path} has no list of candidates for user '{given['user_id'][whole.argmin()]}', or a gap in it ({(~whole).sum()} "
+            "such rows). Give each row a list of item ids."
+        )
+    lists = lists.iloc[place]
     count = lists.map(len).to_numpy()
-    named = [str(item) for items in lists for item in items]
+    named = as_ids(pd.Series(np.concatenate(lists.to_list())), "candidates", f"{path}, lists end to end").to_numpy(dtype=object)
     codes = pd.Index(item_ids).get_indexer(named) + 1
     if (codes == 0).any():
-        first = named[int((codes == 0).argmax())]
+        first = named[(codes == 0).argmax()]
         raise UserError(f"{path} names item '{first}', which is not in the data ({(codes == 0).sum()} unknown). Leave it out.")
     out = np.zeros((len(rows), count.max()), np.int32)
     out[np.arange(out.shape[1]) < count[:, None]] = codes

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -136,13 +137,39 @@ def test_a_table_in_any_order_with_lists_of_any_length(held_out, tmp_path):
     assert digest == hashlib.sha256((tmp_path / "mine.parquet").read_bytes()).hexdigest()
 
 
-def test_numbers_serve_as_ids(held_out, tmp_path):
+@pytest.mark.parametrize("number", [int, float])
+def test_numbers_serve_as_ids(held_out, tmp_path, number):
     table = pd.DataFrame(GIVEN, columns=["user_id", "item_id", "candidates"])
-    table["item_id"] = table["item_id"].astype(int)
-    table["candidates"] = table["candidates"].map(lambda items: [int(item) for item in items])
+    table["item_id"] = table["item_id"].astype(number)
+    table["candidates"] = table["candidates"].map(lambda items: [number(item) for item in items])
     table.to_parquet(tmp_path / "mine.parquet")
     same = read_candidates(parquet(tmp_path / "text.parquet", GIVEN), *held_out)[0]
     assert np.array_equal(read_candidates(tmp_path / "mine.parquet", *held_out)[0], same)
+
+
+def test_users_may_be_numbers_too(held_out, tmp_path):
+    data, _ = held_out
+    data = replace(data, users=np.array(["0", "1", "2"], dtype=object))
+    table = pd.DataFrame(GIVEN, columns=["user_id", "item_id", "candidates"])
+    table.assign(user_id=[2.0, 0.0, 1.0, 2.0]).to_parquet(tmp_path / "mine.parquet")
+    same = read_candidates(parquet(tmp_path / "text.parquet", GIVEN), *held_out)[0]
+    assert np.array_equal(read_candidates(tmp_path / "mine.parquet", data, EvaluationRows(data, "test", 5))[0], same)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "user", "rows"),
+    [
+        (["12", "11", "3", "7"], "u2", 4),
+        ([12, 11, 3, 7], "u2", 4),
+        ([["12"], ["11"], None, ["7"]], "u1", 1),
+        ([["12"], ["11", None], ["3", None], ["7"]], "u0", 2),
+    ],
+)
+def test_candidates_that_are_no_lists_are_refused(held_out, tmp_path, wrong, user, rows):
+    path = tmp_path / "mine.parquet"
+    parquet(path, [(*row[:2], items) for row, items in zip(GIVEN, wrong, strict=True)])
+    with pytest.raises(UserError, match=rf"for user '{user}', or a gap .* \({rows} such rows\)\. Give each row a list"):
+        read_candidates(path, *held_out)
 
 
 @pytest.mark.parametrize(
