@@ -106,16 +106,21 @@ def load_candidates(path: Path, split: str, cure: str = "Remove it to draw it an
         `[rows, n]` int32, and the file's SHA-256, which belongs into the result.
 
     Raises:
-        UserError: the file is missing, damaged, of another version or of another split.
+        UserError: the file or its record is missing, damaged, of another version or of another split.
     """
     path = Path(path)
-    record = read_json(path.with_name(path.name + ".json"))
+    if not path.is_file():
+        raise UserError(f"{path} is missing. {cure}")
+    beside = path.with_name(f"{path.name}.json")
+    record = read_json(beside) if beside.is_file() else None
+    if not isinstance(record, dict) or not {"version", "split", "sha256"} <= record.keys():
+        raise UserError(f"{path} needs its record {beside.name} beside it, as a run with sampled candidates writes it. {cure}")
     if record["version"] != CANDIDATES_VERSION:
         raise UserError(f"{path} has format version {record['version']}, not {CANDIDATES_VERSION}. {cure}")
     if record["split"] != split:
         raise UserError(f"{path} holds candidates for the split {record['split']}, not for {split}. {cure}")
-    if not path.exists() or sha256(path) != record["sha256"]:
-        raise UserError(f"{path} is missing or was altered (its checksum is not the stored one). {cure}")
+    if sha256(path) != record["sha256"]:
+        raise UserError(f"{path} was altered (its checksum is not the stored one). {cure}")
     return np.load(path, allow_pickle=False), record["sha256"]
 
 
@@ -135,7 +140,7 @@ def read_candidates(path: Path, dataset: Dataset, rows: EvaluationRows) -> tuple
     if path.suffix == ".parquet":
         candidates, digest = _from_table(path, dataset, rows), sha256(path)
     else:
-        cure = "Set evaluation.candidates to a file that was made for this data set and split."
+        cure = "Set evaluation.candidates to a file that was made for this data set and split, or to a parquet table."
         candidates, digest = load_candidates(path, dataset.fingerprint, cure)
         if candidates.ndim != 2 or len(candidates) != len(rows) or candidates.dtype.kind not in "iu":
             raise UserError(

@@ -219,6 +219,17 @@ def test_an_array_of_this_split(held_out, tmp_path):
         read_candidates(tmp_path / "mine.npy", data, rows)
 
 
+@pytest.mark.parametrize("record", [None, "{}", "[]"])
+def test_an_array_without_its_record_is_refused(held_out, tmp_path, record):
+    np.save(tmp_path / "mine.npy", np.ones((4, 2), int))
+    if record:
+        (tmp_path / "mine.npy.json").write_text(record)
+    with pytest.raises(UserError, match=r"mine\.npy needs its record mine\.npy\.json beside it.*, or to a parquet table"):
+        read_candidates(tmp_path / "mine.npy", *held_out)
+    with pytest.raises(UserError, match=r"yours\.npy is missing\. Set evaluation\.candidates to a file"):
+        read_candidates(tmp_path / "yours.npy", *held_out)
+
+
 @pytest.mark.parametrize(
     ("drawn", "message"),
     [
