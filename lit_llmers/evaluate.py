@@ -137,11 +137,11 @@ def rank_all(
 
 @torch.inference_mode()
 def coverage(model: Recommender, rows: EvaluationRows, config: EvaluateStage) -> dict[str, float]:
-    """coverage@k over the lists that the rows are shown: a second pass, for a rank needs no list."""
+    """coverage@k over the lists that the rows are shown, whatever is held out: a second pass, for a rank needs no list."""
     device = _placed(model)
     tables, ks = model.tables(), tuple(config.evaluation.cutoffs)
     found = Coverage(rows.dataset.n_items, ks)
-    for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history):
+    for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history, spare_target=False):
         found.update(model.top_items(_on(device, batch), max(ks), tables)[0])
     return found.compute()
 

@@ -14,7 +14,9 @@ from tiny import by_name, dataset, small
 
 from lit_llmers import candidates as stored
 from lit_llmers import evaluate
+from lit_llmers.backbones.popularity import Popularity
 from lit_llmers.conf.schema import EvaluationConfig
+from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data import GeneratorConfig
 from lit_llmers.data.dataset import TEST, TRAIN, Dataset
 from lit_llmers.data.sequences import EvaluationRows
@@ -23,6 +25,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.running import run
+from lit_llmers.students.counting import CountingRecommender
 
 KS = (1, 5, 10, 20)
 CATALOGUE = """\
@@ -110,13 +113,20 @@ def test_coverage_equals_plain_loops(whole):
     figures = next(model for model in read(stage)["models"] if model["name"] == fitted.name)["metrics"]["all"]
     shown = np.zeros((len(KS), data.n_items + 1), bool)
     for user in range(150):
-        scores, _, seen = plain_scores(fitted, data, user)
-        scores[[0, *seen]] = -math.inf
+        scores, _, _ = plain_scores(fitted, data, user)
+        scores[[0, *data.items[data.offsets[user] : data.offsets[user + 1] - 1]]] = -math.inf
         best = np.argsort(-scores)
         for line, k in zip(shown, KS, strict=True):
             line[best[:k]] = True
     for line, k in zip(shown, KS, strict=True):
         assert figures[f"coverage@{k}"] == pytest.approx(line.sum() / data.n_items, abs=0.011), "one item apart by rounding"
+
+
+@pytest.mark.parametrize("target", [1, 5])
+def test_a_list_does_not_depend_on_the_held_out_item(target):
+    data = dataset([[1, 1, 2, 3, target]], n_items=5)
+    model, config = CountingRecommender(Popularity(5, data.training_pairs)), EvaluateStage("test")
+    assert evaluate.coverage(model, EvaluationRows(data, "test", 5), config)["coverage@10"] == pytest.approx(2 / 5)
 
 
 def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):

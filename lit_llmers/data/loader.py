@@ -170,10 +170,20 @@ class EvaluationBatches:
         batch_size: rows of a batch, over all processes.
         mask_history: also give the index pairs of the items seen before, which do not compete with the target.
         rank, world: which process this is, of how many.
+        spare_target: a target that was seen before competes nevertheless; False for lists, which must not depend on targets.
     """
 
-    def __init__(self, rows: EvaluationRows, batch_size: int, mask_history: bool = True, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        rows: EvaluationRows,
+        batch_size: int,
+        mask_history: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        spare_target: bool = True,
+    ) -> None:
         self.rows, self.mask_history, self.rank, self.world = rows, mask_history, rank, world
+        self.spare_target = spare_target
         order = np.argsort(rows.lengths, kind="stable")
         self.batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -195,7 +205,8 @@ class EvaluationBatches:
             "target": torch.from_numpy(rows.target[index]),
         }
         if self.mask_history:
-            batch |= seen_before(rows.dataset, rows.user[index], rows.at[index], rows.target[index])
+            spared = rows.target[index] if self.spare_target else None
+            batch |= seen_before(rows.dataset, rows.user[index], rows.at[index], spared)
         return batch
 
 

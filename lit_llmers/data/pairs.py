@@ -4,6 +4,7 @@ As in `lit_llmers.data.loader` nothing is done sample by sample in Python, and n
 """
 
 from functools import cached_property
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -168,7 +169,7 @@ class PairDataModule(L.LightningDataModule):
         self.rows = PairRows(dataset)
         self.validation = EvaluationRows(dataset, "valid", 1, users)  # a user is read from a table, not from a history
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self) -> dict[str, Any]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
 
     def train_dataloader(self) -> PairBatches:

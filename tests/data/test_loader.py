@@ -248,13 +248,14 @@ def test_ordered_batches_cover_a_range_of_targets(unique, examples):
         assert len(numbers) < stop - start + 2 * longest, "only rows that share the range are read"
 
 
+@pytest.mark.parametrize("spare_target", [True, False])
 @pytest.mark.parametrize("part", ["valid", "test"])
-def test_evaluation_batches_mask_the_whole_history_but_not_the_target(part):
+def test_evaluation_batches_mask_the_whole_history_but_not_a_target_that_is_spared(part, spare_target):
     data = random_dataset(users=50, n_items=12, longest=20)
     rows = EvaluationRows(data, part, max_length=3)
     repeated = 0
     seen_rows = []
-    for batch in EvaluationBatches(rows, 8):
+    for batch in EvaluationBatches(rows, 8, spare_target=spare_target):
         pairs = set(zip(batch["seen_row"].tolist(), batch["seen_item"].tolist(), strict=True))
         expected = set()
         for place, row in enumerate(batch["row"].tolist()):
@@ -262,7 +263,7 @@ def test_evaluation_batches_mask_the_whole_history_but_not_the_target(part):
             history = data.items[data.offsets[user] : at].tolist()
             target = int(data.items[at])
             repeated += target in history
-            expected |= {(place, item) for item in history if item != target}
+            expected |= {(place, item) for item in history if not (spare_target and item == target)}
             assert batch["user"][place] == user
             assert batch["target"][place] == target
             assert batch["items"][place][batch["mask"][place]].tolist() == history[-3:]
