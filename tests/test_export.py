@@ -148,10 +148,12 @@ def base_folder(tmp_path):
     return tmp_path / "base"
 
 
+LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_a_prompted_base_with_adapters_is_merged_and_needs_no_hub(base_folder, tmp_path, dtype, tolerance):
-    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
-    base = {"name": "hub", "path": str(base_folder), "prompt": "user :", "dtype": dtype, "lora": lora}
+    base = {"name": "hub", "path": str(base_folder), "prompt": "user :", "dtype": dtype, "lora": LORA}
     formats = ["safetensors", "onnx"] if dtype == "bfloat16" else ["safetensors"]
     stage = export_stage(tmp_path / "run", "llm_decoder", {"base": base, "layers": 3}, formats)
     difference = finish(stage)["max_difference"]
@@ -174,6 +176,22 @@ def test_a_prompted_base_with_adapters_is_merged_and_needs_no_hub(base_folder, t
         assert difference["onnx"] < 1e-4 * largest
         for items, scores in zip(batches, expected, strict=True):
             assert_same_scores(OnnxScorer(folder / "model.onnx")(items), scores, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.001), ("float16", 1.1), ("bfloat16", 1.5), ("bfloat16", np.nan)])
+def test_a_merge_that_scores_otherwise_is_not_exported(tmp_path, monkeypatch, dtype, factor):
+    def make_plain(backbone):
+        backbone.score.weight.data *= factor
+        return plain(backbone)
+
+    plain = export._make_plain
+    stage = export_stage(tmp_path / "run", "llm_decoder", llm("llama", dtype=dtype, lora=LORA), ["safetensors"])
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_make_plain", make_plain)
+        with pytest.raises(UserError, match=rf"merged into the base, in {dtype}, .* not exported\. Train it with"):
+            export.run(stage)
+    assert not list(stage.folder.iterdir())
+    assert "lora_merge" in export.run(stage)["max_difference"]
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
