@@ -27,23 +27,24 @@ class UnmetItems:
 
     Args:
         pairs: `[E, 2]` int64: user 0..U-1 and item 1..n; pairs may repeat.
-        n_users, n_items: U and n.
+        users: `[U]` original ids, which messages name.
+        n_items: n.
 
     Raises:
         UserError: a user has met every item.
     """
 
-    def __init__(self, pairs: np.ndarray, n_users: int, n_items: int) -> None:
+    def __init__(self, pairs: np.ndarray, users: np.ndarray, n_items: int) -> None:
         self.n_items, self.stride = n_items, n_items + 1
         keys = np.sort(pairs[:, 0] * self.stride + pairs[:, 1])
         self.met = keys[np.append(True, keys[1:] != keys[:-1])]  # np.unique takes a hundred times as long
         user, item = np.divmod(self.met, self.stride)
-        count = np.bincount(user, minlength=n_users)
+        count = np.bincount(user, minlength=len(users))
         self.first = np.cumsum(count) - count  # [U], where a user's pairs begin
         self.free = n_items - count  # [U], items left to draw from
         if not self.free.all():
             raise UserError(
-                f"User number {self.free.argmin()} has met all {n_items} items of the catalogue in training, so none is left "
+                f"User '{users[self.free.argmin()]}' has met all {n_items} items of the catalogue in training, so none is left "
                 "to be a negative. Raise data.k_core, take more data, or choose a student that needs no negatives, such as "
                 "student=item-knn."
             )
@@ -86,7 +87,7 @@ class PairRows:
         if not len(pairs):
             raise UserError("There is no training example: no user has a training interaction. Take more data.")
         self.user, self.item = np.ascontiguousarray(pairs.T)
-        self.unmet = UnmetItems(pairs, dataset.n_users, dataset.n_items)
+        self.unmet = UnmetItems(pairs, dataset.users, dataset.n_items)
 
     def __len__(self) -> int:
         return len(self.user)

@@ -59,7 +59,7 @@ def test_every_pair_comes_once_with_negatives_that_the_user_never_met(rows, batc
 def test_negatives_are_uniform(met):
     """Over the items left, whether the user has met none, few, most, or all but one; beside another user."""
     pairs = np.array([[0, item] for item in met] + [[1, item] for item in range(1, 20)])
-    unmet = UnmetItems(pairs, 2, 20)
+    unmet = UnmetItems(pairs, np.array(["a", "b"]), 20)
     left = sorted(set(range(1, 21)) - set(met))
     drawn = unmet.draw(np.zeros(20_000, np.int64), 2, np.random.default_rng(0))
     count = np.bincount(drawn.flatten(), minlength=21)
@@ -69,9 +69,9 @@ def test_negatives_are_uniform(met):
 
 def test_the_table_of_bits_only_saves_searches():
     """With every look at it answering "perhaps", the draws stay the same."""
-    pairs = random_dataset(users=40, n_items=30).training_pairs
+    data = random_dataset(users=40, n_items=30)
     user = np.repeat(np.arange(40), 50)
-    unmet = UnmetItems(pairs, 40, 30)
+    unmet = UnmetItems(data.training_pairs, data.users, 30)
     suspects = np.count_nonzero(unmet._perhaps_met(user * 31 + 1 + np.arange(len(user)) % 30))
     expected = unmet.draw(user, 2, np.random.default_rng(0))
     unmet.bits[:] = 255
@@ -80,7 +80,7 @@ def test_the_table_of_bits_only_saves_searches():
 
 
 def test_a_user_who_has_everything_is_named():
-    with pytest.raises(UserError, match=r"User number 1 has met all 3 items.*k_core"):
+    with pytest.raises(UserError, match=r"User 'u1' has met all 3 items.*k_core"):
         PairRows(dataset([[1, 2, 2, 3, 1], [1, 2, 3, 3, 2]], 3, [[TRAIN] * 3 + [VALID] * 2, [TRAIN] * 4 + [VALID]]))
 
 
