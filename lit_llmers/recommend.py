@@ -205,6 +205,12 @@ class Recommender:
             parts = parts[size:]
         return [title for title in titles if title]
 
+    def split_ids(self, text: str) -> list[str]:
+        """Cut `ID; ID` at its semicolons, and at its commas where what they are in is no id."""
+        parts = [part.strip() for part in text.split(";")]
+        ids = [item_id.strip() for part in parts for item_id in ([part] if part in self._ids else part.split(","))]
+        return [item_id for item_id in ids if item_id]
+
 
 def _plain(title: str) -> str:
     return " ".join(title.casefold().split())
@@ -269,8 +275,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"top={given['top']} is not a number.")
         recommender = Recommender.load(given["run"], given.get("as"))
         history = [recommender.find(title) for title in recommender.split(given.get("history", ""))]
-        ids = re.split(r"[;,]", given.get("history_ids", ""))
-        history += [recommender.find_id(item_id.strip()) for item_id in ids if item_id.strip()]
+        history += [recommender.find_id(item_id) for item_id in recommender.split_ids(given.get("history_ids", ""))]
         user = given.get("user")
         print(table(recommender, history, recommender.rank(history, int(given["top"]), user), user))
     except UserError as error:

@@ -94,6 +94,12 @@ def test_semicolons_inside_a_title(recommender):
     assert recommender.split("Salt &amp; Pepper; Aladdin") == ["Salt &amp", "Pepper", "Aladdin"]
 
 
+def test_commas_inside_an_id():
+    recommender = Recommender(["a", "b", "a,b", "b, a"], ["x"] * 4, [""] * 4, MAX_LENGTH, Favourites())
+    assert recommender.split_ids("a,b; b ;b,a; b, a ;") == ["a,b", "b", "b", "a", "b, a"]
+    assert recommender.split_ids("a, b,c") == ["a", "b", "c"]
+
+
 def test_empty_history_and_top(recommender):
     with pytest.raises(UserError, match="history is empty"):
         recommender.recommend([])
