@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
-from lit_llmers.losses.ranking import estimated_rank
+from lit_llmers.losses.ranking import estimated_rank, in_memory
 from lit_llmers.students.output import StudentOutput
 
 _TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
@@ -158,7 +158,7 @@ def _with_the_best(scores: Tensor, number: int) -> Tensor:
 
 def _sorted(rows: Tensor) -> Tensor:
     """Each row ascending. On a CPU by NumPy, which takes a twentieth of torch's time."""
-    return torch.from_numpy(np.sort(rows.numpy(), axis=1)) if rows.device.type == "cpu" else rows.sort(1).values
+    return torch.from_numpy(np.sort(rows.numpy(), axis=1)) if in_memory(rows) else rows.sort(1).values
 
 
 # ---- pairs within groups of like popularity ----------------------------------------------------------------------------

@@ -41,11 +41,17 @@ def list_scores(user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
     return _ListScores.apply(user.to(wide), item_table.to(wide), items)
 
 
+def in_memory(tensor: Tensor) -> bool:
+    """Whether other libraries can read it: on the CPU, with content (`lit_llmers.plan` rehearses steps on tensors without)."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
 class _ListScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, user: Tensor, item_table: Tensor, items: Tensor) -> Tensor:
         ctx.save_for_backward(user, item_table, items)
-        return (_sampled_on_cpu if items.device.type == "cpu" else _sampled)(user.detach(), item_table.detach(), items)
+        fits = in_memory(items) and items.shape[1] <= len(item_table)  # as many cells as the matrix has
+        return (_sampled_on_cpu if fits else _sampled)(user.detach(), item_table.detach(), items)
 
     @staticmethod
     def backward(ctx, cotangent: Tensor):
@@ -55,7 +61,7 @@ class _ListScores(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_user = F.embedding_bag(items, item_table, per_sample_weights=cotangent, mode="sum")
         if ctx.needs_input_grad[1]:  # the same sum the other way round: an item's users, weighed by the cotangent
-            by_item = _by_item_on_cpu if items.device.type == "cpu" else _by_item
+            by_item = _by_item_on_cpu if in_memory(items) else _by_item
             row, first, weight = by_item(items, cotangent, len(item_table))
             d_table = F.embedding_bag(row, user, first, per_sample_weights=weight, mode="sum")
         return d_user, d_table, None

@@ -39,6 +39,12 @@ def test_scores_and_gradients_equal_the_plain_ones():
     assert (got[1][0] == 0).all(), "the padding row"
 
 
+def test_lists_longer_than_the_catalogue():
+    user, table, _ = inputs(n_items=2)
+    items = torch.randint(0, 3, (7, 9))
+    torch.testing.assert_close(ranking.list_scores(user, table, items), torch.einsum("td,tkd->tk", user, table[items]))
+
+
 def test_what_a_cpu_computes_otherwise_is_the_same():
     user, table, items = inputs()
     items[2] = 3
