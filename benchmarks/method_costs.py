@@ -145,7 +145,7 @@ def plan(recipe: str, folder: str, options: argparse.Namespace) -> tuple[dict[st
     What begins at a later epoch begins at once. Recipes share a folder: what several need is made once.
     """
     source = [f"data.root={options.data_root}"] if options.data_root else ["data.generator.users=600"] * options.quick
-    few = [*FEW, "sequences.targets_per_user=50", "evaluation.users=200"]  # of long histories records take an hour otherwise
+    few = [*FEW, "sequences.targets_per_user=50", "evaluation.users=200"]  # of long histories records take minutes each
     config = recipes.compose(recipe, [*few, f"data={options.data}", *source, f"run.dir={folder}"])
     entries, pairs = config["stages"], config["pairs"]
     for entry in entries.values():

@@ -98,7 +98,7 @@ def _evaluate(
         "parameters": summary["parameters"] | {"layers": summary["layers"], "width": summary["width"]},
         "training": {
             "seconds": summary["train_seconds"],
-            "rows_per_second": summary["rows_per_second"],
+            "targets_per_second": summary.get("targets_per_second"),  # an older version did not count them
             "epochs": summary["epochs"],
         },
         "inference": {"seconds": seconds, "users_per_second": len(rows) / seconds},

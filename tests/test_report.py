@@ -72,8 +72,14 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
             fit_log(folder, name, levels[name], rng)
             parameters = {"total": 260_000 if name == "teacher" else 140_000, "trainable": 90_000}
             size = {"layers": 8 if name == "teacher" else 4, "width": 64}
-            speed = {"targets_per_second": 900.0 if name == "teacher" else 1700.0, "train_seconds": 21.0, "epochs": 12}
-            summary = {"parameters": parameters, **size, **speed, "best": {"epoch": 9, "val/NDCG@10": 0.11}}
+            speed = 900.0 if name == "teacher" else 1700.0
+            summary = {
+                "parameters": parameters,
+                **size,
+                "train_seconds": 21.0,
+                "epochs": 12,
+                "best": {"epoch": 9, "val/NDCG@10": 0.11},
+            }
             noise = rng.normal(0, 0.7, USERS)
             ranks = np.floor(300 / (1 + np.exp(ease + noise + levels[name] + 0.3 * popularity))).astype(np.float32)
             models.append(
@@ -86,7 +92,7 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
                     },
                     "popularity": [{"group": g, **ranking(ranks[popularity == i])} for i, g in enumerate(GROUPS)],
                     "parameters": {**parameters, **size},
-                    "training": {"seconds": 21.0, "epochs": 12},
+                    "training": {"seconds": 21.0, "targets_per_second": speed, "epochs": 12},
                     "inference": {"seconds": 0.5, "users_per_second": 2000.0 if name == "teacher" else 3800.0},
                     "ranks": f"ranks-{name}-seed{seed}.npy",
                 }
@@ -298,11 +304,10 @@ def test_groups_costs_and_the_papers_figures(good):
 @pytest.mark.parametrize("speed", [{}, {"targets_per_second": 0.0}], ids=["older version", "counted"])
 def test_a_training_without_a_known_speed_has_none(tmp_path, speed):
     run = make_run(tmp_path, {"teacher": 2.0, "student": 1.8, "control": 1.6}, seeds=(0,))
-    done = json.loads((run / "teacher-abc123" / "DONE").read_text())
-    del done["summary"]["targets_per_second"]
-    write(run / "teacher-abc123" / "DONE", done | {"summary": done["summary"] | speed})
     evaluation = json.loads((run / "evaluate-abc123" / "evaluation.json").read_text())
-    evaluation["models"][0]["parameters"]["total"] = 0
+    teacher = evaluation["models"][0]
+    teacher["parameters"]["total"] = 0
+    teacher["training"] = {"seconds": 21.0, "epochs": 12} | speed
     write(run / "evaluate-abc123" / "evaluation.json", evaluation)
     text = write_report(run).read_text()
     assert "| teacher | 8 | 64 | 0 | 90,000 | 12 | 21 s | - | 2,000 |" in text

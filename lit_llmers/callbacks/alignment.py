@@ -168,10 +168,11 @@ class AlignmentTerm(Term):
             index, found = with_signal(batch["user"], known.mask)
             parts["user"] = found * self._aligned(output.users, self.users, index, known, "all")  # type: ignore[attr-defined]
         targets = int((batch["target"] > 0).sum())
-        self.parts = {name: self.reduce(value.detach().expand(targets), batch) for name, value in parts.items()}
+        parts = {name: self.reduce(value.expand(targets), batch) for name, value in parts.items()}
+        self.parts = {name: value.detach() for name, value in parts.items()}
         if self.log_temperature is not None:
             self.learned = {"temperature": self.log_temperature.detach().exp()}
-        return self.reduce(torch.stack(list(parts.values())).sum().expand(targets), batch)
+        return torch.stack(list(parts.values())).sum()
 
     def _aligned(self, table: Tensor, signals: Tensor, index: Tensor, known: Known, negatives: str) -> Tensor:
         """The mean over the rows `index` `[K]` of a table `[N, d]`, all of them `known`, or over a share of them; a scalar."""

@@ -166,10 +166,6 @@ class Results(Evaluated):
         self.stages = [self._stage(entry) for entry in self.about["stages"]]
         evaluated = [stage.folder for stage in self.stages if stage.verb == "evaluate" and stage.done]
         evaluation = read_json(evaluated[-1] / "evaluation.json") if evaluated else None
-        trained = {(stage.name, stage.seed): stage.summary for stage in self.stages}
-        for model in evaluation["models"] if evaluation else []:
-            summary = trained[model["name"], model["seed"]]
-            model["training"]["targets_per_second"] = summary.get("targets_per_second")
         super().__init__(self.about["data"], evaluation, evaluated[-1] if evaluated else self.run)
 
     @property
