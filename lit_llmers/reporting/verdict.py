@@ -6,8 +6,8 @@ from lit_llmers.reporting.results import METRIC, Results
 from lit_llmers.reporting.tables import p_value, percent
 
 NOTHING_TO_TEACH = (
-    "A teacher that is no better than the undistilled control has nothing to teach: a gain of the student is then not the "
-    "teacher's knowledge passed on, and a loss is no surprise. Make the teacher better (more depth or width, item text, more "
+    "Where a teacher is no better than the undistilled control, a gain of the student need not be the teacher's knowledge "
+    "passed on, and a loss is no surprise. Make the teacher better (more depth or width, item text, more "
     "training examples or data); the recipe's record says in which settings the method pays."
 )
 
