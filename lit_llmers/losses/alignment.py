@@ -90,9 +90,11 @@ def soft_clip(x: Tensor, y: Tensor, *, temperature: float | Tensor) -> Tensor:
     Returns:
         `[B]`, the share of row i of P: `1/2 sum_j P_ij (logsumexp_j S_ij + logsumexp_i S_ij - 2 S_ij)`.
     """
-    logits = x @ y.T / temperature  # [B, B]
-    target = ((x @ x.T + y @ y.T) * (temperature / 2)).softmax(1)
-    return (logits.logsumexp(1) + target.mv(logits.logsumexp(0))) / 2 - (target * logits).sum(1)
+    with torch.autocast(x.device.type, enabled=False):  # in half precision the products of long vectors would be nats off
+        x, y = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in (x, y))
+        logits = x @ y.T / temperature  # [B, B]
+        target = ((x @ x.T + y @ y.T) * (temperature / 2)).softmax(1)
+        return (logits.logsumexp(1) + target.mv(logits.logsumexp(0))) / 2 - (target * logits).sum(1)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -272,3 +272,13 @@ def test_golden_rlmrec_gen(golden):
     total = rlmrec(z, *read.split([7, 9])) + recovered
     torch.testing.assert_close(total, z["out.total"], rtol=1e-6, atol=1e-10)
     assert_rlmrec_gradients(z, total)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_soft_clip_of_long_vectors_is_in_full_precision_under_autocast(given):
+    x, y = (torch.randn(32, 512, generator=torch.Generator().manual_seed(seed)).mul(0.5).to(given) for seed in (0, 1))
+    plain = soft_clip(x.float(), y.float(), temperature=3.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = soft_clip(x, y, temperature=3.0)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, plain)
