@@ -42,7 +42,14 @@ class RowwiseAdamW(torch.optim.AdamW):
 
     The work of a step then does not grow with the table. Rows that no batch meets keep their moments as they are, and are not
     decayed; with AdamW their moments fade, and go on moving them for a while. Where every row is met the two are one.
+
+    A fused AdamW is handed scaled gradients by `torch.amp.GradScaler` and divides them itself. This one has the scaler divide
+    them, and leave out a step whose gradients overflow, as it does for optimisers that are not fused.
     """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

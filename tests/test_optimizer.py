@@ -82,6 +82,34 @@ def test_a_state_that_was_saved_goes_on():
     torch.testing.assert_close(other.weight, table.weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_steps_on_what_a_scaled_loss_stands_for(fused):
+    """As under 16-mixed: the scaler divides the gradients, and skips the step where one overflows."""
+    torch.manual_seed(0)
+    scaled, plain = (nn.Embedding(6, 3, sparse=True) for _ in range(2))
+    plain.load_state_dict(scaled.state_dict())
+    adams = [RowwiseAdamW(table.parameters(), lr=0.1, fused=fused) for table in (scaled, plain)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536)
+    for rows in ([0, 1, 1], [1, 3]):
+        for table, adam in zip((scaled, plain), adams, strict=True):
+            adam.zero_grad()
+            loss = table(torch.tensor(rows)).pow(3).sum()
+            if table is plain:
+                loss.backward()
+                adam.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(adam)
+                scaler.update()
+    torch.testing.assert_close(scaled.weight, plain.weight)
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(adams[0].state[scaled.weight][name], adams[1].state[plain.weight][name])
+    before = scaled.weight.detach().clone()
+    scaler.scale(scaled(torch.tensor([2])).sum() * torch.inf).backward()
+    scaler.step(adams[0])
+    assert torch.equal(scaled.weight, before)
+
+
 def test_a_closure_computes_gradients():
     table = nn.Embedding(4, 2, sparse=True)
     adam = RowwiseAdamW(table.parameters(), lr=0.1)
