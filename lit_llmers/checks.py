@@ -83,7 +83,7 @@ def check_base_of(trainer: TrainerConfig, base: Any, where: str) -> None:
     if trainer.strategy.startswith("zero"):
         dtype, precision = BaseConfig.of(base).dtype, trainer.precision
         fitting = {"float32": ("32-true", "bf16-mixed", "16-mixed"), "bfloat16": ("bf16-mixed", "bf16-true")}
-        known = fitting.get(dtype, ("16-mixed", "16-true"))
+        known = fitting.get(dtype, ("16-mixed",))
         if precision not in known:
             raise UserError(
                 f"'{where}': trainer.strategy={trainer.strategy} has one precision for all weights, but the base's are {dtype} "

@@ -15,7 +15,7 @@ EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "linear", "cosine")
 SIGNAL_DTYPES = ("float16", "float32")
 LOGGERS = ("wandb", "tensorboard", "csv")
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 STRATEGIES = ("auto", "ddp", "zero2", "zero3", "zero3-offload", "fsdp2")
 SHARDED = ("zero2", "zero3", "zero3-offload", "fsdp2")  # cut a large model over processes; no gain for a small one
 LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
@@ -228,6 +228,11 @@ class TrainerConfig:
         if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
             raise UserError(
                 f"trainer.gradient_clip_val is {self.gradient_clip_val}. It must be positive, or null for no limit."
+            )
+        if self.precision == "16-true":
+            raise UserError(
+                "trainer.precision is 16-true, in which the squares of small gradients, which AdamW keeps, are zero: the model "
+                "would be ruined without a word. Use trainer.precision=16-mixed or bf16-true."
             )
         if self.precision not in PRECISIONS:
             raise unknown("precision (trainer.precision)", self.precision, PRECISIONS)

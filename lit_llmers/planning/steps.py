@@ -15,7 +15,7 @@ from lit_llmers.planning.sharing import Sizes, base_of, sizes_of
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import checkpoint_activations
 
-HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "16-true": torch.float16}
+HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 FEW, SOME = 2, 3  # layers that stand for those of a deep language model, all of which are alike
 
 

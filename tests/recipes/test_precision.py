@@ -3,6 +3,9 @@
 import pytest
 from tiny import by_name, small
 
+from lit_llmers import recipes
+from lit_llmers.errors import UserError
+from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 
 
@@ -12,3 +15,9 @@ def test_a_student_trains_in_bf16_mixed_with_clipped_gradients(tmp_path, student
     planned = small(tmp_path, *given, "trainer.max_epochs=1", recipe="student")
     run(planned, "student")
     assert by_name(planned)["student"].summary["best"]["val/NDCG@10"] >= 0
+
+
+@pytest.mark.parametrize("given", ["trainer.precision=16-true", "student.trainer.precision=16-true"])
+def test_weights_in_float16_whose_moments_vanish_are_refused(given):
+    with pytest.raises(UserError, match=r"precision is 16-true.*16-mixed or bf16-true"):
+        resolve(recipes.compose("student", [given]))
