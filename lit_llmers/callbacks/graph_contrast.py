@@ -52,12 +52,13 @@ class GraphContrastTerm(Term):
 
     def _contrast(self, first: Tensor, second: Tensor, index: Tensor, padding: int = 0) -> Tensor:
         """The mean over the rows `index` `[B]` of the views `[N, d]`, of which the first `padding` rows are none."""
-        count = first.new_zeros(len(first)).scatter_add(0, index, first.new_ones(len(index)))
+        ones = torch.ones(len(index), device=index.device)  # in bfloat16 a count would stop growing at 256
+        count = ones.new_zeros(len(first)).scatter_add(0, index, ones)
         ids = count.nonzero().squeeze(1)  # each once, however often it is in the batch: the same value for less
         if not self.every_node:
             return info_nce_among(first[ids], second[ids], temperature=self.temperature).mean()
         losses = info_nce_among(first[ids], second[padding:], ids - padding, temperature=self.temperature)
-        return losses.dot(count[ids]) / len(index)
+        return losses.dot(count[ids].to(losses)) / len(index)
 
 
 class GraphParts:

@@ -166,6 +166,19 @@ def test_the_contrast_by_the_book(double, every_node):
     torch.testing.assert_close(term(output, batch), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_node_counts_as_often_as_it_is_in_the_batch_in_any_precision(dtype):
+    """A view of bfloat16, as under bf16-true, and an item that is there more often than bfloat16 can count by ones."""
+    torch.manual_seed(0)
+    first, second = (torch.randn(9, 4, dtype=dtype) for _ in range(2))
+    index = torch.cat([torch.full((1000,), 3), torch.tensor([5])])
+    term = GraphContrastTerm(lambda output: (), every_node=True, temperature=1.0)
+    contrast = term._contrast(first, second, index)
+    plain = F.normalize(first, dim=1).double() @ F.normalize(second, dim=1).double().T
+    losses = F.cross_entropy(plain, torch.arange(9), reduction="none")
+    assert contrast.item() == pytest.approx(losses[index].mean().item(), rel=0.02 if dtype == torch.bfloat16 else 1e-9)
+
+
 class SeedAndSave(L.Callback):
     """Draws each step's randomness from its number alone, and saves inside the second epoch."""
 

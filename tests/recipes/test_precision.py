@@ -17,6 +17,12 @@ def test_a_student_trains_in_bf16_mixed_with_clipped_gradients(tmp_path, student
     assert by_name(planned)["student"].summary["best"]["val/NDCG@10"] >= 0
 
 
+def test_sgl_trains_in_bf16_true(tmp_path):
+    planned = small(tmp_path, "student=sgl", "trainer.precision=bf16-true", "trainer.max_epochs=1", recipe="student")
+    run(planned, "student")
+    assert by_name(planned)["student"].summary["best"]["val/NDCG@10"] >= 0
+
+
 @pytest.mark.parametrize("given", ["trainer.precision=16-true", "student.trainer.precision=16-true"])
 def test_weights_in_float16_whose_moments_vanish_are_refused(given):
     with pytest.raises(UserError, match=r"precision is 16-true.*16-mixed or bf16-true"):
