@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import CollaborativeBackbone
-from lit_llmers.backbones.graph import Edges, propagate
+from lit_llmers.backbones.graph import Edges, check_layers, propagate
 from lit_llmers.errors import UserError
 from lit_llmers.text.reduction import mean_of_histories
 from lit_llmers.text.tables import has_vector
@@ -35,7 +35,7 @@ class AlphaRec(CollaborativeBackbone):
         temperature: tau; .15 or .2 in the paper.
 
     Raises:
-        UserError: there is no text at all, or the inner layer has no column.
+        UserError: there is no text at all, the inner layer has no column, or there are fewer layers than none.
     """
 
     features: Tensor
@@ -52,6 +52,7 @@ class AlphaRec(CollaborativeBackbone):
         temperature: float = 0.15,
     ) -> None:
         super().__init__()
+        check_layers(layers)
         self.layers, self.width, self.dim = layers, dim, dim
         self.n_users, self.n_items, self.temperature = n_users, n_items, temperature
         edges = Edges.of(training_pairs, n_users, n_items)

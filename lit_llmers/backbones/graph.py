@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from lit_llmers.backbones.rows import bag_sums
+from lit_llmers.errors import UserError
 
 
 class Graph(nn.Module):
@@ -76,6 +77,18 @@ class Edges:
             torch.from_numpy(np.concatenate([item + self.n_users, user[by_item]]).astype(np.int32)),
             torch.from_numpy(np.concatenate([weight, weight[by_item]])).to(torch.get_default_dtype()),
         )
+
+
+def check_layers(layers: int, with_input: bool = True) -> None:
+    """Refuse a number of propagations that leaves nothing to average.
+
+    Raises:
+        UserError: it is negative, or 0 where x_0 is not in the mean.
+    """
+    least = 0 if with_input else 1
+    if layers < least:
+        why = "" if with_input else " with with_input=false, which leaves the layers alone"
+        raise UserError(f"model.layers is {layers}. It must be at least {least}{why}.")
 
 
 def propagate(table: Tensor, graphs: Sequence[Graph], with_input: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Batch, CollaborativeBackbone
-from lit_llmers.backbones.graph import Edges, propagate
+from lit_llmers.backbones.graph import Edges, check_layers, propagate
 from lit_llmers.backbones.items import copy_table
 from lit_llmers.backbones.rows import half_squares, occurrences
 
@@ -21,14 +21,20 @@ class LightGCN(CollaborativeBackbone):
         n_users, n_items: nodes; items are numbered from 1.
         training_pairs: `[E, 2]` int64, user 0..U-1 and item 1..n.
         dim: width of everything (D = d).
-        layers: propagations.
+        layers: propagations; none is matrix factorisation.
         reg: lambda of eq. 15. As in the official code it weighs half the squares of the initial embeddings of a row's user,
             target and negatives (their mean), averaged over the batch.
         with_input: whether the initial embeddings are in the average; SimGCL leaves them out.
         init_std: standard deviation of the initial embeddings; that of the official code (the paper says Xavier).
+
+    Attributes:
+        states: `x_0 ... x_L` of the last forward pass, each `[N, d]`, with `keep_states` and in training; empty otherwise.
+
+    Raises:
+        UserError: there are fewer layers than none, or none without the input.
     """
 
-    keep_hops: bool = False  # whether the layers of the last forward pass in training stay in `hops`, for who reads them
+    keep_states: bool = False
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class LightGCN(CollaborativeBackbone):
         init_std: float = 0.1,
     ) -> None:
         super().__init__()
+        check_layers(layers, with_input)
         self.layers, self.width, self.dim = layers, dim, dim
         self.n_users, self.n_items = n_users, n_items
         self.reg, self.with_input = reg, with_input
@@ -49,11 +56,12 @@ class LightGCN(CollaborativeBackbone):
         self.graph = self.edges.graph()
         self.nodes = nn.Parameter(torch.empty(n_users + n_items + 1, dim).normal_(std=init_std))
         self.nodes.data[n_users] = 0  # item 0: without neighbours and never in a batch, it stays so
-        self.hops: tuple[Tensor, ...] = ()
+        self.states: tuple[Tensor, ...] = ()
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        mean, hops = propagate(self.nodes, [self.graph] * self.layers, self.with_input)
-        self.hops = hops if self.keep_hops and self.training else ()
+        nodes = self.nodes  # which `callbacks.masked_reconstruction` puts others in place of, for this pass alone
+        mean, hops = propagate(nodes, [self.graph] * self.layers, self.with_input)
+        self.states = (nodes, *hops) if self.keep_states and self.training else ()
         return self.split(mean)
 
     def initialise(self, items: Tensor, users: Tensor | None = None) -> None:

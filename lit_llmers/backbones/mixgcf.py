@@ -20,12 +20,18 @@ class MixGCF(LightGCN):
     We differ from the official code in the L2 term: it is on all candidates (their mean), there on the one of layer 0.
     """
 
-    keep_hops = True
+    keep_states = True
 
     def pair_scores(self, batch: Batch, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores `[B]` of the targets and `[B, 1]` of the mixed negatives; `negatives` `[B, M]` are the candidates."""
+        """Scores `[B]` of the targets and `[B, 1]` of the mixed negatives; `negatives` `[B, M]` are the candidates.
+
+        Raises:
+            RuntimeError: `users` and `items` are of no forward pass in training, of which alone the layers are kept.
+        """
+        if not self.states:
+            raise RuntimeError("MixGCF mixes the layers of a forward pass in training mode: call train() before it.")
         user, target, candidates = batch["user"], batch["target"][:, None], batch["negatives"]
-        layers = [layer[self.n_users :] for layer in ((self.nodes,) if self.with_input else ()) + self.hops]
+        layers = [layer[self.n_users :] for layer in self.states[0 if self.with_input else 1 :]]
         scores = []
         for layer in layers:
             with torch.no_grad():

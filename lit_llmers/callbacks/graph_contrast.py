@@ -115,7 +115,7 @@ class Noise:
 
     def __init__(self, backbone: LightGCN, size: float) -> None:
         self.backbone, self.size = backbone, size
-        backbone.keep_hops = True
+        backbone.keep_states = True
 
     def redraw(self, epoch: int) -> None:
         """Nothing is drawn for an epoch."""
@@ -128,7 +128,7 @@ class Noise:
         with torch.no_grad():
             moved = torch.zeros_like(backbone.nodes)  # by how much noise has moved the layer, and all layers together
             total = torch.zeros_like(moved)
-            for layer, hop in enumerate(backbone.hops):
+            for layer, hop in enumerate(backbone.states[1:]):
                 moved = backbone.graph(moved) if layer else moved
                 noise = F.normalize(torch.rand_like(hop), dim=1).mul_(self.size)
                 moved = moved + noise.mul_((hop + moved).sign_())

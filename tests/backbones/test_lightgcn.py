@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from lit_llmers.backbones.graph import Edges, propagate
 from lit_llmers.backbones.lightgcn import LightGCN
 from lit_llmers.backbones.rows import bag_sums, csr, half_squares, pair_dots
+from lit_llmers.errors import UserError
 
 
 @pytest.fixture
@@ -119,3 +120,14 @@ def test_half_squares_and_their_gradient(double):
     assert torch.autograd.gradcheck(half_squares, (torch.randn(6, 3, requires_grad=True), torch.rand(6)))
     table, rows = torch.randn(6, 3), torch.tensor([0, 0, 4])
     torch.testing.assert_close(half_squares(table, torch.bincount(rows, minlength=6)), table[rows].square().sum() / 2)
+
+
+@pytest.mark.parametrize(("layers", "with_input", "least"), [(-1, True, 0), (0, False, 1)])
+def test_too_few_layers_are_named(layers, with_input, least):
+    with pytest.raises(UserError, match=f"model.layers is {layers}. It must be at least {least}"):
+        LightGCN(9, 13, random_pairs(), layers=layers, with_input=with_input)
+
+
+def test_no_layer_is_matrix_factorisation():
+    model = LightGCN(9, 13, random_pairs(), dim=4, layers=0)
+    assert torch.equal(torch.cat(model()), model.nodes)
