@@ -138,7 +138,7 @@ class PairBatches(TrainingBatches):
         """The batch of these training rows: `row, user, target, target_row [B]` and `negatives [B, N]`, all int64."""
         index = np.sort(index)
         user = self.rows.user[index]
-        random = np.random.default_rng([self.seed, self.epoch, self.position])
+        random = np.random.default_rng([self.seed, self.epoch, 1 + self.position])  # 0 is as none: the one of the order
         row = torch.from_numpy(index)
         return {
             "row": row,

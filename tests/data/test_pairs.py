@@ -102,6 +102,15 @@ def test_order_and_negatives_are_decided_by_seed_and_epoch(rows):
     assert not torch.equal(kinds[0][0]["negatives"], kinds[0][1]["negatives"])
 
 
+def test_negatives_are_not_drawn_by_the_numbers_that_order_the_pairs(rows, monkeypatch):
+    starts = []
+    real = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: starts.append(real(seed).random()) or real(seed))
+    batches = list(PairBatches(rows, 50, 1, seed=3))
+    assert len(starts) == 1 + len(batches) > 3
+    assert len(set(starts)) == len(starts)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_every_batch_of_one_with_its_negatives(rows, world):
     one = list(PairBatches(rows, 48, 2, 0))
