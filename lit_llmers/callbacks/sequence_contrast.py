@@ -20,13 +20,13 @@ class SequenceContrastTerm(Term):
     """InfoNCE between two augmented views of each row: of all views of the batch, which one is of the same history?
 
     The history is the row's items and the last of its targets, of which the oldest give way where they are more than
-    `max_length`. The two views are made in two different ways. The negatives of a view are the `2 (B - 1)` views of the
-    other rows. The similarity is the dot product, as in the paper.
+    `max_length`. The two views are made in two different ways, or in the only one there is. The negatives of a view are the
+    `2 (B - 1)` views of the other rows. The similarity is the dot product, as in the paper.
 
     Args:
         encode: user vectors `[R, d]` of histories `[R, L]` and their mask.
         max_length: of a history that the student can read.
-        crop, hide, reorder: see `augment`.
+        crop, hide, reorder: see `augment`; a way whose share is 0 is not drawn.
         temperature: divides the similarities.
     """
 
@@ -36,12 +36,14 @@ class SequenceContrastTerm(Term):
         super().__init__()
         self.encode, self.max_length, self.temperature = encode, max_length, temperature
         self.crop, self.hide, self.reorder = crop, hide, reorder
+        self.ways = [way for way, share in zip(WAYS, (crop, hide, reorder), strict=True) if share]
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
         rows = len(batch["items"])
         last = batch["target"].reshape(rows, -1)[:, -1:]
         items = torch.cat([batch["items"], last], 1)[:, -self.max_length :].repeat(2, 1)  # [2B, L]
-        ways = torch.rand(rows, len(WAYS), device=items.device).argsort(1)[:, :2].T.flatten()  # [2B], a row's two differ
+        drawn = torch.rand(rows, len(self.ways), device=items.device).argsort(1)[:, :2].expand(rows, 2)  # a row's two differ
+        ways = torch.tensor(self.ways, device=items.device)[drawn.T.flatten()]  # [2B]
         views = self.encode(*augment(items, items > 0, ways, self.crop, self.hide, self.reorder))  # [2B, d]
         own = torch.arange(len(views), device=views.device)
         return info_nce_among(views, views, own.roll(rows), own, temperature=self.temperature, cosine=False).mean()
@@ -54,21 +56,23 @@ class SequenceContrast(Distillation):
     We differ from the paper in that an item is hidden behind the zero vector of padding, where the paper learns a vector
     for it; that rows may be windows of one user's history, or prefixes, where the paper's batches hold users once; that a
     history of two or three items has one hidden and two shuffled, where the shares round to none; and that a row's views
-    are made in two different ways. The paper draws both from one set and does not ask that they differ; they do in the
-    CL4SRec of RuihongQiu/DuoRec, which leaves the last target out.
+    are made in two different ways where there are two. The paper draws both from one set and does not ask that they differ;
+    they do in the CL4SRec of RuihongQiu/DuoRec, which leaves the last target out.
+
+    A share of 0 leaves that way out. With one alone, as the paper compares them, both views are made in it.
 
     Args:
         max_length: of a history that the student can read.
-        crop: share of a history that cropping keeps (the paper's eta).
-        hide: share of the items that masking hides (gamma).
-        reorder: share of a history that reordering shuffles (beta).
+        crop: share of a history that cropping keeps (the paper's eta); 0 does not keep nothing, but crops no view.
+        hide: share of the items that masking hides (gamma); 0 hides none.
+        reorder: share of a history that reordering shuffles (beta); 0 shuffles none.
         temperature: divides the dot products; the paper has none. Vectors that end in a norm, as SASRec's, are as long as
             the root of their width, which is a good value.
         weight: factor of the contrast in the student's loss (lambda).
         decay_epochs: see `Distillation`.
 
     Raises:
-        UserError: a share outside 0..1, or a temperature that is not positive.
+        UserError: a share outside 0..1, three shares of 0, or a temperature that is not positive.
     """
 
     name = "sequence_contrast"
@@ -88,6 +92,8 @@ class SequenceContrast(Distillation):
         for name, value in {"crop": crop, "hide": hide, "reorder": reorder}.items():
             if not 0 <= value <= 1:
                 raise UserError(f"sequence_contrast: {name} is {value}. It is a share, from 0 to 1.")
+        if not (crop or hide or reorder):
+            raise UserError("sequence_contrast: crop, hide and reorder are 0, so no view differs. Give one of them a share.")
         if not temperature > 0:
             raise UserError(f"sequence_contrast: temperature is {temperature}. It must be positive.")
         self.max_length, self.temperature = max_length, temperature

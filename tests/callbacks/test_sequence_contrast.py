@@ -101,7 +101,7 @@ def batch_of(histories: Tensor) -> dict[str, Tensor]:
     return {"items": items, "mask": items > 0, "target": target}
 
 
-def views_of(batch: dict[str, Tensor], max_length: int) -> tuple[Tensor, Tensor]:
+def views_of(batch: dict[str, Tensor], max_length: int, **shares: float) -> tuple[Tensor, Tensor]:
     """The two views `[B, L]` of each row; -1 is a hidden item."""
     seen: list[Tensor] = []
 
@@ -110,7 +110,7 @@ def views_of(batch: dict[str, Tensor], max_length: int) -> tuple[Tensor, Tensor]
         return torch.zeros(len(items), 2)
 
     student = SimpleNamespace(backbone=SimpleNamespace(causal=True), encode=encode)
-    SequenceContrast(max_length).build(student)(OUTPUT, batch)
+    SequenceContrast(max_length, **shares).build(student)(OUTPUT, batch)
     (views,) = seen
     return views[: len(views) // 2], views[len(views) // 2 :]
 
@@ -134,6 +134,21 @@ def test_each_way_has_a_third_of_the_views_and_each_pair_of_ways_a_third_of_the_
     for view in way:
         assert (view.bincount(minlength=3) / len(items) - 1 / 3).abs().max() < 0.07
     assert (way.sum(0).bincount(minlength=4)[1:] / len(items) - 1 / 3).abs().max() < 0.07
+
+
+@pytest.mark.parametrize(
+    "off", [("crop",), ("hide",), ("reorder",), ("crop", "hide"), ("crop", "reorder"), ("hide", "reorder")]
+)
+def test_a_share_of_0_switches_a_way_off(off):
+    """Two ways left are each in every row, and one makes both views, which differ by chance."""
+    torch.manual_seed(0)
+    items = histories(660)[10::11]
+    views = torch.stack(views_of(batch_of(items), 11, **dict.fromkeys(off, 0.0)))
+    cropped, hidden = ((views == unread).any(2) for unread in (0, -1))
+    made = {"crop": cropped, "hide": hidden, "reorder": ~cropped & ~hidden}
+    for name, of_views in made.items():
+        assert (of_views.sum(0) == (0 if name in off else len(off))).all()
+    assert (views[0] != views[1]).any()
 
 
 @pytest.mark.parametrize("examples", ["sequence", "prefixes", "last"])
@@ -216,6 +231,7 @@ def test_it_adds_no_parameters():
         ({"crop": 1.5}, "crop is 1.5"),
         ({"hide": -0.1}, "hide is -0.1"),
         ({"reorder": 2.0}, "reorder is 2.0"),
+        ({"crop": 0, "hide": 0.0, "reorder": 0}, "crop, hide and reorder are 0"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"decay_epochs": -1}, "decay_epochs is -1"),
     ],
