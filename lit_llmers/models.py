@@ -13,12 +13,13 @@ from lit_llmers.conf.stages import FitStage, InitialConfig
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import SequenceDataModule
-from lit_llmers.data.pairs import PairDataModule
+from lit_llmers.data.pairs import PairDataModule, UnmetItems
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
+from lit_llmers.students.negatives import UnmetDraw
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import load_grounded
@@ -93,9 +94,13 @@ def build_model(stage: Stage, dataset: Dataset, trained: bool = False) -> Recomm
     if isinstance(backbone, CollaborativeBackbone):
         return CollaborativeRecommender(backbone, config.optimizer, config.loss)
     rows = TrainingRows(dataset, config.sequences)
-    popularity = torch.from_numpy(dataset.popularity()) if config.loss.kind == "sampled_softmax" else None
+    kind = config.loss.kind
+    popularity = torch.from_numpy(dataset.popularity()) if kind == "sampled_softmax" else None
+    unmet = None
+    if kind in ("bce", "bpr"):
+        unmet = UnmetDraw.of(UnmetItems(dataset.training_pairs, dataset.users, dataset.n_items))
     per_row = backbone.mean_targets(rows.lengths, rows.targets / len(rows))
-    return SequentialRecommender(backbone, config.optimizer, config.loss, per_row, popularity)
+    return SequentialRecommender(backbone, config.optimizer, config.loss, per_row, popularity, unmet)
 
 
 def offers(stage: Stage, dataset: Dataset) -> dict[str, Any]:

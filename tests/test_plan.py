@@ -129,9 +129,11 @@ def test_recomputed_layers_keep_less_and_compute_more() -> None:
     assert 1.15 < recomputed["flops"] / teacher["flops"] < 1.4
 
 
-@pytest.mark.parametrize("student", ["sasrec", "gru4rec", "bpr-mf"])
-def test_a_step_in_the_rows_of_its_batch_is_planned(student: str) -> None:
-    loss = [] if student == "bpr-mf" else ["student.loss.kind=sampled_softmax", "trainer.gradient_clip_val=null"]
+@pytest.mark.parametrize(
+    ("student", "kind"), [("sasrec", "sampled_softmax"), ("sasrec", "bce"), ("gru4rec", "sampled_softmax"), ("bpr-mf", "bpr")]
+)
+def test_a_step_in_the_rows_of_its_batch_is_planned(student: str, kind: str) -> None:
+    loss = [f"student.loss.kind={kind}", "trainer.gradient_clip_val=null"]
     sparse = "student.model.sparse=true" if student == "bpr-mf" else "+student.model.sparse=true"
     dense = of(planned("recipe=student", f"student={student}", *loss), "student")
     rows = of(planned("recipe=student", f"student={student}", *loss, sparse), "student")

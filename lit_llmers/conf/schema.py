@@ -157,9 +157,9 @@ class LossConfig:
 
     Attributes:
         kind: `cross_entropy`: softmax over the whole catalogue. `sampled_softmax`: over the target and items drawn by
-            popularity once for the batch, with the log-q correction. `bce`, `gbce`, `bpr`: the target against items drawn
-            uniformly for each target. A collaborative student takes `bpr`, `bce` or `sampled_softmax`, each against items drawn
-            uniformly for each target.
+            popularity once for the batch, with the log-q correction. `bce`, `bpr`: the target against items drawn uniformly for
+            each target from those that its user has not met in training. `gbce`: from all but the target. A collaborative
+            student takes `bpr`, `bce` or `sampled_softmax`, each against items drawn as for `bce`.
         negatives: items drawn.
         t: of `gbce`, calibration from 0 (plain BCE) to 1 (fully unbiased).
     """

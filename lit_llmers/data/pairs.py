@@ -45,8 +45,8 @@ class UnmetItems:
         if not self.free.all():
             raise UserError(
                 f"User '{users[self.free.argmin()]}' has met all {n_items} items of the catalogue in training, so none is left "
-                "to be a negative. Raise data.k_core, take more data, or choose a student that needs no negatives, such as "
-                "student=item-knn."
+                "to be a negative. Raise data.k_core, take more data, or choose what needs no negatives: student=item-knn, or "
+                "student.loss.kind=cross_entropy for a student that reads histories."
             )
         self.rank = user * self.stride + item - 1 - (np.arange(len(item)) - self.first[user])  # the keys p_k - 1 - k
         self.shift = np.uint64(60 - len(self.met).bit_length())

@@ -50,7 +50,8 @@ def binary(positive: Tensor, negative: Tensor) -> Tensor:
     """Binary cross-entropy of one positive and K negatives: `-(log sigmoid(s+) + sum log(1 - sigmoid(s-))) / (K + 1)`.
 
     Source: SASRec, "Self-Attentive Sequential Recommendation", ICDM 2018 (arXiv 1808.09781), section III-E, with one
-    negative, where it is a sum: twice this mean. So a paper's weight of a term beside that sum is twice what it is here.
+    negative that the user has not met, where it is a sum: twice this mean. So a paper's weight of a term beside that sum is
+    twice what it is here.
 
     Args:
         positive: `[T]` scores of the targets.

@@ -18,6 +18,7 @@ from lit_llmers.planning.data import Known
 from lit_llmers.stages import Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
+from lit_llmers.students.negatives import UnmetDraw
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.base import DTYPES, BaseConfig, _architecture, _attention, checkpoint_activations
@@ -123,7 +124,13 @@ class Papers:
         if isinstance(backbone, CollaborativeBackbone):
             return CollaborativeRecommender(backbone, config.optimizer, config.loss)
         popularity = torch.ones(self.dataset.n_items + 1) if config.loss.kind == "sampled_softmax" else None
-        return SequentialRecommender(backbone, config.optimizer, config.loss, 1.0, popularity)
+        unmet = None
+        if config.loss.kind in ("bce", "bpr"):
+            pairs, users = (
+                torch.ones(size, dtype=torch.long) for size in (len(self.dataset.training_pairs), self.dataset.n_users)
+            )
+            unmet = UnmetDraw(pairs, users, users, self.dataset.n_items)
+        return SequentialRecommender(backbone, config.optimizer, config.loss, 1.0, popularity, unmet)
 
     def _offers(self, stage: Stage) -> dict[str, Any]:
         data, length = self.dataset, stage.config.sequences.max_length

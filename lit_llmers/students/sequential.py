@@ -13,7 +13,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.losses import sampled
 from lit_llmers.losses.task import cross_entropy
 from lit_llmers.ranking import Catalogue
-from lit_llmers.students.negatives import PopularityDraw, draw_uniform
+from lit_llmers.students.negatives import PopularityDraw, UnmetDraw, draw_uniform
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.recommender import Recommender
 
@@ -31,6 +31,7 @@ class SequentialRecommender(Recommender):
         loss: the task's own loss.
         targets_per_row: mean number of targets in a row as the backbone trains on it.
         popularity: `[n+1]` training interactions of each item, which sampled softmax draws its negatives by.
+        unmet: draws the negatives of `bce` and `bpr`.
         ks: cut-offs of the validation metrics.
     """
 
@@ -43,12 +44,14 @@ class SequentialRecommender(Recommender):
         loss: LossConfig | None = None,
         targets_per_row: float = 1.0,
         popularity: Tensor | None = None,
+        unmet: UnmetDraw | None = None,
         ks: tuple[int, ...] = (5, 10, 20),
     ) -> None:
         super().__init__(backbone, optimizer, ks)
         self.loss = loss or LossConfig()
         self.targets_per_row = targets_per_row
         self.draw = None if popularity is None else PopularityDraw(popularity)
+        self.unmet = unmet
 
     # ---- what the model says -------------------------------------------------------------------------------------------
 
@@ -110,15 +113,15 @@ class SequentialRecommender(Recommender):
             user: `[T, d]` user vectors, one for each target.
             drawn: `[K]` random targets that the loss is estimated from; `user` is then `[K, d]`.
         """
-        target = batch["target"]
-        target = target[target > 0]  # [T]
+        place = batch["target"].flatten().nonzero().squeeze(1)  # [T]
         if drawn is None:
-            return self.reduce(self._per_target(user, target), batch)
-        estimate = self.reduce(self._per_target(user, target[drawn]), batch)
-        return estimate * (len(target) / len(drawn))
+            return self.reduce(self._per_target(user, place, batch), batch)
+        estimate = self.reduce(self._per_target(user, place[drawn], batch), batch)
+        return estimate * (len(place) / len(drawn))
 
-    def _per_target(self, user: Tensor, target: Tensor) -> Tensor:
-        """`[T, d]` user vectors and `[T]` targets 1..n -> `[T]` losses of the configured kind."""
+    def _per_target(self, user: Tensor, place: Tensor, batch: Batch) -> Tensor:
+        """`[T, d]` user vectors and the places `[T]` of their targets in all of the batch's -> `[T]` losses."""
+        target = batch["target"].flatten().index_select(0, place)  # 1..n
         table, kind, n_items = self.item_table(), self.loss.kind, len(self.item_table()) - 1
         if kind == "cross_entropy":
             return cross_entropy(user, table[1:], target - 1)
@@ -126,7 +129,12 @@ class SequentialRecommender(Recommender):
             assert self.draw is not None
             drawn = self.draw(self.loss.negatives)
             return sampled.sampled_softmax(user, table, target, drawn, self.draw.log_q, self.backbone.sparse)
-        negatives = draw_uniform(target, self.loss.negatives, n_items)  # [T, K]
+        if kind == "gbce":  # whose calibration is for negatives from all items
+            negatives = draw_uniform(target, self.loss.negatives, n_items)  # [T, K]
+        else:
+            assert self.unmet is not None
+            columns = batch["target"].numel() // len(batch["target"])
+            negatives = self.unmet(batch["user"].index_select(0, place // columns), self.loss.negatives)
         own, others = (sampled.look_up(table, ids, self.backbone.sparse) for ids in (target, negatives))
         positive = (user * own).sum(1)
         negative = torch.einsum("td,tkd->tk", user, others)

@@ -28,6 +28,7 @@ from lit_llmers.backbones.caser import Caser
 from lit_llmers.backbones.gru4rec import GRU4Rec
 from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.conf.schema import LossConfig
+from lit_llmers.data.pairs import UnmetItems
 from lit_llmers.errors import UserError
 from lit_llmers.fusion import Fusion
 from lit_llmers.fusion.add_projected import AddProjected
@@ -38,6 +39,7 @@ from lit_llmers.fusion.frozen_adapter import FrozenAdapter
 from lit_llmers.fusion.popularity_gate import PopularityGate
 from lit_llmers.onnx_graph import save_onnx, trace
 from lit_llmers.serving import OnnxScorer, score_catalogue
+from lit_llmers.students.negatives import UnmetDraw
 from lit_llmers.students.sequential import SequentialRecommender
 
 TEXT = 24  # width
@@ -227,8 +229,10 @@ def test_ten_users_can_be_learnt_by_heart(pair):
 @pytest.mark.parametrize("kind", ["bce", "sampled_softmax"])
 def test_losses_on_sampled_negatives_train_it_too(fusion, kind, items):
     model = make(fusion, "sasrec").train()
-    student = SequentialRecommender(model, loss=LossConfig(kind, negatives=4), popularity=POPULARITY)
-    batch = {"items": items[:3], "mask": items[:3] > 0, "target": items[[4, 0, 1], -1]}
+    unmet = UnmetDraw.of(UnmetItems(np.array([[0, 1], [1, 2]]), np.arange(2), N_ITEMS))
+    student = SequentialRecommender(model, None, LossConfig(kind, negatives=4), 1.0, POPULARITY, unmet)
+    user = torch.tensor([0, 1, 1])
+    batch = {"user": user, "items": items[:3], "mask": items[:3] > 0, "target": items[[4, 0, 1], -1]}
     loss = student.task_loss(student(batch), batch)
     loss.backward()
     assert torch.isfinite(loss)

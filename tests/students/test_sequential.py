@@ -21,11 +21,13 @@ from lit_llmers.callbacks.resume import SeedEachStep, save
 from lit_llmers.conf.schema import LossConfig, OptimizerConfig, SequenceConfig
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches, SequenceDataModule, TrainingBatches
+from lit_llmers.data.pairs import UnmetItems
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.models import load_weights
 from lit_llmers.record import OnlineTeacher
+from lit_llmers.students.negatives import UnmetDraw
 from lit_llmers.students.sequential import SequentialRecommender
 
 MAX_LENGTH, N_ITEMS = 8, 50
@@ -442,7 +444,8 @@ def test_sparse_gradients_are_the_dense_ones(data, backbone, kind):
     for sparse in (False, True):
         torch.manual_seed(0)
         model = backbone(N_ITEMS, MAX_LENGTH, dim=8, dropout=0.0, init_std=0.3, sparse=sparse)
-        student = SequentialRecommender(model, loss=LossConfig(kind, negatives=3), popularity=popularity)
+        unmet = UnmetDraw.of(UnmetItems(data.training_pairs, data.users, N_ITEMS))
+        student = SequentialRecommender(model, None, LossConfig(kind, negatives=3), 1.0, popularity, unmet)
         student.task_loss(student(batch), batch).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     dense, sparse = gradients
