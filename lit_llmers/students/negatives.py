@@ -22,16 +22,15 @@ class PopularityDraw(nn.Module):
 
     def __init__(self, popularity: Tensor) -> None:
         super().__init__()
-        weight = popularity.double() + 1
+        weight = popularity.long() + 1
         weight[0] = 0
-        share = weight / weight.sum()
-        self.register_buffer("log_q", share.log().float(), persistent=False)
-        self.register_buffer("cumulative", share.cumsum(0), persistent=False)
+        self.register_buffer("log_q", (weight / weight.sum()).log(), persistent=False)
+        self.register_buffer("cumulative", weight.cumsum(0), persistent=False)  # whole numbers: no precision rounds them
 
     def forward(self, number: int) -> Tensor:
         """`[number]` items 1..n, with replacement."""
         uniform = torch.rand(number, dtype=torch.float64, device=self.cumulative.device)
-        return torch.searchsorted(self.cumulative, uniform, right=True).clamp_(1, len(self.cumulative) - 1)
+        return torch.searchsorted(self.cumulative, (uniform * self.cumulative[-1]).long(), right=True)
 
 
 class UnmetDraw(nn.Module):

@@ -15,7 +15,7 @@ from lit_llmers.data.pairs import UnmetItems
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.losses import sampled
-from lit_llmers.students.negatives import UnmetDraw, draw_uniform
+from lit_llmers.students.negatives import PopularityDraw, UnmetDraw, draw_uniform
 from lit_llmers.students.sequential import SequentialRecommender
 
 
@@ -31,6 +31,19 @@ def test_every_item_that_a_user_has_not_met_is_as_likely(met):
     count = drawn[::2].flatten().bincount(minlength=21).numpy()
     assert count[left].sum() == 40_000
     assert chisquare(count[left]).pvalue > 1e-3 if len(left) > 1 else count[left[0]] == 40_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_item_is_drawn_in_proportion_to_its_popularity_in_any_precision(dtype):
+    """Of a thousand items too, which a running sum of shares in bfloat16 could not tell apart."""
+    torch.manual_seed(0)
+    popularity = torch.arange(1001) % 5
+    draw = PopularityDraw(popularity).to(dtype)
+    share = (popularity[1:] + 1).numpy() / (popularity[1:] + 1).sum().item()
+    count = draw(200_000).bincount(minlength=1001).numpy()
+    assert not count[0]
+    assert chisquare(count[1:], 200_000 * share).pvalue > 1e-3
+    assert draw.log_q[1:].float().exp().numpy() == pytest.approx(share, rel=1e-5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("kind", ["bce", "bpr"])
