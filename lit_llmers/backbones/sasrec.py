@@ -16,8 +16,10 @@ class SASRec(Backbone):
     """Causal self-attention over item and position embeddings; the item table also scores (paper, eq. 1-6).
 
     We differ from the paper as pmixer/SASRec.pytorch with `norm_first` does: queries, keys and values all come from the
-    normed input, and the attention has an output projection. Padded keys are masked, which neither code does.
-    Dropout is on the embeddings and on each sub-layer's output (paper, section 3.3), not on attention weights.
+    normed input, and the attention has an output projection. Padded keys are masked, as in the official code (kang205/SASRec)
+    and not in pmixer's.
+    Dropout is on the embeddings and on each sub-layer's output (paper, section 3.3). Both codes have it on attention weights in
+    place of the attention's output, and a second time inside the feed-forward layer, after its first convolution.
     Positions are counted from the right end, so the last item always has the same one.
 
     Args:

@@ -367,6 +367,16 @@ def test_a_weight_beside_a_sum_over_positive_and_negatives_is_divided_where_ours
     torch.testing.assert_close(settings["weight"] / ours, official / theirs)
 
 
+def test_sasrec_at_paper_scale_keeps_nothing_that_was_tuned_here(no_files):
+    config = by_name(resolve(recipes.compose("student", ["data=ml-1m", "scale=paper"])))["student"].config
+    assert (config.model["init_std"], config.optimizer.lr, config.trainer.gradient_clip_val) == (0.02, 1e-3, None)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "cl4srec", "caser", "srgnn", "bpr-mf", "lightgcn", "sgl", "simgcl", "mixgcf"])
+def test_students_whose_codes_do_not_clip_gradients_do_not(name, no_files):
+    assert by_name(resolve(recipes.compose("student", [f"student={name}"])))["student"].config.trainer.gradient_clip_val is None
+
+
 @pytest.mark.parametrize("name", ["hint", "htd"])
 def test_a_wide_teacher_of_text_does_not_drown_the_task(name, no_files):
     """LLaMA's vectors as an encode stage gives them, most of which they share: squares of mean 1, 4,096 of them."""
