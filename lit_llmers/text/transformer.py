@@ -144,7 +144,8 @@ class TextEncoder:
         if self.config.pooling != "eos":
             return self._ids(texts, truncation=True, max_length=self.config.max_tokens)
         end = self.tokenizer.eos_token_id
-        cut = self._ids(texts, truncation=True, max_length=self.config.max_tokens - 1) if self.config.max_tokens > 1 else [[]]
+        room = self.config.max_tokens - 1
+        cut = self._ids(texts, truncation=True, max_length=room) if room else [[] for _ in texts]
         return [ids if ids[-1:] == [end] else [*ids, end] for ids in cut]
 
     def _ids(self, texts: list[str], **cut: Any) -> list[list[int]]:

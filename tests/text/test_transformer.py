@@ -72,6 +72,12 @@ def test_a_long_text_is_cut_and_keeps_its_end_token(models):
         assert last is None or all(ids[-1] == last for ids in cut)
 
 
+def test_with_room_for_the_end_alone_every_text_has_its_row(models):
+    made = encoder(models["llama"], pooling="eos", max_tokens=1)
+    assert made.tokens(TEXTS) == [[2]] * 4
+    assert encode(made, TEXTS).shape == (4, 16)
+
+
 def test_half_precision_gives_float32_vectors_near_those_of_float32(models):
     half, full = (encode(encoder(models["llama"], dtype=dtype), TEXTS) for dtype in ("bfloat16", None))
     assert half.dtype == torch.float32
