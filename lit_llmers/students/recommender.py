@@ -148,10 +148,15 @@ class Recommender(L.LightningModule):
 
     # ---- checkpoints: what callbacks added and what is frozen stay out of the model's own weights ------------------------
 
+    def _frozen(self) -> set[str]:
+        """Names of the weights that do not train; what is tied has several."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         extra = {name: state.pop(name) for name in list(state) if name.startswith("distillation.")}
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen = self._frozen()
         for name in frozen & set(state):  # rebuilt from its base or from another stage's artefact
             del state[name]
         checkpoint["distillation"] = extra
@@ -160,7 +165,7 @@ class Recommender(L.LightningModule):
         if not checkpoint["state_dict"]:  # a sharded strategy has put the weights in place
             return
         own, saved = self.state_dict(), checkpoint["state_dict"]
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen = self._frozen()
         extra = checkpoint.get("distillation", {})
         expected = {name for name in own if not name.startswith("distillation.")} - frozen
         wrong = sorted(name for name in expected & set(saved) if own[name].shape != saved[name].shape)

@@ -92,7 +92,7 @@ class InstructedModel(L.LightningModule):
     # ---- checkpoints: what is frozen is loaded from the base ----------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied head has two names
             if not parameter.requires_grad:
                 checkpoint["state_dict"].pop(name, None)
 

@@ -406,6 +406,19 @@ def test_what_is_frozen_stays_out_of_the_checkpoint(data, tmp_path):
     assert_equal_weights(loaded.state_dict(), student.state_dict())
 
 
+def test_what_is_frozen_stays_out_of_the_checkpoint_under_all_of_its_names(data):
+    """As the head of a language model does whose weights are those of its token table."""
+    backbone = SASRec(N_ITEMS, MAX_LENGTH, dim=8, layers=1)
+    backbone.tokens, backbone.says = (torch.nn.Linear(8, 3, bias=False).requires_grad_(False) for _ in range(2))
+    backbone.says.weight = backbone.tokens.weight
+    student = SequentialRecommender(backbone)
+    checkpoint = {"state_dict": student.state_dict()}
+    student.on_save_checkpoint(checkpoint)
+    assert not {name for name in checkpoint["state_dict"] if "tokens" in name or "says" in name}
+    student.on_load_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == set(student.state_dict())
+
+
 def test_no_gradient_ever_reaches_the_teacher(make, data):
     rows = rows_of(data, "sequence")
     torch.manual_seed(1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from titles import LORA, TITLES, language_model, settings, titled, wording_of
+from titles import BASE, LORA, TITLES, language_model, settings, titled, wording_of
 
 from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.conf.stages import GenerationConfig
@@ -207,3 +207,14 @@ def test_ten_users_are_learnt_by_heart(lora):
     assert items[:, 0].tolist() == expected
     assert scores[:, 0].abs().max() < 1e-4
     assert (scores[:, 1] < -0.1).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_holds_what_trains_and_no_frozen_head(tied):
+    wording = wording_of(titled(HISTORIES))
+    module = InstructedModel(language_model(wording, LORA, config=BASE["config"] | {"tie_word_embeddings": tied}), settings())
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == {name for name, p in module.named_parameters() if p.requires_grad}
+    module.on_load_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == set(module.state_dict())

@@ -98,6 +98,15 @@ def test_a_frozen_base_stays_as_it_is_and_the_summary_says_what_it_cost(stages):
     assert not (stage.folder / "last.ckpt").exists()
 
 
+def test_a_frozen_head_that_is_tied_is_in_no_checkpoint(stages):
+    stage = prepared(stages("+teacher.config.tie_word_embeddings=true"))
+    learner, *_ = learner_of(stage, ["a", "b"])
+    learner.model.requires_grad_(False)
+    checkpoint = {"state_dict": learner.state_dict()}
+    learner.on_save_checkpoint(checkpoint)
+    assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == {"items", "projector"}
+
+
 def test_trained_together_items_of_one_category_become_alike(stages):
     settings = ["trainer.max_epochs=25", "stages.said.train_base=true", "stages.said.dim=16", "stages.said.optimizer.lr=0.01"]
     stage = stages(*settings, "stages.said.fields=[categories]")["said"]
