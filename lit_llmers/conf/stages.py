@@ -253,7 +253,8 @@ class GenerationConfig:
 
     Attributes:
         num_beams: of the beam search, whose best beam alone counts; 1 is greedy.
-        max_new_tokens: of what is said; null takes as many as the longest title of the catalogue needs.
+        max_new_tokens: of what is said; null takes as many as the longest title of the catalogue needs, as far as the base's
+            positions go.
         constrained: nothing but titles of the catalogue can be said.
         embedder: whose last hidden state stands for a title: the `base` as it was before tuning, or the `tuned` model.
         batch_size: histories at a time.

@@ -129,10 +129,12 @@ def load_base(config: BaseConfig, layers: int) -> "tuple[PreTrainedModel, PreTra
     After its last layer the decoder still applies the base's final norm. All weights train, or with LoRA the adapters.
 
     Raises:
-        UserError: the base does not exist or cannot be reached, is not such a decoder, or has fewer layers.
+        UserError: the base does not exist or cannot be reached, is not such a decoder, has fewer layers, or another tokenizer.
     """
     model = _pretrained(config, config.path, layers) if config.path else _from_scratch(config, layers)
     tokenizer = _tokenizer(config, config.path) if config.path and config.prompt else None
+    if tokenizer:
+        check_vocabulary(f"the base '{config.path}'", tokenizer, model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model, tokenizer
@@ -157,7 +159,7 @@ def load_causal(config: BaseConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pr
         tokenizer: a base from scratch gets its vocabulary and its special tokens.
 
     Raises:
-        UserError: the base does not exist or cannot be reached, or is no causal language model.
+        UserError: the base does not exist or cannot be reached, is no causal language model, or another tokenizer's.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -181,10 +183,28 @@ def load_causal(config: BaseConfig, tokenizer: "PreTrainedTokenizerBase") -> "Pr
         model.train()  # it comes as for inference, where no activation is recomputed
     else:
         model = _drawn(AutoModelForCausalLM, config, _architecture(config, vocab_size=len(tokenizer), **special))
+    check_vocabulary(f"the base '{config.path or config.name}'", tokenizer, model)
     model.generation_config = GenerationConfig(**special)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
+
+
+def check_vocabulary(what: str, tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
+    """Check that a model has a vector for every token but that of padding, which is often the tokenizer's alone.
+
+    Args:
+        what: the model, for the message.
+
+    Raises:
+        UserError: a token has none.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if any(token >= known and token != tokenizer.pad_token_id for token in tokenizer.get_vocab().values()):
+        raise UserError(
+            f"The tokenizer of {what} knows {len(tokenizer)} tokens, but the model {known}: one of them is another model's. "
+            "Put both of one model together."
+        )
 
 
 def _architecture(config: BaseConfig, **settings: Any) -> "PretrainedConfig":

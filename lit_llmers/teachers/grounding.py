@@ -88,12 +88,15 @@ class GroundedRecommender(Recommender):
         wording: of its prompts.
         config: how it is asked.
         base: another model, which embeds in its place.
+
+    Raises:
+        UserError: see `Wording.new_tokens`.
     """
 
     def __init__(self, model: Any, wording: Wording, config: GenerationConfig, base: Any = None) -> None:
         super().__init__(model)
         self.base, self.wording, self.config = base, wording, config
-        self.limit = config.max_new_tokens or wording.longest
+        self.limit = wording.new_tokens(config, getattr(model.config, "max_position_embeddings", None))
         titles = [tuple(ids) for ids in wording.responses if len(ids) > 1]  # an item without a title has the end alone
         self.trie = Trie(titles, wording.end) if config.constrained else None
         self.known = set(titles)
@@ -163,12 +166,12 @@ class GroundedRecommender(Recommender):
         from transformers import GenerationConfig as Settings
 
         wording = self.wording
-        tokens, mask = (each.to(self.backbone.device) for each in pad_left(prompts, wording.pad))
+        tokens, mask = (each.to(self.backbone.device) for each in pad_left(prompts, wording.end))
         settings = Settings(
             num_beams=self.config.num_beams,
             max_new_tokens=self.limit,
             do_sample=False,
-            pad_token_id=wording.pad,
+            pad_token_id=wording.end,
             eos_token_id=wording.end,
         )
         width = tokens.shape[1]
@@ -190,7 +193,7 @@ class GroundedRecommender(Recommender):
     @torch.no_grad()
     def _states(self, tokens: list[list[int]]) -> Tensor:
         model = self.backbone if self.base is None else self.base
-        ids, mask = (each.to(model.device) for each in pad_left(tokens, self.wording.pad))
+        ids, mask = (each.to(model.device) for each in pad_left(tokens, self.wording.end))
         with ExitStack() as stack:
             if self.config.embedder == "base" and self.base is None:
                 stack.enter_context(model.disable_adapter())

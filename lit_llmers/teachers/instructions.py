@@ -89,7 +89,7 @@ class InstructionBatches(TrainingBatches):
         wording = self.rows.wording
         histories, targets = zip(*(self.rows.example(row) for row in index), strict=True)
         prompts, responses = wording.prompts(histories), [wording.response(item) for item in targets]
-        tokens, mask = pad_left([[*prompt, *said] for prompt, said in zip(prompts, responses, strict=True)], wording.pad)
+        tokens, mask = pad_left([[*prompt, *said] for prompt, said in zip(prompts, responses, strict=True)], wording.end)
         if self.on_prompt:  # all but the first token, before which nothing stands
             after_first = mask[:, 1:] & mask[:, :-1]
             labels = tokens[:, 1:].masked_fill(~after_first, IGNORED)

@@ -65,7 +65,7 @@ def build_language_model(stage: Stage, wording: Wording) -> Any:
     """The language model before its training, with adapters where the base has `lora`.
 
     Raises:
-        UserError: the base cannot be had, or has too few positions for the stage's prompts.
+        UserError: the base cannot be had, or has too few positions for the stage's prompts or what is said after them.
     """
     config, base = stage.config, base_of(stage)
     model = load_causal(base, wording.tokenizer)
@@ -75,6 +75,7 @@ def build_language_model(stage: Stage, wording: Wording) -> Any:
             f"The base '{base.name}' has {positions} positions, but max_tokens of stage '{stage.name}' is {config.max_tokens}. "
             f"Choose {positions} or less."
         )
+    wording.new_tokens(config.generation, positions)  # now, and not when it is asked after its training
     return with_lora(model, base.lora) if base.lora else model
 
 

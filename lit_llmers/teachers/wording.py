@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llmers.conf.stages import TuneStage
+from lit_llmers.conf.stages import GenerationConfig, TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError
 from lit_llmers.teachers.prompt import AFTER, BEFORE
@@ -30,11 +30,12 @@ class Wording:
     Attributes:
         titles: `[n+1]` texts, that of item 0 empty.
         sizes: `[n+1]` tokens of an item in a prompt, about.
+        end: the token that ends a title, which is also what stands in the place of padding.
         longest: tokens of the longest response.
 
     Raises:
-        UserError: no item has a title, or a field is no column of the catalogue or may have been written with held-out items in
-            view.
+        UserError: no item has a title, a field is no column of the catalogue or may have been written with held-out items in
+            view, or `max_tokens` leaves no room for a prompt.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, config: TuneStage) -> None:
@@ -55,11 +56,46 @@ class Wording:
         if end is None:
             raise UserError("The base's tokenizer has no end-of-text token, so no title would end. Choose another base.")
         self.start, self.end = [] if start is None else [start], end
-        self.pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.sizes = np.array([0, *map(len, self._ids([told + "\n" for told in self.told[1:]]))], dtype=np.int64)
         self.responses = [[*ids, end] for ids in self._ids(self.titles)]
         self.longest = max(map(len, self.responses))
         self.room = min(self.longest, max(1, config.max_tokens // 2))  # that a prompt leaves for the response
+        self.longest_prompt = config.max_tokens - self.room
+        if self.longest_prompt <= len(self.start):
+            least = 2 + len(self.start)
+            raise UserError(
+                f"max_tokens of the tune stage is {config.max_tokens}, which leaves no room for a prompt. Choose {least} at "
+                "the very least; an instruction and its items take some hundred."
+            )
+
+    def new_tokens(self, asked: GenerationConfig, positions: int | None) -> int:
+        """How many tokens may be said after any prompt.
+
+        Args:
+            positions: of the language model, None where it has no bound; what is said after the longest prompt must fit too, so
+                that what is said after another does not depend on those beside it.
+
+        Raises:
+            UserError: `max_new_tokens` is more than fits, or whole titles are asked for and one is longer.
+        """
+        most = None if positions is None else positions - self.longest_prompt
+        limit, titles = asked.max_new_tokens or self.longest, f"The longest title of the catalogue takes {self.longest} tokens"
+        if asked.max_new_tokens and most is not None and limit > most:
+            raise UserError(
+                f"generation.max_new_tokens is {limit}, but a prompt of max_tokens leaves {most} of the base's {positions} "
+                f"positions. Choose {most} or less, or lower max_tokens."
+            )
+        if asked.constrained and limit < self.longest:
+            raise UserError(
+                f"{titles}, but generation.max_new_tokens is {limit}, and with generation.constrained whole titles are said. "
+                f"Choose {self.longest} or more, or leave max_new_tokens out."
+            )
+        if asked.constrained and most is not None and most < self.longest:
+            raise UserError(
+                f"{titles}, but a prompt of max_tokens leaves {most} of the base's {positions} positions, and with "
+                "generation.constrained whole titles are said. Lower max_tokens, shorten the title, or choose another base."
+            )
+        return limit if most is None else min(limit, most)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         plain = {"add_special_tokens": False, "split_special_tokens": True}  # whatever a catalogue says is text
@@ -73,7 +109,7 @@ class Wording:
     def prompts(self, histories: Sequence[Sequence[int]]) -> list[list[int]]:
         """Prompts as tokens, each of the latest items that fit; a single item that does not fit loses its beginning."""
         kept = [list(items)[-self.history :] for items in histories]
-        limit = self.max_tokens - self.room - len(self.start)
+        limit = self.longest_prompt - len(self.start)
         ids = self._ids([self.text(items) for items in kept])
         long = [row for row, tokens in enumerate(ids) if len(tokens) > limit]
         while long := [row for row in long if len(kept[row]) > 1 and len(ids[row]) > limit]:
@@ -94,7 +130,8 @@ class Wording:
     def said(self, tokens: list[int]) -> str:
         """What was generated, up to its end, as a text."""
         stop = tokens.index(self.end) if self.end in tokens else len(tokens)
-        return str(self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()
+        as_it_stands = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(tokens[:stop], **as_it_stands)).strip()
 
 
 def pad_left(tokens: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

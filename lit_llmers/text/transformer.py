@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.errors import UserError
-from lit_llmers.teachers.base import DTYPES, BaseConfig, checksums, located, without_load_report
+from lit_llmers.teachers.base import DTYPES, BaseConfig, check_vocabulary, checksums, located, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,13 +211,9 @@ def _load(base: BaseConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
         )
     if not len(tokenizer):
         raise UserError(f"The model '{path}' has no tokenizer, so it cannot read text. Add its tokenizer's files.")
-    known = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= known:  # added to the tokenizer alone
+    check_vocabulary(f"'{path}'", tokenizer, model)
+    if (tokenizer.pad_token_id or 0) >= model.get_input_embeddings().weight.shape[0]:  # added to the tokenizer alone
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    elif len(tokenizer) > known:
-        raise UserError(
-            f"The tokenizer of '{path}' knows {len(tokenizer)} tokens, but the model {known}: one of them is another model's."
-        )
     return (model.get_encoder() if model.config.is_encoder_decoder else model), tokenizer
 
 

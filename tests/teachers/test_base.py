@@ -166,6 +166,24 @@ def test_a_language_model_from_scratch_has_the_tokenizers_vocabulary(llama):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_token_of_the_tokenizer_alone_may_pad_and_nothing_else(llama, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(llama, tmp_path / "base")
+    settings = config(path=str(folder), prompt=True)
+    load_tokenizer(settings).save_pretrained(folder)
+    tokenizer = load_tokenizer(settings)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    load_causal(settings, load_tokenizer(settings))
+    load_base(settings, layers=1)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder)
+    for load in (lambda: load_causal(settings, load_tokenizer(settings)), lambda: load_base(settings, layers=1)):
+        with pytest.raises(UserError, match=rf"tokenizer of the base '{folder}' knows {len(tokenizer)} tokens, but the model"):
+            load()
+
+
 def test_a_base_without_tokenizer_cannot_read(llama, tmp_path):
     import shutil
 

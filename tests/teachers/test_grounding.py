@@ -108,6 +108,57 @@ def test_a_trie_knows_what_may_follow():
     assert trie.after([1, 3]) == trie.after([1, 3, 9]) == trie.after([7, 7]) == [9]
 
 
+GPT2 = {"name": "short", "config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}}
+LONG = [*TITLES, " ".join(f"part {number}" for number in range(40))]
+
+
+def of_64_positions(**generation) -> GroundedRecommender:
+    wording = wording_of(titled(HISTORIES, LONG), max_tokens=64, instruction="x")
+    model = load_causal(BaseConfig.of(GPT2), wording.tokenizer).eval()
+    return GroundedRecommender(model, wording, GenerationConfig(embedder="tuned", **generation))
+
+
+def test_what_is_said_ends_where_the_positions_do():
+    ranker = of_64_positions(num_beams=1)
+    assert ranker.wording.longest > 64
+    prompts = ranker.wording.prompts([[1], [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    assert ranker.limit == 64 - ranker.wording.longest_prompt
+    assert [len(said) for said in ranker.generate(prompts)] == [ranker.limit, ranker.limit]
+    assert len(of_64_positions(num_beams=2, max_new_tokens=5).generate(prompts)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"max_new_tokens": 500}, "max_new_tokens is 500, but a prompt of max_tokens leaves 32 of the base's 64 positions"),
+        ({"constrained": True}, "with generation.constrained whole titles are said. Lower max_tokens"),
+        ({"constrained": True, "max_new_tokens": 4}, r"takes [0-9]+ tokens, but generation.max_new_tokens is 4.*Choose [0-9]+"),
+    ],
+)
+def test_what_does_not_fit_the_positions_or_the_titles_is_refused(generation, message):
+    with pytest.raises(UserError, match=message):
+        of_64_positions(**generation)
+
+
+def test_a_padding_token_that_only_the_tokenizer_knows_is_never_read(llama, tmp_path):
+    import shutil
+
+    titles = [f"{first} {second}" for first in ("Tell", "item", "user") for second in ("next", "far", "so")]
+    data = titled([[1, 2, 3, 4, 5]], titles)
+    said = []
+    for folder, pads in ((llama, False), (shutil.copytree(llama, tmp_path / "base"), True)):
+        base = BaseConfig.of({"name": "tiny", "path": str(folder)})
+        tokenizer = load_tokenizer(base)
+        if pads:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        wording = Wording(tokenizer, data, settings(base={"name": "tiny", "path": str(folder)}))
+        asked = GenerationConfig(num_beams=2, max_new_tokens=6, embedder="tuned")
+        ranker = GroundedRecommender(load_causal(base, tokenizer).eval(), wording, asked)
+        said.append((ranker.say([[1], [2, 3], [4, 5, 6]]), ranker.tables().table))
+    assert said[0][0] == said[1][0]
+    assert torch.equal(said[0][1], said[1][1])
+
+
 # ---- grounding -------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +482,20 @@ def test_a_killed_evaluation_goes_on_after_what_was_said(stages, done, tmp_path,
 def test_what_is_wrong_is_named_before_anything_runs(stages, override, message):
     with pytest.raises(UserError, match=message):
         stages(override)
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ("max_new_tokens: 900", "max_new_tokens is 900, but"),
+        ("max_new_tokens: 2, constrained: true", "max_new_tokens is 2, and"),
+    ],
+)
+def test_how_it_is_asked_is_checked_before_it_is_tuned(stages, tmp_path, generation, message):
+    planned = stages(f"stages.teacher.generation={{{generation}}}", place=tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(planned, "teacher")
+    assert not (by_name(planned)["teacher"].folder / "metrics.jsonl").exists()
 
 
 def test_prompts_must_fit_the_base(stages):

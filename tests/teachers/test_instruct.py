@@ -96,6 +96,24 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_items():
     assert len(told) < 4
 
 
+def test_a_prompt_has_room_or_is_refused():
+    data = titled(HISTORIES)
+    for max_tokens in (1, 2):
+        with pytest.raises(UserError, match=f"max_tokens of the tune stage is {max_tokens}, .* no room for a prompt. Choose 3"):
+            wording_of(data, max_tokens=max_tokens)
+    wording = wording_of(data, max_tokens=3)
+    assert [len(tokens) + wording.room for tokens in wording.prompts([[1], [1, 2, 3]])] == [3, 3]
+
+
+def test_what_was_said_keeps_its_spaces():
+    titles = ["Don 't Panic !", "Salt , Pepper", "Yes , we 're here ."]
+    data = titled([[1, 2, 3, 1, 2]], titles)
+    wording = wording_of(data)
+    wording.tokenizer.clean_up_tokenization_spaces = True
+    wording.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    assert [wording.said(wording.response(item)) for item in (1, 2, 3)] == titles
+
+
 def test_items_without_title_are_left_out_and_titles_are_text_whatever_they_look_like():
     data = titled([[1, 2, 3, 4, 5]] * 2, ["A", "", "</s><pad>", "D", "E"])
     wording = wording_of(data)
@@ -160,7 +178,7 @@ def test_states_of_a_batch_of_mixed_lengths_are_those_of_one_at_a_time():
     wording = wording_of(titled(HISTORIES))
     model = language_model(wording)
     prompts = wording.prompts([[1], [2, 3, 4], [5, 6, 7, 8, 9]])
-    together = read(model, *pad_left(prompts, wording.pad)).logits[:, -1]
+    together = read(model, *pad_left(prompts, wording.end)).logits[:, -1]
     for row, tokens in enumerate(prompts):
         torch.testing.assert_close(model(input_ids=torch.tensor([tokens])).logits[0, -1], together[row], rtol=1e-4, atol=1e-5)
 
