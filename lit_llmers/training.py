@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 
 from lit_llmers.building import RECORDS, build_callbacks, references
+from lit_llmers.callbacks.float32 import TrainInFloat32
 from lit_llmers.callbacks.preemption import StopWhenAsked, leave_signals_alone
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
@@ -87,6 +88,7 @@ def _sources(stage: Stage, dataset: Dataset, data: Any) -> dict[str, Any]:
 def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
     """Lightning's Trainer with the stage's settings."""
     settings = stage.config.trainer
+    weights = [TrainInFloat32()] if settings.trains_in_float32 else []
     stopping = [StopWhenAsked(each) for each in callbacks if isinstance(each, LastCheckpoint)]
     trainer = L.Trainer(
         accelerator=settings.accelerator,
@@ -102,7 +104,7 @@ def make_trainer(stage: Stage, callbacks: list[L.Callback]) -> L.Trainer:
         log_every_n_steps=settings.log_every,
         num_sanity_val_steps=0,
         logger=stage.loggers(),
-        callbacks=[*callbacks, *stopping],
+        callbacks=[*callbacks, *weights, *stopping],
         enable_checkpointing=False,  # LastCheckpoint and BestCheckpoint
         enable_progress_bar=False,  # Progress
         enable_model_summary=False,

@@ -151,6 +151,25 @@ def test_a_deep_model_drawn_from_its_first_layers_is_the_deep_model(monkeypatch:
     assert drawn["flops"] == pytest.approx(whole["flops"], rel=0.01)
 
 
+def test_what_trains_is_planned_in_float32_and_what_serves_in_its_own_type() -> None:
+    half = ["teacher.dtype=bfloat16", "trainer.precision=bf16-mixed", *SMALL]
+    full, whole = (planned("recipe=slmrec", *half, f"trainer={trainer}") for trainer in ("single", "zero3"))
+    lora = planned("recipe=slmrec", *half, "teacher.lora={rank:4,alpha:8,dropout:0.0,targets:[q_proj]}")
+    float32 = planned("recipe=slmrec", "trainer.precision=bf16-mixed", *SMALL)
+    counts = of(full, "teacher")["parameters"]
+    base = counts["trainable"] - (128 * 64 + 64) - 64 * 128
+    for name in ("weights", "gradients", "optimizer", "activations", "peak"):
+        assert of(full, "teacher")["memory"][name] == of(float32, "teacher")["memory"][name]
+    assert of(full, "teacher")["memory"]["gradients"] == 4 * counts["trainable"]
+    assert of(full, "teacher")["memory"]["optimizer"] == 8 * counts["trainable"]
+    assert of(float32, "teacher")["memory"]["weights"] - of(lora, "teacher")["memory"]["weights"] == 2 * base - 4 * 8 * 4 * 128
+    own = counts["trainable"] // of(whole, "teacher")["processes"]
+    assert of(whole, "teacher")["memory"]["gradients"] == 2 * own, "DeepSpeed has float32 weights of its own"
+    assert of(whole, "teacher")["memory"]["optimizer"] == 12 * own
+    assert of(float32, "signals")["memory"]["weights"] - of(full, "signals")["memory"]["weights"] == 2 * base
+    assert of(whole, "signals")["memory"]["weights"] == of(full, "signals")["memory"]["weights"]
+
+
 def test_a_batch_is_divided_among_processes() -> None:
     one = of(planned("recipe=slmrec", *SMALL), "teacher")
     four = of(planned("recipe=slmrec", "trainer=ddp", "trainer.devices=4", *SMALL), "teacher")

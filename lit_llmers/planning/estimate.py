@@ -130,7 +130,7 @@ class Estimator:
         self._trained(out, training, trainer, ranking)
         validations = (out.epochs or 0) // trainer.validate_every
         number = -(-held_out // size) * validations * trainer.processes
-        self._add(out, ranking, share, number, steps.precision(model, trainer), trainer.processes)
+        self._add(out, ranking, share, number, training.precision, trainer.processes)
 
     def _tune(self, stage: Stage, out: Estimate) -> None:
         config: TuneStage = stage.config

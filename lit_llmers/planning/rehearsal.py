@@ -121,24 +121,15 @@ def _take(tensor: Tensor, other: Tensor) -> None:
     tensor.data = other.data
 
 
-def faked(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model, in place, with fake tensors where real ones are left. Call it inside `pretending`.
-
-    Args:
-        dtype: of its floating-point weights, for a run that converts them all.
-    """
+def faked(model: nn.Module) -> nn.Module:
+    """The model, in place, with fake tensors where real ones are left. Call it inside `pretending`."""
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
-                if tensor is None or (_fake(tensor) and dtype is None):
+                if tensor is None or _fake(tensor):
                     continue
-                kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                empty = torch.empty(tensor.shape, dtype=kind)
-                if isinstance(tensor, nn.Parameter) and _fake(tensor):
-                    tensor.data = empty
-                else:
-                    trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-                    store[name] = nn.Parameter(empty, trained) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+                empty: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
+                store[name] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return model
 
 

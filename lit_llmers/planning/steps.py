@@ -1,7 +1,7 @@
 """The steps of a stage's model, rehearsed: of training, of ranking, of reading texts. All of it goes inside `pretending`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import CollaborativeBackbone
+from lit_llmers.callbacks.float32 import HALVES
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.planning.rehearsal import Rehearsal, faked, rehearse_inference, rehearse_training
 from lit_llmers.planning.sharing import Sizes, base_of, sizes_of
@@ -26,7 +27,8 @@ class Training:
     Attributes:
         step: of a full batch of the longest rows.
         share: how long a row is on average, as a part of the longest.
-        sizes: of the weights.
+        sizes: of the weights as they train.
+        own: of the weights as they are stored, and frozen.
         precision: that its products are computed in.
         other: the step with layers recomputed, or not, whichever it does not do; None where there is no choice.
     """
@@ -34,26 +36,27 @@ class Training:
     step: Rehearsal
     share: float
     sizes: Sizes
+    own: Sizes
     precision: str
     other: Rehearsal | None = None
 
 
 def training_step(model: Any, loss: Callable[[], Tensor], trainer: TrainerConfig, share: float) -> Training:
     """Rehearse a step as the trainer takes it, with and without recomputed layers where there is a choice."""
-    autocast, dtype = types(trainer)
-    faked(model, dtype)
+    autocast, own = types(trainer)[0], sizes_of(faked(model))
     accumulate = trainer.accumulate_grad_batches > 1 or trainer.strategy == "ddp"  # whose buckets hold the gradients
 
     def rehearse() -> Rehearsal:
         return _deep(model, lambda: rehearse_training(model, loss, autocast, accumulate))
 
-    step, other, base = rehearse(), None, base_of(model)
-    if base is not None and getattr(base, "supports_gradient_checkpointing", False):
-        recomputes = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
-        _recompute(base, not recomputes)
-        other = rehearse()
-        _recompute(base, recomputes)
-    return Training(step, share, sizes_of(model), precision(model, trainer), other)
+    with _as_trained(model, trainer):
+        step, other, base = rehearse(), None, base_of(model)
+        if base is not None and getattr(base, "supports_gradient_checkpointing", False):
+            recomputes = any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
+            _recompute(base, not recomputes)
+            other = rehearse()
+            _recompute(base, recomputes)
+        return Training(step, share, sizes_of(model), own, precision(model, trainer), other)
 
 
 def ranking_step(model: Recommender, rows: int, length: int, trainer: TrainerConfig | None = None) -> Rehearsal:
@@ -67,13 +70,35 @@ def ranking_step(model: Recommender, rows: int, length: int, trainer: TrainerCon
         return tables, model.vectors(batch, tables)
 
     faked(model)
-    return _deep(model, lambda: rehearse_inference(model, ask, types(trainer)[0] if trainer else None))
+    with _as_trained(model, trainer) if trainer else nullcontext():
+        return _deep(model, lambda: rehearse_inference(model, ask, types(trainer)[0] if trainer else None))
 
 
 def reading_step(model: Any, read: Callable[[], Any]) -> Rehearsal:
     """One batch of texts without gradients."""
     faked(model)
     return _deep(model, lambda: rehearse_inference(model, read))
+
+
+@contextmanager
+def _as_trained(model: nn.Module, trainer: TrainerConfig) -> Iterator[None]:
+    """Inside, the weights have the types that they train in."""
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    own, (_, every) = [tensor.dtype for tensor in tensors], types(trainer)
+    for tensor in tensors:
+        trained = tensor.requires_grad and tensor.dtype in HALVES and trainer.trains_in_float32
+        _retyped(tensor, torch.float32 if trained else every)
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, own, strict=True):
+            _retyped(tensor, dtype)
+
+
+def _retyped(tensor: Any, dtype: torch.dtype | None) -> None:
+    """Another type for a fake tensor of floating-point numbers."""
+    if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+        tensor.data = torch.empty(tensor.shape, dtype=dtype)
 
 
 def types(trainer: TrainerConfig) -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -47,7 +47,7 @@ def _cures(stage: Stage, estimate: Estimate, card: Card) -> list[str]:
         of = "contrast" if stage.verb == "encode" and stage.config.contrast else "base"
         out.append(f"gradient_checkpointing=true of its {of} ({otherwise / GIB:.1f} GiB)")
     if sizes.base_trained > 0.5 * sizes.base:
-        adapters = replace(sizes, base_trained=0, trained=max(1, sizes.trained - _elements(training)))
+        adapters = replace(training.own, base_trained=0, trained=max(1, sizes.trained - _elements(training)))
         peak = held_by(adapters, trainer).total + beyond
         if peak <= card.usable:
             out.append(f"LoRA adapters on its base ({peak / GIB:.1f} GiB)")
@@ -55,7 +55,7 @@ def _cures(stage: Stage, estimate: Estimate, card: Card) -> list[str]:
         worlds = [2**power for power in range(1, 7) if 2**power > trainer.processes and trainer.batch_size % 2**power == 0]
         for world in worlds:
             rows = beyond * trainer.processes / world if beyond > memory["validation"] else beyond
-            peak = held_by(sizes, trainer, "zero3", world).total + int(max(rows, memory["validation"]))
+            peak = held_by(training.own, trainer, "zero3", world).total + int(max(rows, memory["validation"]))
             if peak <= card.usable:
                 out.append(f"trainer=zero3 on {world} processes ({peak / GIB:.1f} GiB)")
                 break

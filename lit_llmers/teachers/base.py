@@ -34,7 +34,8 @@ class BaseConfig:
         revision: branch, tag or commit on the hub.
         config: settings of a Hugging Face configuration when built from scratch; `model_type` defaults to llama.
         seed: of the random weights when built from scratch.
-        dtype: of the base's weights: float32, bfloat16 or float16.
+        dtype: of the base's weights: float32, bfloat16 or float16. Those that train are float32 meanwhile, see
+            `lit_llmers.callbacks.float32`; with trainer.precision=bf16-mixed their products are in half.
         attention: Hugging Face's `attn_implementation`; None lets it choose.
         gradient_checkpointing: recompute layers in the backward pass, to save memory.
         lora: adapters on a frozen base; None trains the whole base.

@@ -246,6 +246,12 @@ stages:
 """
 TARGETS = ["sequences.targets_per_user=1", "evaluation.users=30", "signals.shard_rows=40"]
 WITH_LORA = "teacher.lora={rank: 4, alpha: 8, dropout: 0.1, targets: [q_proj, v_proj]}"
+RESUMED = {
+    "full": [],
+    "lora": [WITH_LORA],
+    "ranking": ["stages.teacher.validate=ranking"],
+    "half": ["teacher.dtype=bfloat16", "trainer.precision=bf16-mixed"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -330,13 +336,13 @@ def test_how_it_is_asked_makes_other_lists_and_no_other_teacher(stages, done):
     assert by_name(stages("stages.teacher.history=3"))["teacher"].fingerprint != done["teacher"].fingerprint
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_peft_and_transformers_load_what_was_tuned(stages, done, lora):
+@pytest.mark.parametrize("tuned", ["full", "lora", "half"])
+def test_peft_and_transformers_load_what_was_tuned(stages, done, tuned):
     """Without anything of ours: the same logits."""
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    planned = stages(*([WITH_LORA] if lora else []))
+    planned, lora = stages(*RESUMED[tuned]), tuned == "lora"
     run(planned, "teacher")
     stage = by_name(planned)["teacher"]
     folder = stage.folder / tuning.MODEL
@@ -349,13 +355,14 @@ def test_peft_and_transformers_load_what_was_tuned(stages, done, lora):
     tokens = torch.tensor([ours.wording.prompts([[1, 2, 3]])[0]])
     assert tokenizer(ours.wording.text([1, 2, 3]), add_special_tokens=False)["input_ids"] == tokens[0, 1:].tolist()
     torch.testing.assert_close(model.eval()(input_ids=tokens).logits, ours.backbone(input_ids=tokens).logits)
+    assert model.dtype == ours.backbone.dtype == (torch.bfloat16 if tuned == "half" else torch.float32)
     if lora:
         assert (model(input_ids=torch.tensor([[5, 6, 7]])).logits - plain).abs().max() > 1e-3
         assert all("lora_" in name for name in weights(stage))
         assert stage.summary["parameters"]["trainable"] == sum(value.numel() for value in weights(stage).values())
 
 
-@pytest.mark.parametrize("overrides", [[], [WITH_LORA], ["stages.teacher.validate=ranking"]], ids=["full", "lora", "ranking"])
+@pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED)
 @pytest.mark.parametrize("batches", [2, 10])  # six batches are an epoch; a checkpoint comes every three
 def test_killed_and_resumed_equals_uninterrupted(stages, tmp_path, monkeypatch, overrides, batches):
     whole = stages(*overrides)
