@@ -221,7 +221,7 @@ def run(stage: Stage) -> dict[str, Any]:
     device = torch.device("cuda", mine.local_rank) if accelerated else torch.device("cpu")
     model = load_model(teacher, dataset).to(device)
     if isinstance(model, GroundedRecommender):  # a shard may take it hours
-        model.keep(stage.folder / SAID.format(mine.rank))
+        model.keep(stage.folder / SAID.format(mine.rank), sorted(stage.folder.glob(SAID.format("*"))))
     question: Question = QUESTIONS[config.record](model, config, teacher, dataset)
     if config.online:
         return {"rows": question.rows, "bytes": 0, "online": True}
@@ -235,6 +235,8 @@ def run(stage: Stage) -> dict[str, Any]:
     recorded = sum(map(len, _missing(writers, Processes())))
     missing = _missing(writers, mine)
     for rows in missing:
+        if isinstance(model, GroundedRecommender):  # batches of a shard are then the same whichever were filled before
+            model.memory.clear()
         with ExitStack() as stack:
             shards = {name: stack.enter_context(writer.shard(rows)) for name, writer in writers.items()}
             for number, answers in question.answers(rows, device):

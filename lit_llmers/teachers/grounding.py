@@ -18,12 +18,12 @@ from torch import Tensor
 from lit_llmers.conf.stages import GenerationConfig, TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch
-from lit_llmers.journal import read_journal
+from lit_llmers.preemption import stop_if_asked
 from lit_llmers.ranking import Catalogue
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import load_causal
 from lit_llmers.teachers.language_model import base_of, build_language_model, load_tuned, load_wording, read
-from lit_llmers.teachers.transcript import Transcript
+from lit_llmers.teachers.transcript import Transcript, said_in
 from lit_llmers.teachers.wording import Wording, pad_left
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class GroundedRecommender(Recommender):
     """Ranks items by the distance of their titles to what a language model says after a history.
 
     Scores are negative distances. What was said after a history is remembered, so a second question about it costs nothing.
-    An item without a title is embedded as an empty text.
+    Items without a title cannot be meant: they are as far away as the farthest title could be, `||h(said)|| + max ||h(title)||`.
 
     Args:
         model: says titles; of Hugging Face, or PEFT's wrapper around one.
@@ -110,13 +110,13 @@ class GroundedRecommender(Recommender):
         self.memory: dict[tuple[int, ...], str] = {}
         self.vector: dict[tuple[int, ...], Tensor] = {}
 
-    def keep(self, path: Path) -> None:
-        """Keep what is said from now on in a file, and take from it what an interrupted pass has said."""
-        self.transcript = Transcript(path)
+    def keep(self, path: Path, others: Iterable[Path] = ()) -> None:
+        """Keep what is said from now on in a file, and take from it and the others what an interrupted pass has said."""
+        self.transcript = Transcript(path, others)
 
     def kept(self, paths: Iterable[Path]) -> Work:
         """What it cost to say what is kept in these files: all of a pass, its interruptions and other processes included."""
-        entries = [entry for path in paths for entry in read_journal(path)]
+        entries = said_in(paths).values()
         said = [ids for entry in entries for ids in entry["said"]]
         read = sum(entry["read"] for entry in entries) if all("read" in entry for entry in entries) else 0
         return Work(len(said), read, sum(map(len, said)), self._titles(said), sum(entry["seconds"] for entry in entries))
@@ -139,7 +139,11 @@ class GroundedRecommender(Recommender):
         return [self.memory[key] for key in keys]
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        """The best beam after each prompt, as tokens up to its end."""
+        """The best beam after each prompt, as tokens up to its end.
+
+        Raises:
+            Stopped: this process was asked to stop, and what was said is kept.
+        """
         found = self.transcript.find(prompts) if self.transcript else None
         if found is None:
             started = time.perf_counter()
@@ -147,6 +151,7 @@ class GroundedRecommender(Recommender):
             seconds = time.perf_counter() - started
             if self.transcript:
                 self.transcript.add(prompts, said, seconds)
+                stop_if_asked()
         else:
             said, seconds = found
             self.work.before += seconds
@@ -201,22 +206,28 @@ class GroundedRecommender(Recommender):
         return states[:, -1].clone()  # a view would keep the states of all positions
 
     def tables(self) -> Catalogue:
-        """Vectors of all titles, such that a dot product is `||u||^2 - D^2`: `[2 h(title), -||h(title)||^2]`, float64."""
+        """Vectors of all titles, such that a dot product with `vectors` is `||h(said)||^2 - D^2`, float64.
+
+        They are `[2 h(title), -||h(title)||^2, 0]`, and of items without a title, m the largest norm, `[0, -m^2, -2 m]`.
+        """
         titles = self.embed(self.titles)
-        table = torch.cat([2 * titles, -titles.square().sum(1, keepdim=True)], 1)
+        square = titles.square().sum(1, keepdim=True)
+        titled = torch.tensor([bool(title) for title in self.wording.titles[1:]], device=titles.device)[:, None]
+        largest = square[titled].max()
+        table = torch.cat([2 * titles * titled, -square.where(titled, largest), -2 * largest.sqrt() * ~titled], 1)
         return Catalogue(torch.cat([table.new_zeros(1, table.shape[1]), table]))
 
     def vectors(self, batch: Batch, tables: Catalogue) -> tuple[Tensor, Catalogue]:
-        """`[h(said), 1]` of each history in `items`, and the catalogue."""
+        """`[h(said), 1, ||h(said)||]` of each history in `items`, and the catalogue."""
         histories = [items[items > 0].tolist() for items in batch["items"].cpu()]
         said = self.embed([tuple(self.wording.title(text)) for text in self.say(histories)])
-        return torch.cat([said, said.new_ones(len(said), 1)], 1), tables
+        return torch.cat([said, said.new_ones(len(said), 1), said.norm(dim=1, keepdim=True)], 1), tables
 
     def top_items(self, batch: Batch, k: int, tables: Catalogue | None = None) -> tuple[Tensor, Tensor]:
         """As in every recommender; the scores are negative distances."""
         items, scores = super().top_items(batch, k, tables)
-        histories = self.vectors(batch, tables or self.tables())[0][:, :-1]  # remembered
-        distance = (histories.square().sum(1, keepdim=True) - scores).clamp(min=0).sqrt()
+        norm = self.vectors(batch, tables or self.tables())[0][:, -1:]  # remembered
+        distance = (norm.square() - scores).clamp(min=0).sqrt()
         return items, torch.where(items > 0, -distance, scores)
 
 

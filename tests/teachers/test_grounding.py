@@ -1,5 +1,7 @@
 """What a language model says, and the items that are meant by it."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from test_resume import KillAfter, Killed, link
 from tiny import assert_equal_weights, by_name, small, weights
 from titles import LORA, TITLES, as_if_tuned, language_model, settings, titled, wording_of
 
-from lit_llmers import record, tuning
+from lit_llmers import preemption, record, tuning
 from lit_llmers.conf.stages import GenerationConfig
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.errors import UserError
@@ -66,10 +68,13 @@ def test_what_was_said_is_known_again_batch_by_batch(tmp_path):
 
 
 def test_a_model_that_says_nothing_says_no_title_though_an_item_has_none():
-    ranker = ranker_of(titled(HISTORIES, [*TITLES, ""]), num_beams=1)
+    ranker = ranker_of(titled(HISTORIES, [*TITLES, ""]), num_beams=1, embedder="tuned")
     ranker._best_beams = lambda prompts: [[ranker.wording.end] for _ in prompts]
     ranker.say(ASKED)
     assert ranker.work.exact == 0
+    items, scores = ranker.top_items(batch_of(ASKED), 16)
+    assert items[:, -1].tolist() == [16] * 4, "what has no title is not what was meant by saying nothing"
+    assert (scores[:, -1] < scores[:, -2]).all()
     title = ranker.wording.response(3)
     ranker.forget()
     ranker._best_beams = lambda prompts: [title for _ in prompts]
@@ -180,6 +185,8 @@ def test_ranks_and_lists_are_those_of_all_distances_by_hand(embedder, lora):
     distance = np.linalg.norm(
         vectors_by_hand(by_hand, wording, said)[:, None] - vectors_by_hand(by_hand, wording, titles)[None], axis=2
     )
+    sizes = [np.linalg.norm(vectors_by_hand(by_hand, wording, texts), axis=1) for texts in (said, titles[:-1])]
+    distance[:, 16] = sizes[0] + sizes[1].max()
     batch = batch_of(ASKED) | {"target": torch.tensor([4, 16, 3, 17])}
     batch |= {"seen_row": torch.tensor([0, 1, 1, 2, 3, 3]), "seen_item": torch.tensor([1, 2, 3, 5, 4, 5])}
     ranks, (items, scores) = ranker.ranks(batch), ranker.top_items(batch, 17)
@@ -429,6 +436,52 @@ def test_a_record_of_one_shard_goes_on_after_what_was_said(stages, done, tmp_pat
         for place in (stage, done["users"])
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("by", [0, 1], ids=["same", "other"])
+def test_a_record_of_several_shards_says_nothing_twice(stages, tmp_path, monkeypatch, by):
+    """Histories of one item, which shards have in common; and another process may go on than the one that was killed."""
+    short = ["stages.teacher.history=1", "stages.teacher.generation={num_beams: 1, max_new_tokens: 3, embedder: tuned}"]
+    before = stages(*short)
+    run(before, "teacher")
+    stage = link(stages(*short, place=tmp_path), by_name(before), "users")
+    best_beams, said, second = GroundedRecommender._best_beams, [], []
+
+    def fails_within_the_second_shard(self, prompts):
+        if len(list(stage.folder.glob("ranking-items/shard-*.npy"))) == 1:
+            second.append(prompts)
+            if len(second) == 2:
+                raise Killed
+        said.append(prompts)
+        return best_beams(self, prompts)
+
+    monkeypatch.setattr(GroundedRecommender, "_best_beams", fails_within_the_second_shard)
+    with pytest.raises(Killed):
+        run([stage], None)
+    (stage.folder / "said-0.jsonl").rename(stage.folder / f"said-{by}.jsonl")
+    run([stage], None)
+    assert len(said) > 8
+    assert all(said.count(prompts) == 1 for prompts in said)
+    assert stage.summary["generated_titles"] == sum(map(len, said))
+
+
+def test_a_record_that_is_asked_to_stop_does_so_after_the_batch_at_hand(stages, done, tmp_path, monkeypatch):
+    stage = link(stages("signals.shard_rows=null", place=tmp_path), done, "users")
+    best_beams, said = GroundedRecommender._best_beams, []
+
+    def asked_at_third(self, prompts):
+        said.append(prompts)
+        if len(said) == 3:
+            monkeypatch.setattr(preemption, "_asked", signal.SIGUSR1)
+        return best_beams(self, prompts)
+
+    monkeypatch.setattr(GroundedRecommender, "_best_beams", asked_at_third)
+    with pytest.raises(preemption.Stopped):
+        run([stage], None)
+    assert len(said) == len(read_journal(stage.folder / "said-0.jsonl")) == 3
+    monkeypatch.setattr(preemption, "_asked", None)
+    run([stage], None)
+    assert all(said.count(prompts) == 1 for prompts in said)
 
 
 @pytest.mark.parametrize("shards", [2, 4], ids=["some", "all"])
