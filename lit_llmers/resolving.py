@@ -164,7 +164,7 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
 
         check_prompt(typed.prompt, typed.fields, f"{where}.prompt")
         check_prompt(typed.user_prompt, ["history"], f"{where}.user_prompt")
-        return typed, identity(typed)
+        return typed, identity(typed, f"{where}.model")
     if verb == "evaluate" and (file := typed.evaluation.candidates):
         if not Path(file).is_file():
             raise UserError(f"There is no file {file}. Set evaluation.candidates to an npy or a parquet file, or to null.")

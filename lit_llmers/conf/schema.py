@@ -14,6 +14,7 @@ from lit_llmers.errors import UserError, nearest, unknown
 EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "linear", "cosine")
 SIGNAL_DTYPES = ("float16", "float32")
+BASE_DTYPES = ("float32", "bfloat16", "float16")
 LOGGERS = ("wandb", "tensorboard", "csv")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 STRATEGIES = ("auto", "ddp", "zero2", "zero3", "zero3-offload", "fsdp2")

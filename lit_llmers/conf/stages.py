@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_llmers.conf.schema import (
     ADDED,
+    BASE_DTYPES,
     SHARDED,
     EvaluationConfig,
     LossConfig,
@@ -188,6 +189,7 @@ class EncodeStage:
             ("encode", self.encode, ENCODERS),
             ("pooling", self.pooling, POOLINGS),
             ("users", self.users, (None, *USER_VECTORS)),
+            ("dtype", self.dtype, (None, *BASE_DTYPES)),
         ):
             if value not in known:
                 raise unknown(f"choice of the encode stage ({name})", str(value), [each for each in known if each])

@@ -1,7 +1,7 @@
 """An LLM base: its configuration, and loading its first layers."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_llmers.conf.schema import EXAMPLES, build
+from lit_llmers.conf.schema import BASE_DTYPES, EXAMPLES, build
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import sha256
 from lit_llmers.teachers.lora import LoraConfig
@@ -18,7 +18,7 @@ from lit_llmers.teachers.lora import LoraConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in BASE_DTYPES}
 _ELSEWHERE: ContextVar[bool] = ContextVar("elsewhere", default=False)
 _CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings and words; not the words about them
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -56,26 +56,26 @@ class BaseConfig:
     prompt: bool | str = False
     examples: str = "sequence"
 
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise unknown("teacher.dtype", self.dtype, DTYPES)
-        if self.examples not in EXAMPLES:
-            raise unknown("teacher.examples", self.examples, EXAMPLES)
-
     @classmethod
-    def of(cls, settings: "BaseConfig | Mapping[str, Any]") -> "BaseConfig":
+    def of(cls, settings: "BaseConfig | Mapping[str, Any]", where: str = "teacher") -> "BaseConfig":
         """The configuration itself, or one made from a mapping such as a recipe's `teacher` section.
 
+        Args:
+            where: the key under which the mapping stands, for messages.
+
         Raises:
-            UserError: a key is unknown, `name` is missing, or `path` is written as a folder's and there is none.
+            UserError: a key or a choice is unknown, `name` is missing, or `path` is written as a folder's and there is none.
         """
         if isinstance(settings, BaseConfig):
             return settings
         values = dict(settings)
         if values.get("lora") is not None:
-            values["lora"] = build(LoraConfig, values["lora"], "teacher.lora")
-        base = build(cls, values, "teacher")
-        return replace(base, path=located(base.path, f"the base '{base.name}' (teacher.path)")) if base.path else base
+            values["lora"] = build(LoraConfig, values["lora"], f"{where}.lora")
+        base = build(cls, values, where)
+        for key, known in (("dtype", BASE_DTYPES), ("examples", EXAMPLES)):
+            if (choice := getattr(base, key)) not in known:
+                raise unknown(f"{where}.{key}", choice, known)
+        return replace(base, path=located(base.path, f"the base '{base.name}' ({where}.path)")) if base.path else base
 
 
 def located(path: str, what: str) -> str:
@@ -234,7 +234,8 @@ def _drawn(kind: Any, config: BaseConfig, architecture: "PretrainedConfig") -> A
     """A model with random weights, which depend on the base's seed alone."""
     if _ELSEWHERE.get():
         return _hollow(kind, config, architecture)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    cure = "Correct its config or its attention."
+    with torch.random.fork_rng(range(torch.cuda.device_count())), loading(f"The base '{config.name}'", cure):
         torch.manual_seed(config.seed)
         return kind.from_config(architecture, dtype=DTYPES[config.dtype], **_attention(config))
 
@@ -317,18 +318,41 @@ def _tokenizer(config: BaseConfig, path: str) -> "PreTrainedTokenizerBase | None
         return AutoTokenizer.from_pretrained(path, revision=config.revision)
 
 
+def _reachable(config: BaseConfig) -> AbstractContextManager[None]:
+    return loading(
+        f"The base '{config.path}'",
+        "Give a local folder that has its config.json and weights (teacher=local teacher.path=FOLDER), check the hub name and "
+        "the network (gated models need a login with `hf auth login`), or use teacher=tiny-llama, which needs neither.",
+    )
+
+
 @contextmanager
-def _reachable(config: BaseConfig) -> Iterator[None]:
-    """Turn Hugging Face's many ways to say that a model cannot be had into one that names the cure."""
+def loading(what: str, cure: str) -> Iterator[None]:
+    """Turn Hugging Face's many ways to say that a model cannot be had into one that names the cure.
+
+    Args:
+        what: the model, with which the message begins.
+        cure: where it is not to be found, or is not what it should be.
+    """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except ImportError as error:
         raise UserError(
-            f"The base '{config.path}' cannot be loaded: {reason} Give a local folder that has its config.json and "
-            "weights (teacher=local teacher.path=FOLDER), check the hub name and the network (gated models need a "
-            "login with `hf auth login`), or use teacher=tiny-llama, which needs neither."
+            f"{what} needs a package that is not installed: {_first_line(error)} Install it; or, where it is for attention, "
+            "set attention to sdpa."
         ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"The weights of {what[:1].lower()}{what[1:]} are damaged: {_first_line(error)}. Fetch the files again."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{what} cannot be loaded: {_first_line(error)} {cure}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class GroundedRecommender(Recommender):
     """Ranks items by the distance of their titles to what a language model says after a history.
 
     Scores are negative distances. What was said after a history is remembered, so a second question about it costs nothing.
-    Items without a title cannot be meant: they are as far away as the farthest title could be, `||h(said)|| + max ||h(title)||`.
+    Items without a title cannot be meant: they are as far as the farthest title could be, `||h(said)|| + max ||h(title)||`.
 
     Args:
         model: says titles; of Hugging Face, or PEFT's wrapper around one.

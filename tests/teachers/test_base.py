@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,30 @@ def test_a_folder_with_missing_weights_is_refused(llama, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors.*layers\.0\.mlp\.up_proj\.weight"):
         load_base(config(path=str(broken)), layers=2)
+
+
+def test_truncated_weights_are_named(llama, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(llama, tmp_path / "base")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    settings = config(path=str(folder))
+    for load in (lambda: load_base(settings, layers=2), lambda: load_causal(settings, load_tokenizer(settings))):
+        with pytest.raises(UserError, match=f"weights of the base '{folder}' are damaged.*Fetch the files again"):
+            load()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_an_attention_that_is_not_installed_is_named(llama):
+    for settings in (
+        config(path=str(llama), attention="flash_attention_2"),
+        config(config=TINY, attention="flash_attention_2"),
+    ):
+        with pytest.raises(UserError, match="The base '.*' needs a package that is not installed.*set attention to sdpa"):
+            load_base(settings, layers=1)
+    with pytest.raises(UserError, match="The base 'tiny' cannot be loaded.*sdpaa.*Correct its config or its attention"):
+        load_base(config(config=TINY, attention="sdpaa"), layers=1)
 
 
 def test_a_folder_without_tokenizer_has_none(llama, tmp_path):

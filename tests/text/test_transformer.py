@@ -1,5 +1,6 @@
 """Vectors of pretrained models: the same in any batch, pooled as the definition says, and of the very model that is named."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -221,6 +222,35 @@ def test_minilm_that_is_not_installed(monkeypatch):
 def test_a_model_that_cannot_be_had(model, message):
     with pytest.raises(UserError, match=message):
         encoder(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "fp16"}, r"choice of the encode stage \(dtype\) 'fp16'.*bfloat16"),
+        ({"model": {"name": "x", "path": "p", "revison": "main"}}, r"'stages\.text\.model\.revison'.*'revision'"),
+        ({"model": {"name": "x", "path": "p", "dtype": "fp16"}}, r"stages\.text\.model\.dtype 'fp16'"),
+    ],
+)
+def test_a_wrong_setting_is_named_by_its_own_key(settings, message):
+    with pytest.raises(UserError, match=message):
+        identity(EncodeStage(**{"encode": "transformer", "model": "p"} | settings), "stages.text.model")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+@pytest.mark.parametrize(("attention", "message"), [("flash_attention_2", "needs a package.*sdpa"), ("sdpaa", "sdpaa")])
+def test_an_attention_that_is_not_here_is_named(models, attention, message):
+    base = {"name": "own", "path": str(models["llama"]), "attention": attention}
+    with pytest.raises(UserError, match=f"{models['llama']}.*{message}"):
+        TextEncoder(EncodeStage(encode="transformer", model=base))
+
+
+def test_damaged_weights_are_named(models, tmp_path):
+    folder = shutil.copytree(models["llama"], tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(UserError, match=f"weights of the model '{folder}' of the encode stage are damaged.*Fetch"):
+        encoder(folder)
 
 
 def test_a_base_from_scratch_reads_no_text():
