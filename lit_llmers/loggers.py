@@ -4,7 +4,7 @@ W&B is never in the way: it asks nothing, works offline when nobody is logged in
 and training goes on. Nothing is lost by that, for everything it would show is in `metrics.jsonl` and the report.
 
 A stage is one W&B run however often it is stopped: what W&B lacks of the steps before is told to it from `metrics.jsonl`, and
-a step that is trained again is not told twice.
+a step that is trained again is not told twice. The same stage trained in another folder, or anew, is another run.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import math
 import netrc
 import os
 import re
+import secrets
 import shutil
 import time
 from argparse import Namespace
@@ -27,6 +28,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_llmers.errors import UserError
+from lit_llmers.files import atomic_write
 from lit_llmers.journal import Journal, read_metrics
 
 __all__ = [
@@ -45,6 +47,7 @@ LIMITS = {  # seconds that W&B's server may keep a stage waiting: for an answer,
     "finish_timeout": 60,
 }
 STEP = "trainer/global_step"  # as Lightning names it
+WANDB_ID = "wandb-id"  # file of a stage's folder, and of a report's
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +150,7 @@ def make_loggers(
         stage_folder: where all of them write.
         group: recipe and run name; W&B shows the stages of a run together.
         name: the stage, with `-seed<k>` where it is repeated; without that it is W&B's job type.
-        run_id: the same each time the stage goes on, so that W&B goes on in the same run.
+        run_id: what W&B calls the run; the folder's own random digits, made once, are put behind it.
         settings: the stage's settings, for W&B's config.
 
     Raises:
@@ -190,7 +193,7 @@ def _start_wandb(
             "group": group,
             "name": name,
             "job_type": re.sub(r"-seed\d+$", "", name),
-            "id": re.sub(r"[/\\#?%:]", "-", run_id)[-128:],
+            "id": re.sub(r"[/\\#?%:]", "-", f"{run_id}-{_own_digits(folder)}")[-128:],
             "resume": "allow",
             "dir": str(folder),
             "config": dict(settings),
@@ -219,6 +222,15 @@ def _start_wandb(
         _warn("does not work here", error)
         return None
     return QuietWandbLogger(run, project, folder, earlier)
+
+
+def _own_digits(folder: Path) -> str:
+    """Random digits that stay with a folder: whatever is trained in another, by whomever, is no continuation of this run."""
+    path = folder / WANDB_ID
+    if not path.is_file():
+        with atomic_write(path) as temporary:
+            temporary.write_text(secrets.token_hex(4))  # which no seed touches
+    return path.read_text()
 
 
 def _remove_copies(folder: Path, run: Any) -> None:

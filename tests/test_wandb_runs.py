@@ -4,6 +4,7 @@ The client is W&B's own. Its server is a pretended one on this machine's loopbac
 """
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -17,7 +18,7 @@ from wandb_files import read_wandb
 
 from lit_llmers import fit
 from lit_llmers.journal import read_metrics
-from lit_llmers.loggers import STEP, finish_loggers
+from lit_llmers.loggers import STEP, WANDB_ID, finish_loggers
 from lit_llmers.stages import Run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
@@ -75,7 +76,9 @@ def test_a_run_that_was_killed_and_went_on_is_complete_and_tells_no_step_twice(t
     stages = by_name(small(tmp_path, *FEW))
     for name, stage in stages.items():
         told = read_wandb(stage.folder)  # one copy, or it fails
-        assert told["id"] == f"slmrec-default-{stage.label}-{stage.fingerprint}"
+        name_of_all, _, own = told["id"].rpartition("-")
+        assert name_of_all == f"slmrec-default-{stage.label}-{stage.fingerprint}"
+        assert own == (stage.folder / WANDB_ID).read_text(), "the same before and after it was killed"
         assert (told["group"], told["job_type"], told["name"]) == ("slmrec/default", name, stage.label)
         logged = {entry.pop("step"): entry for entry in read_metrics(stage.folder / "metrics.jsonl")}
         steps = [row["_step"] for row in told["history"]]
@@ -136,6 +139,27 @@ def test_a_run_goes_on_online_and_each_step_is_there_once(tmp_path, server):
     assert steps == {0: 0, 10: 10, 20: 20, 30: 30, 40: -40, 50: -50, 60: -60}
     assert len(server.history) == len(steps)
     assert server.summary["epochs"] == 2
+
+
+@pytest.mark.parametrize("label", ["student", "report"])
+def test_the_same_training_in_another_folder_or_anew_is_another_run(tmp_path, label):
+    """A colleague's in the same project, or one whose folder was removed, would drop its steps in a run that has them."""
+
+    def trained(folder: Path) -> str:
+        loggers = Run(folder, "slmrec", "default", CONFIG).loggers(folder / label, label, {}, "0123456789ab")
+        log_steps(loggers, range(3))
+        finish_loggers(loggers)
+        told = read_wandb(folder / label)
+        assert [row["loss"] for row in told["history"]] == [0, 1, 2]
+        return told["id"]
+
+    mine, colleague = tmp_path / "mine", tmp_path / "colleague"
+    first = trained(mine)
+    loggers = Run(mine, "slmrec", "default", CONFIG).loggers(mine / label, label, {}, "0123456789ab")
+    finish_loggers(loggers)
+    assert read_wandb(mine / label)["id"] == first, "it goes on"
+    shutil.rmtree(mine)
+    assert len({first, trained(mine), trained(colleague)}) == 3
 
 
 def test_a_network_that_goes_away_holds_no_stage_up(tmp_path, server, monkeypatch):
