@@ -5,6 +5,7 @@ finds the same folders, skips those that are done and goes on in the one that is
 exactly the stages that it affects.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ MODULES = {
     "evaluate": "lit_llmers.evaluate",
     "export": "lit_llmers.export",
 }
-PLACE = {"accelerator", "strategy", "devices", "num_nodes", "compile"}
+PLACE = {f"trainer.{key}" for key in ("accelerator", "strategy", "devices", "num_nodes", "compile")}
+OFTEN = {f"trainer.{key}" for key in ("checkpoint_every", "log_every")}
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
-    "encode": PLACE | {"model", "adapter", "checkpoint_every", "log_every"},  # checksums of the first two are too
-    "fit": PLACE | {"checkpoint_every", "log_every"},
-    "tune": PLACE | {"checkpoint_every", "log_every", "generation"},  # the last is in `content` of those that ask
+    "encode": PLACE | OFTEN | {"model", "adapter"},  # checksums of these two are too
+    "fit": PLACE | OFTEN,
+    "tune": PLACE | OFTEN | {"generation"},  # which is in `content` of those that ask
+}
+CHECKSUMS = {  # of a key of `content` -> the paths that it makes up for, where it is there
+    "base": {"model.base.path", "base.path"},
+    "candidates": {"evaluation.candidates"},
 }
 
 
@@ -80,6 +86,7 @@ class Stage:
         left_out = NOT_IN_FINGERPRINT.get(self.verb, set())
         if self.verb == "encode" and not self.config.trains:
             left_out = left_out | {"optimizer", "trainer"}
+        left_out = left_out.union(*(paths for key, paths in CHECKSUMS.items() if key in self.content))
         settings = _without(left_out, fingerprinted(self.config))
         needs = [need.fingerprint for need in self.needs]
         return digest([FORMAT, self.verb, settings, self.seed, self.content, needs])
@@ -121,11 +128,13 @@ class Stage:
         return next(stage for stage in self.needs if stage.name == name)
 
 
-def _without(keys: set[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without some keys, at the top and one level below."""
-    kept = {key: value for key, value in settings.items() if key not in keys}
-    if "trainer" in kept:
-        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in keys}
+def _without(keys: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without some keys; one that stands below others is written `trainer.devices`."""
+    kept = {}
+    for key, value in settings.items():
+        below = {each.partition(".")[2] for each in keys if each.startswith(f"{key}.")}
+        if key not in keys:
+            kept[key] = _without(below, value) if below and isinstance(value, Mapping) else value
     return kept
 
 

@@ -128,6 +128,33 @@ def test_other_files_of_a_base_make_another_teacher_and_another_student_of_it(tm
         assert not same & {"teacher", "student", "evaluate"}
 
 
+@pytest.mark.parametrize("recipe", ["slmrec", "bigrec"])
+def test_a_base_is_the_same_wherever_it_lies(tmp_path, recipe, monkeypatch):
+    for name in ("base", "copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+    def names(path) -> list[str]:
+        given = ("teacher=local", f"teacher.path={path}", "teacher.prompt=false")
+        return [stage.fingerprint for stage in small(tmp_path / "runs", *given, recipe=recipe)]
+
+    one = names(tmp_path / "base")
+    for path in (f"{tmp_path}/base/", "./base", "../" + tmp_path.name + "/base", tmp_path / "copy"):
+        assert names(path) == one
+    assert names("some/hub-name") != names("another/hub-name"), "whose files nobody has seen"
+
+
+def test_candidates_are_the_same_wherever_they_lie(tmp_path):
+    def names(name: str, content: str) -> list[str]:
+        (tmp_path / name).write_text(content)
+        return [stage.fingerprint for stage in small(tmp_path, f"evaluation.candidates={tmp_path / name}", recipe="student")]
+
+    assert names("one.npy", "a") == names("two.npy", "a")
+    assert changed(tmp_path, f"evaluation.candidates={tmp_path / 'one.npy'}") == ["evaluate"]
+    assert names("one.npy", "a") != names("two.npy", "b")
+
+
 def test_fingerprints_do_not_depend_on_the_process(tmp_path):
     code = "import sys; sys.path.insert(0, 'tests'); from tiny import small; "
     code += "print(*(stage.folder.name for stage in small('anywhere')))"
