@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import INJECTED, KINDS, RECORDS, find, own
-from lit_llmers.conf.schema import SHARDED, TrainerConfig, check_type
+from lit_llmers.conf.schema import SHARDED, TrainerConfig, checked
 from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.teachers.base import BaseConfig
@@ -92,12 +92,13 @@ def check_base_of(trainer: TrainerConfig, base: Any, where: str) -> None:
 
 
 def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: set[str]) -> None:
+    """Names, types and ranges; a whole number becomes the float that it is meant for, in place."""
     parameters = inspect.signature(cls).parameters
     own = [name for name in parameters if name not in given | INJECTED]
     for key in arguments:
         if key not in own:
             raise UserError(f"Unknown configuration key '{where}.{key}'.{nearest(key, own)} It has: {', '.join(own)}.")
-        check_type(arguments[key], parameters[key].annotation, f"{where}.{key}")
+        arguments[key] = checked(arguments[key], parameters[key].annotation, f"{where}.{key}")
         _check_range(key, arguments[key], f"{where}.{key}")
     for name in own:
         if parameters[name].default is inspect.Parameter.empty and name not in arguments:
@@ -209,4 +210,6 @@ def _check_sources(cls: Any, arguments: dict[str, Any], where: str) -> None:
             verbs = " or ".join(KINDS[kind])
             what = f"a {verbs} stage (record: {RECORDS[kind]})" if kind in RECORDS else f"a {verbs} stage"
             raise UserError(f"'{where}.{key}' is missing: name {what} of the recipe.")
-    _check_arguments(cls, own(cls, arguments), where, {"backbone", *cls.sources})
+    mine = own(cls, arguments)
+    _check_arguments(cls, mine, where, {"backbone", *cls.sources})
+    arguments |= mine

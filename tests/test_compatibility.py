@@ -92,8 +92,8 @@ def test_other_targets_are_refused_with_a_cure(overrides, message, tmp_path):
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        ("{ranking_distillation:{from:lists,temperature:0}}", "ranking_distillation: temperature is 0. It must be positive"),
-        ("{ranking_distillation:{from:lists,temperature:-1}}", "ranking_distillation: temperature is -1. It must be positive"),
+        ("{ranking_distillation:{from:lists,temperature:0}}", "ranking_distillation: temperature is 0.0. It must be positive"),
+        ("{ranking_distillation:{from:lists,temperature:-1}}", "ranking_distillation: temperature is -1.0. It must be"),
         ("{ranking_distillation:{from:lists,loss:bse}}", "'bse'.*'bce'"),
         ("{response_distillation:{from:lists,temperature:0}}", "response_distillation: temperature is 0"),
         ("{alignment:{from:text,temperature:-1}}", "alignment: temperature is -1"),

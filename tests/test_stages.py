@@ -85,6 +85,24 @@ def test_a_setting_renames_exactly_the_stages_that_it_affects(tmp_path, override
     assert changed(tmp_path, *overrides) == stages
 
 
+@pytest.mark.parametrize(
+    ("whole", "same"),
+    [
+        ("optimizer.weight_decay=0", "optimizer.weight_decay=0.0"),
+        ("trainer.gradient_clip_val=1", "trainer.gradient_clip_val=1.0"),
+        ("data.generator.mean_length=16", "data.generator.mean_length=16.0"),
+        ("stages.student.model.dropout=0", "stages.student.model.dropout=0.0"),
+        (
+            "stages.student.callbacks=[{feature_distillation:{from:signals,cosine:1}}]",
+            "stages.student.callbacks=[{feature_distillation:{from:signals,cosine:1.0}}]",
+        ),
+    ],
+)
+def test_a_whole_number_is_the_float_that_it_is_meant_for(tmp_path, whole, same):
+    one, other = (by_name(small(tmp_path, given))["student"] for given in (whole, same))
+    assert one.fingerprint == other.fingerprint
+
+
 def test_another_place_is_no_other_artefact(tmp_path):
     def names(folder, *overrides):
         return [stage.folder.name for stage in small(folder, *overrides)]
@@ -288,12 +306,12 @@ BAD = [
     ("t: {fit: sasrec, trainer: {validate_every: 0}}", r"trainer.validate_every"),
     ("t: {fit: sasrec, sequences: {targets_per_user: -1}}", r"targets_per_user"),
     ("t: {fit: sasrec, optimizer: {warmup_steps: -1}}", r"warmup_steps"),
-    ("t: {fit: sasrec, optimizer: {weight_decay: -1}}", r"optimizer.weight_decay is -1. It must be 0 or more"),
+    ("t: {fit: sasrec, optimizer: {weight_decay: -1}}", r"optimizer.weight_decay is -1.0. It must be 0 or more"),
     ("t: {fit: sasrec, trainer: {limit_train_batches: 0}}", r"limit_train_batches is 0.* or null for all"),
     ("t: {fit: sasrec, trainer: {gradient_clip_val: -1}}", r"gradient_clip_val is -1.* or null for no limit"),
     ("t: {fit: sasrec, model: {dim: 0}}", r"'stages.t.model.dim' is 0. It must be at least 1"),
     ("t: {fit: sasrec, model: {heads: 0}}", r"'stages.t.model.heads' is 0"),
-    ("t: {fit: sasrec, model: {dropout: 2}}", r"'stages.t.model.dropout' is 2. It is a share"),
+    ("t: {fit: sasrec, model: {dropout: 2}}", r"'stages.t.model.dropout' is 2.0. It is a share"),
     ("t: {fit: caser, model: {dropout: -0.5}}", r"'stages.t.model.dropout' is -0.5"),
     ("a: {encode: tfid}", "tfidf"),
 ]

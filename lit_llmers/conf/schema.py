@@ -60,10 +60,9 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
         for key, value in values.items()
         if inner[key] is not None and isinstance(value, Mapping)
     }
-    for key, value in values.items():
-        check_type(value, types[key], f"{where}.{key}")
+    plain = {key: checked(value, types[key], f"{where}.{key}") for key, value in values.items()}
     try:
-        return cls(**{**values, **nested})
+        return cls(**{**plain, **nested})
     except TypeError as error:
         raise UserError(f"Configuration '{where}' is incomplete: {error}.") from error
 
@@ -71,8 +70,10 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a mapping"}
 
 
-def check_type(value: Any, hint: Any, where: str) -> None:
-    """Refuse a value that does not fit its type hint, as far as YAML has such types.
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """A value that fits its type hint, as far as YAML has such types; a whole number as the float that it is meant for.
+
+    What means the same is then the same, in fingerprints too.
 
     Raises:
         UserError: it names the key, the value and what it must be.
@@ -80,14 +81,14 @@ def check_type(value: Any, hint: Any, where: str) -> None:
     kinds = [hint] if not isinstance(hint, UnionType) and get_origin(hint) is not Union else list(get_args(hint))
     plain = [get_origin(kind) or kind for kind in kinds]
     if not all(kind in _NAMES or kind is NoneType for kind in plain):
-        return  # a dataclass or a tensor: checked by those who make it
+        return value  # a dataclass or a tensor: checked by those who make it
     for kind in plain:
         if kind is NoneType and value is None:
-            return
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return
+            return value
         if kind is not NoneType and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return
+            return value
+    if float in plain and type(value) is int:
+        return float(value)
     wanted = " or ".join("null" if kind is NoneType else _NAMES[kind] for kind in plain)
     raise UserError(f"'{where}' is {value!r}. It must be {wanted}.")
 
