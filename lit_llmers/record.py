@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -227,7 +226,7 @@ def run(stage: Stage) -> dict[str, Any]:
         return {"rows": question.rows, "bytes": 0, "online": True}
     writers: dict[str, SignalWriter] = {}
     with mine.first_goes_first():
-        per_shard = config.signals.shard_rows or _shard_rows(stage.folder, question, mine.world)
+        per_shard = _shard_rows(stage, question, mine.world)
         for name, (shape, dtype) in question.signals.items():
             spec = SignalSpec(name, question.rows, shape, dtype, teacher.fingerprint, question.split, per_shard)
             writers[name] = SignalWriter(stage.folder / name, spec)
@@ -274,10 +273,11 @@ def _missing(writers: dict[str, SignalWriter], mine: Processes) -> list[range]:
     return [rows for _, rows in sorted(found.items())]
 
 
-def _shard_rows(folder: Path, question: Question, world: int) -> int:
-    """Rows of a shard of every signal, where nobody said so."""
+def _shard_rows(stage: Stage, question: Question, world: int) -> int:
+    """Rows of a shard of every signal."""
     sizes = [SignalSpec(name, question.rows, *signal, "", "").rows_per_shard for name, signal in question.signals.items()]
-    return shard_rows(folder / next(iter(question.signals)), question.rows, min(filter(None, sizes)), world)
+    begun, said = stage.folder / next(iter(question.signals)), stage.config.signals.shard_rows
+    return shard_rows(begun, question.rows, min(filter(None, sizes)), world, said)
 
 
 def block_states(model: SequentialRecommender, batch: Batch, boundaries: list[int]) -> Tensor:

@@ -27,11 +27,13 @@ SHARD_BYTES = 128 * 2**20
 SHARDS_EACH = 4  # of a process among several, at least, as far as there are rows
 
 
-def shard_rows(folder: Path, rows: int, most: int, world: int) -> int:
-    """Rows of a shard of the record in `folder`: as it was begun; else `most`, or so few that each process has its share."""
+def shard_rows(folder: Path, rows: int, most: int, world: int, said: int | None = None) -> int:
+    """Rows of a shard of the record in `folder`: as it was begun; else as `said`, `most`, or so few that each process has some."""
     begun = folder / "spec.json"
     if begun.is_file():
         return int(read_json(begun)["rows_per_shard"])
+    if said is not None:
+        return said
     return max(1, min(most, rows if world == 1 else -(-rows // (SHARDS_EACH * world))))
 
 

@@ -30,6 +30,7 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "encode": PLACE | OFTEN | {"model", "adapter"},  # checksums of these two are too
     "fit": PLACE | OFTEN,
     "tune": PLACE | OFTEN | {"generation"},  # which is in `content` of those that ask
+    "record": {"batch_size", "signals.shard_rows"},
 }
 CHECKSUMS = {  # of a key of `content` -> the paths that it makes up for, where it is there
     "base": {"model.base.path", "base.path"},

@@ -41,6 +41,15 @@ def stages(folder, examples: str, *overrides: str):
     return by_name(small(folder, f"sequences.examples={examples}", "trainer.max_epochs=1", *overrides))
 
 
+def apart(folder, teacher_folder, examples: str, *overrides: str):
+    """The same stages in a folder of their own, with the trained teacher: a record has one name however its files are cut."""
+    planned = stages(folder, examples, *overrides)
+    for name in ("prepare", "item_embeddings", "text", "teacher"):
+        planned[name].folder.parent.mkdir(parents=True, exist_ok=True)
+        planned[name].folder.symlink_to(stages(teacher_folder, examples)[name].folder)
+    return planned
+
+
 @pytest.mark.parametrize("examples", MODES)
 def test_the_record_and_the_teacher_itself_give_the_same_loss(teachers, examples):
     folder = teachers(examples)
@@ -75,9 +84,9 @@ def test_the_record_and_the_teacher_itself_give_the_same_loss(teachers, examples
     assert results["float16"] != results["float32"]
 
 
-def test_the_record_is_what_the_teacher_says_of_each_target_alone(teachers):
+def test_the_record_is_what_the_teacher_says_of_each_target_alone(teachers, tmp_path):
     """By target number: one history at a time, without batches, padding or shards."""
-    planned = stages(teachers("prefixes"), "prefixes", "signals.dtype=float32", "signals.shard_rows=100")
+    planned = apart(tmp_path, teachers("prefixes"), "prefixes", "signals.dtype=float32", "signals.shard_rows=100")
     run(list(planned.values()), "signals")
     teacher, dataset = planned["teacher"], load_dataset(planned["teacher"])
     rows = TrainingRows(dataset, teacher.config.sequences)
@@ -130,12 +139,9 @@ def shards(stage) -> dict[str, bytes]:
 def test_a_record_that_failed_in_a_shard_goes_on_to_the_same_bits(teachers, tmp_path, monkeypatch, examples, calls):
     size = {"last": 20, "sequence": 150}[examples]
     overrides = (f"signals.shard_rows={size}", "stages.signals.batch_size=16")
-    whole = stages(teachers(examples), examples, *overrides)
+    whole = apart(tmp_path / "whole", teachers(examples), examples, *overrides)
     run(list(whole.values()), "signals")
-    planned = stages(tmp_path, examples, *overrides)
-    for name in ("prepare", "item_embeddings", "text", "teacher"):
-        planned[name].folder.parent.mkdir(parents=True, exist_ok=True)
-        planned[name].folder.symlink_to(whole[name].folder)
+    planned = apart(tmp_path, teachers(examples), examples, *overrides)
     asked = []
     ask = record_stage.block_states
 
@@ -154,6 +160,7 @@ def test_a_record_that_failed_in_a_shard_goes_on_to_the_same_bits(teachers, tmp_
     assert bool(kept) == (calls > 0)
     assert not planned["signals"].done
     stamps = {path: path.stat().st_mtime_ns for path in planned["signals"].folder.rglob("shard-*.npy")}
+    planned = stages(tmp_path, examples, "signals.shard_rows=7", "stages.signals.batch_size=16")  # it goes on as it was begun
     run(list(planned.values()), "signals")
     assert shards(planned["signals"]) == shards(whole["signals"])
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "whole shards are not made again"
@@ -183,7 +190,7 @@ def test_the_record_of_another_teacher_is_refused(teachers, tmp_path):
 
 
 def test_an_altered_shard_is_named(teachers, tmp_path):
-    planned = stages(teachers("sequence"), "sequence", "signals.shard_rows=200")
+    planned = apart(tmp_path / "whole", teachers("sequence"), "sequence", "signals.shard_rows=200")
     run(list(planned.values()), "signals")
     copied = stages(tmp_path, "sequence", "signals.shard_rows=200")
     for name in ("prepare", "item_embeddings", "text", "teacher", "signals"):
@@ -210,7 +217,7 @@ def test_a_teacher_that_the_blocks_do_not_divide(teachers):
 
 
 def test_a_teacher_that_overflows_half_precision_is_refused_and_named(teachers, tmp_path, monkeypatch):
-    planned = stages(teachers("last"), "last", "signals.shard_rows=50")
+    planned = apart(tmp_path, teachers("last"), "last", "signals.shard_rows=50")
     ask = record_stage.block_states
     with monkeypatch.context() as patch:
         patch.setattr(record_stage, "block_states", lambda *args: ask(*args) * 1e6)
