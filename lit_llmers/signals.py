@@ -28,7 +28,7 @@ SHARDS_EACH = 4  # of a process among several, at least, as far as there are row
 
 
 def shard_rows(folder: Path, rows: int, most: int, world: int, said: int | None = None) -> int:
-    """Rows of a shard of the record in `folder`: as it was begun; else as `said`, `most`, or so few that each process has some."""
+    """Rows of a shard of the record in `folder`: as it was begun, else as `said`, `most`, or fewer for each process."""
     begun = folder / "spec.json"
     if begun.is_file():
         return int(read_json(begun)["rows_per_shard"])

@@ -27,10 +27,15 @@ PLACE = {f"trainer.{key}" for key in ("accelerator", "strategy", "devices", "num
 OFTEN = {f"trainer.{key}" for key in ("checkpoint_every", "log_every")}
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
-    "encode": PLACE | OFTEN | {"model", "adapter"},  # checksums of these two are too
+    # those of the model and the adapter are too
+    "encode": PLACE | OFTEN | {"model", "adapter", "contrast.gradient_checkpointing"},
     "fit": PLACE | OFTEN,
     "tune": PLACE | OFTEN | {"generation"},  # which is in `content` of those that ask
-    "record": {"batch_size", "signals.shard_rows"},
+}
+ALWAYS = {  # such settings that had a part in the names of runs: whatever they are, this stands there, so those names hold
+    "fit": {"model.base.gradient_checkpointing": False},
+    "tune": {"base.gradient_checkpointing": False},
+    "record": {"batch_size": 512, "signals.shard_rows": None},
 }
 CHECKSUMS = {  # of a key of `content` -> the paths that it makes up for, where it is there
     "base": {"model.base.path", "base.path"},
@@ -89,6 +94,8 @@ class Stage:
             left_out = left_out | {"optimizer", "trainer"}
         left_out = left_out.union(*(paths for key, paths in CHECKSUMS.items() if key in self.content))
         settings = _without(left_out, fingerprinted(self.config))
+        for key, value in ALWAYS.get(self.verb, {}).items():
+            settings = _with(key, value, settings)
         needs = [need.fingerprint for need in self.needs]
         return digest([FORMAT, self.verb, settings, self.seed, self.content, needs])
 
@@ -137,6 +144,14 @@ def _without(keys: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         if key not in keys:
             kept[key] = _without(below, value) if below and isinstance(value, Mapping) else value
     return kept
+
+
+def _with(key: str, value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with another value of one of them, if it is there."""
+    first, _, rest = key.partition(".")
+    if first not in settings:
+        return dict(settings)
+    return {**settings, first: _with(rest, value, settings[first]) if rest else value}
 
 
 def describe(stages: list[Stage]) -> list[dict[str, Any]]:

@@ -105,6 +105,22 @@ def test_a_whole_number_is_the_float_that_it_is_meant_for(tmp_path, whole, same)
     assert one.fingerprint == other.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        ("slmrec", "teacher.gradient_checkpointing"),
+        ("bigrec", "teacher.gradient_checkpointing"),
+        ("said", "teacher.gradient_checkpointing"),
+        ("llmemb", "stages.text.contrast.gradient_checkpointing"),  # of the scale of the paper
+    ],
+)
+def test_to_recompute_layers_changes_memory_and_no_artefact(tmp_path, recipe, key):
+    scale = ["scale=paper"] if recipe == "llmemb" else []
+    one, other = (small(tmp_path, *scale, f"{key}={value}", recipe=recipe) for value in ("false", "true"))
+    assert one != other
+    assert [stage.fingerprint for stage in one] == [stage.fingerprint for stage in other]
+
+
 def test_another_place_is_no_other_artefact(tmp_path):
     def names(folder, *overrides):
         return [stage.folder.name for stage in small(folder, *overrides)]

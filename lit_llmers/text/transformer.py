@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,8 @@ def identity(config: EncodeStage, where: str = "model") -> dict[str, Any]:
     base = base_of(config, where)
     content: dict[str, Any] = {"dtype": base.dtype, "attention": base.attention}
     if config.encode == "said":
-        content = {key: value for key, value in asdict(base).items() if key not in ("name", "path", "revision", "examples")}
+        learning = asdict(replace(base, gradient_checkpointing=False))  # which changes no vector
+        content = {key: value for key, value in learning.items() if key not in ("name", "path", "revision", "examples")}
     if base.path is None:
         return content
     place = Path(base.path)
