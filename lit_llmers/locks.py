@@ -1,5 +1,6 @@
 """A folder that one process at a time works in, and what a killed one left half-written there."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from typing import IO
 
 from lit_llmers.errors import UserError
 from lit_llmers.files import remove
+from lit_llmers.preemption import stop_if_asked
 
 LOCK = ".lock"
 RECORDS = "encoded"  # folder of a run with what language models made of texts: each folder in it is held by itself
 OF_THE_RUN = ((), ("plots",), ("report",))  # written by whoever holds the run's folder; all others are a stage's
+
+log = logging.getLogger(__name__)
 
 
 class Busy(UserError):
@@ -24,7 +28,7 @@ def alone(folder: Path, *, patience: float = 0, deep: bool = True) -> Iterator[N
     """Hold a folder for this process, and remove what a killed one left half-written.
 
     The lock is the system's, on a file that is there as long as the folder is held: it goes with the process, however that
-    ends.
+    ends. Where the folder is a link whose target is gone, as after a run of a comparison was moved, a new one takes its place.
 
     Args:
         patience: seconds to wait for another process.
@@ -33,14 +37,21 @@ def alone(folder: Path, *, patience: float = 0, deep: bool = True) -> Iterator[N
     Raises:
         UserError: the folder may not be written.
         Busy: another process works in it.
+        Stopped: this process was asked to stop while it waited.
     """
     until = time.monotonic() + patience
     try:
+        if folder.is_symlink() and not folder.exists():
+            folder.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        while (lock := _take(folder / LOCK)) is None:
+        if (lock := _take(folder / LOCK)) is None and patience:
+            log.info("Another process is working in %s: waiting for it, %d s at most", folder, patience)
+        while lock is None:
             if time.monotonic() >= until:
                 raise Busy(f"Another process is working in {folder}. Wait for it, or start a second run with run.name=OTHER.")
+            stop_if_asked()
             time.sleep(0.05)
+            lock = _take(folder / LOCK)
     except OSError as error:
         raise UserError(
             f"The run folder {folder} cannot be written ({error.strerror}). Choose another with run.dir=FOLDER."

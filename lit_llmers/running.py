@@ -18,6 +18,7 @@ from lit_llmers.processes import Processes
 from lit_llmers.stages import MODULES, Stage
 
 LAST = "last.ckpt"
+PATIENCE = 60  # seconds that a stage waits for whoever holds its folder: a sibling job that sweeps it, for one
 LEFT = (LAST, previous(Path(LAST)).name, LOCK)  # by a process that was killed after its stage was done
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def run(stages: list[Stage], until: str | None, only: str | None = None, argumen
         elif stage.processes == 1 and not here.first:
             here.wait_for(stage)
         else:
-            with alone(stage.folder) if here.first else nullcontext():
+            with alone(stage.folder, patience=PATIENCE) if here.first else nullcontext():
                 _run_one(stage, here)
         if stage.verb == "prepare" and here.first:
             check_evaluation(stages)

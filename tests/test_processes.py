@@ -215,11 +215,12 @@ def test_one_repeated_stage_alone_is_run_for_all_seeds_and_the_report_follows_th
     assert "not finished" not in next(tmp_path.rglob("report.md")).read_text()
 
 
-def test_two_stages_of_a_run_are_worked_on_at_once_and_one_stage_is_not(tmp_path):
+def test_two_stages_of_a_run_are_worked_on_at_once_and_one_stage_is_not(tmp_path, monkeypatch):
     from lit_llmers.locks import Busy, alone
 
     stages = by_name(small(tmp_path))
     run(list(stages.values()), "prepare")
+    monkeypatch.setattr("lit_llmers.running.PATIENCE", 0.2)
     with alone(stages["item_embeddings"].folder):
         run(list(stages.values()), None, "text")
         with pytest.raises(Busy, match="Another process is working in .*item_embeddings"):

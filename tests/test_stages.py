@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 from tiny import by_name, small
@@ -13,8 +15,8 @@ from tiny import by_name, small
 from lit_llmers import prepare as prepare_stage
 from lit_llmers import recipes
 from lit_llmers.errors import UserError
-from lit_llmers.files import read_json, write_json
-from lit_llmers.locks import alone
+from lit_llmers.files import read_json, remove, write_json
+from lit_llmers.locks import alone, sweep
 from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 from lit_llmers.stages import describe
@@ -477,6 +479,37 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     held.communicate()
     with alone(tmp_path / "run"):
         pass
+
+
+def test_a_stage_waits_for_a_sibling_that_sweeps_its_folder(tmp_path, monkeypatch):
+    """A job of the same run removes what was left half-written there, which takes a while on a slow file system."""
+    (prepare,) = small(tmp_path, "stage=prepare")[:1]
+    prepare.folder.mkdir(parents=True)
+    (prepare.folder / ".items.npy.77.tmp").write_bytes(b"left by kill -9")
+    sweeping = threading.Event()
+
+    def remove_slowly(path):
+        sweeping.set()
+        time.sleep(0.5)
+        remove(path)
+
+    monkeypatch.setattr("lit_llmers.locks.remove", remove_slowly)
+    sibling = threading.Thread(target=sweep, args=(prepare.run.folder,))
+    sibling.start()
+    sweeping.wait()
+    run([prepare], None)
+    sibling.join()
+    assert prepare.done
+
+
+def test_a_link_to_a_stage_that_is_gone_gives_way(tmp_path):
+    """In a comparison, runs link the stages that others have done; one that is moved, or whose twin is removed, has none."""
+    (prepare,) = small(tmp_path, "stage=prepare")[:1]
+    prepare.folder.parent.mkdir(parents=True)
+    prepare.folder.symlink_to("../twin/" + prepare.folder.name)
+    run([prepare], None)
+    assert prepare.done
+    assert not prepare.folder.is_symlink()
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):
