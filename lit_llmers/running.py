@@ -2,9 +2,10 @@
 
 import importlib
 import logging
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from lit_llmers.stages import MODULES, Stage
 
 LAST = "last.ckpt"
 PATIENCE = 60  # seconds that a stage waits for whoever holds its folder: a sibling job that sweeps it, for one
-LEFT = (LAST, previous(Path(LAST)).name, LOCK)  # by a process that was killed after its stage was done
+SPENT = "seconds.json"
+EVERY = 15  # seconds between two times that it is written
+LEFT = (LAST, previous(Path(LAST)).name, SPENT, LOCK)  # by a process that was killed after its stage was done
 
 log = logging.getLogger(__name__)
 
@@ -119,18 +122,16 @@ def _run_one(stage: Stage, here: Processes) -> None:
     if here.first:
         begun = (stage.folder / "config.json").is_file()
         log.info("%-24s %s (%s)", stage.label, "goes on" if begun else "starts", stage.folder.name)
-        spent = _spent(stage.folder)
         settings = {"stage": stage.name, "verb": stage.verb, "seed": stage.seed, "settings": asdict(stage.config)}
-        write_json(stage.folder / "config.json", settings | {"started": time.time(), "spent": spent})
-    started = time.monotonic()
-    module = importlib.import_module(MODULES[stage.verb])
-    with here.sign_of_life(stage.folder):
+        write_json(stage.folder / "config.json", settings)
+    with here.sign_of_life(stage.folder), _counted(stage.folder) if here.first else nullcontext(lambda: 0.0) as spent:
+        module = importlib.import_module(MODULES[stage.verb])
         with here.group() if stage.processes > 1 else nullcontext():
             summary = module.run(stage)
         if not here.first:
             here.wait_for(stage)
             return
-    seconds = spent + time.monotonic() - started
+    seconds = spent()
     if stage.verb not in ("fit", "tune"):  # which log while they train
         from lit_llmers.loggers import finish_loggers
 
@@ -140,17 +141,36 @@ def _run_one(stage: Stage, here: Processes) -> None:
     log.info("%-24s done in %.1f s", stage.label, seconds)
 
 
-def _spent(folder: Path) -> float:
-    """Seconds that earlier starts of a stage took, each until the last that it wrote."""
-    if not (folder / "config.json").is_file():
-        return 0.0
-    before = read_json(folder / "config.json")
-    written = [path for path in folder.rglob("*") if path.exists() and path.name != LOCK]  # which is this start's own
-    last = max(path.stat().st_mtime for path in written)
-    return before.get("spent", 0.0) + max(0.0, last - before.get("started", last))
+@contextmanager
+def _counted(folder: Path) -> Iterator[Callable[[], float]]:
+    """While a stage runs, keep in its folder the seconds that all its starts took; a killed one loses `EVERY` at most.
+
+    Yields:
+        how many they are now.
+    """
+    path = folder / SPENT
+    before, started, ended = read_json(path) if path.is_file() else 0.0, time.monotonic(), threading.Event()
+
+    def spent() -> float:
+        return before + time.monotonic() - started
+
+    def keep() -> None:
+        while not ended.wait(EVERY):
+            with suppress(UserError, OSError):  # a full disk is the stage's to tell
+                write_json(path, spent())
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield spent
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(UserError, OSError):
+            write_json(path, spent())
 
 
 def _tidy(stage: Stage) -> None:
-    """Remove the checkpoint that is of no more use once the stage is done."""
-    for path in (last := stage.folder / LAST, previous(last)):
+    """Remove what is of no more use once the stage is done: the checkpoint, and the count of seconds."""
+    for path in (last := stage.folder / LAST, previous(last), stage.folder / SPENT):
         remove(path)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -415,18 +416,27 @@ def test_done_comes_last_and_holds_seconds_and_summary(tmp_path, monkeypatch):
     assert newest[1] == "DONE"
 
 
-def test_the_seconds_of_a_stage_are_those_of_all_its_starts(tmp_path):
+def test_the_seconds_of_a_stage_are_those_of_all_its_starts_killed_or_moved(tmp_path, monkeypatch):
     stage = small(tmp_path)[0]
-    run([stage], None)
-    once = read_json(stage.folder / "DONE")["seconds"]
-    (stage.folder / "DONE").unlink()  # as if it had been killed then
-    begun = read_json(stage.folder / "config.json")
-    began = begun["started"] - 100
-    write_json(stage.folder / "config.json", begun | {"started": began, "spent": 1000.0})
+    kept = stage.folder / "seconds.json"
+    monkeypatch.setattr("lit_llmers.running.EVERY", 0.05)
+
+    def killed(stage) -> None:
+        while not kept.is_file() or read_json(kept) < 0.5:
+            time.sleep(0.01)
+        shutil.copytree(stage.folder, tmp_path / "as it was", ignore=shutil.ignore_patterns(".*"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_stage, "run", lambda stage: killed(stage) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([stage], None)
+    shutil.rmtree(stage.folder)
+    shutil.copytree(tmp_path / "as it was", stage.folder)
     for path in stage.folder.rglob("*"):
-        os.utime(path, (began, began + 70))
+        os.utime(path, (time.time() + 300_000,) * 2)  # copied, three days later
     run([stage], None)
-    assert 1070 < read_json(stage.folder / "DONE")["seconds"] < 1070 + 20 * once + 5
+    assert 0.5 < read_json(stage.folder / "DONE")["seconds"] < 60
+    assert not kept.exists()
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
