@@ -16,7 +16,7 @@ from tiny import by_name, small
 from lit_llmers import prepare as prepare_stage
 from lit_llmers import recipes
 from lit_llmers.errors import UserError
-from lit_llmers.files import read_json, remove, write_json
+from lit_llmers.files import read_json, remove
 from lit_llmers.locks import alone, sweep
 from lit_llmers.resolving import resolve
 from lit_llmers.running import run
