@@ -82,13 +82,16 @@ def build_language_model(stage: Stage, wording: Wording) -> Any:
 def save_language_model(stage: Stage, model: Any, wording: Wording, folder: Path) -> None:
     """Write what PEFT and transformers load by themselves: the weights, or with LoRA the adapter, and the tokenizer.
 
-    An adapter is of no use without its base, so that of one from scratch is written beside it, as `base`.
+    An adapter is of no use without its base, so that of one from scratch is written beside it, as `base`. PEFT finds a base in a
+    folder by the whole path in `adapter_config.json`: after a move, write the new one there, as `base_model_name_or_path`.
     """
     base = base_of(stage)
+    place = Path(base.path) if base.path else folder / "base"
     with without_load_report():
         if base.lora and not base.path:
-            load_causal(base, wording.tokenizer).save_pretrained(folder / "base")
-            model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+            load_causal(base, wording.tokenizer).save_pretrained(place)
+        if base.lora and place.is_dir():
+            model.peft_config["default"].base_model_name_or_path = str(place.resolve())
         model.save_pretrained(folder)
     wording.tokenizer.save_pretrained(folder)
 

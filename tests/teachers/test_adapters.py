@@ -1,10 +1,16 @@
 """Fine-tuning an LLM decoder: LoRA, full, gradient checkpointing."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lit_llmers.backbones.llm_decoder import LLMDecoder
 from lit_llmers.errors import UserError
+from lit_llmers.teachers.base import BaseConfig, load_causal
+from lit_llmers.teachers.language_model import save_language_model
+from lit_llmers.teachers.lora import LoraConfig, with_lora
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0}
 ITEMS = torch.tensor([[0, 0, 3, 4, 5], [1, 2, 3, 4, 5], [0, 0, 0, 0, 9]])
@@ -91,3 +97,24 @@ def test_gradient_checkpointing_gives_the_same_gradients(folder, lora):
     plain, recomputed = gradients
     assert plain.keys() == recomputed.keys()
     assert all(torch.allclose(plain[name], recomputed[name], atol=1e-6) for name in plain)
+
+
+@pytest.mark.parametrize("kind", ["from scratch", "in a folder"])
+def test_a_tuned_adapter_finds_its_base_whatever_folder_one_stands_in(llama, tmp_path, monkeypatch, kind):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    (tmp_path / "llama").symlink_to(llama)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    given = {"path": "llama"} if kind == "in a folder" else {"config": sizes}
+    base = BaseConfig("tiny", lora=LoraConfig(rank=2, targets=("gate_proj",)), **given)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    model = with_lora(load_causal(base, tokenizer), base.lora)
+    stage, wording = SimpleNamespace(config=SimpleNamespace(base=base), seed=0), SimpleNamespace(tokenizer=tokenizer)
+    save_language_model(stage, model, wording, Path("runs/model"))
+    monkeypatch.chdir("elsewhere")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "runs" / "model", local_files_only=True)
+    tokens = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
