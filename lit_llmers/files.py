@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 from lit_llmers.errors import UserError
 
@@ -92,14 +94,39 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing, may not be read or is not JSON.
     """
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Remove it and run the stage that writes it again.") from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}). Make it readable, or work in another folder with run.dir=FOLDER."
+        ) from error
+    except ValueError as error:
+        done = next((folder for folder in path.parents[:2] if (folder / "DONE").exists()), None)  # skipped while it is there
+        raise UserError(
+            f"{path} is not valid JSON ({error}). Remove {f'the folder {done.resolve()}' if done else 'it'} and give the same "
+            "command again."
+        ) from error
+
+
+@contextmanager
+def readable(path: Path, folder: Path) -> Iterator[None]:
+    """Read `path`, an array, a table or a checkpoint, or say which folder to remove: its stage's.
+
+    Raises:
+        UserError: what is there is missing or damaged. Libraries say that in many ways.
+    """
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, UnpicklingError, BadZipFile) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read ({reason}). Remove the folder {folder.resolve()} and give the same command again."
+        ) from error
 
 
 def sha256(path: Path) -> str:

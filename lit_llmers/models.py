@@ -16,6 +16,7 @@ from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.data.pairs import PairDataModule, UnmetItems
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
+from lit_llmers.files import readable
 from lit_llmers.stages import Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
@@ -55,9 +56,10 @@ def _load_table(source: Stage, file: str) -> np.ndarray:
     """The vectors that a stage left, `[n+1, d]` or `[U, d]`; a row of zeros is none.
 
     Raises:
-        UserError: there is not one vector among them, or one is not finite.
+        UserError: there is not one vector among them, one is not finite, or the file is damaged.
     """
-    table: np.ndarray = np.load(source.folder / file, allow_pickle=False)
+    with readable(source.folder / file, source.folder):
+        table: np.ndarray = np.load(source.folder / file, allow_pickle=False)
     if len(wrong := np.flatnonzero(~np.isfinite(table).all(1))):
         raise UserError(
             f"Stage '{source.name}' leaves vectors that are not finite: {len(wrong)} of {len(table)} rows of its {file}, first "
@@ -182,9 +184,10 @@ def load_weights(model: Recommender, path: Path) -> None:
     """Load a checkpoint's weights without any callback.
 
     Raises:
-        UserError: it is the checkpoint of another model.
+        UserError: it is damaged, or the checkpoint of another model.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    with readable(path, path.parent):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     model.on_load_checkpoint(checkpoint)
     own = model.state_dict()
     model.load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name in own})

@@ -136,7 +136,13 @@ class OnnxScorer:
         options.log_severity_level = 3  # errors
         try:
             self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph, errors.RuntimeException) as error:
+        except (
+            errors.Fail,
+            errors.InvalidArgument,  # as of an empty file
+            errors.InvalidProtobuf,
+            errors.InvalidGraph,
+            errors.RuntimeException,
+        ) as error:
             raise UserError(f"{graph} is damaged ({str(error).strip().splitlines()[0]}). {AGAIN}") from error
 
     def __call__(self, asked: np.ndarray) -> np.ndarray:

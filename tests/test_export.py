@@ -283,9 +283,10 @@ def test_damaged_and_missing_files(folder):
         load_exported(folder)
     with pytest.raises(UserError, match=r"no .*model.onnx"):
         OnnxScorer(folder / "model.onnx")
-    (folder / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(UserError, match=r"model.onnx is damaged"):
-        OnnxScorer(folder / "model.onnx")
+    for content in (b"not a graph", b""):
+        (folder / "model.onnx").write_bytes(content)
+        with pytest.raises(UserError, match=r"model.onnx is damaged"):
+            OnnxScorer(folder / "model.onnx")
 
 
 def test_another_format_version_and_an_unfinished_export(folder):

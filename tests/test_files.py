@@ -8,6 +8,7 @@ import pytest
 
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, digest, read_json, sha256, write_json
+from lit_llmers.reporting.results import Evaluated
 
 
 def test_the_file_appears_when_it_is_whole(tmp_path):
@@ -75,8 +76,32 @@ def test_json_goes_there_and_back_and_damage_is_named(tmp_path):
     path.write_text(path.read_text()[:-5])
     with pytest.raises(UserError, match=r"value\.json is not valid JSON.*Remove it"):
         read_json(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"value\.json is not valid JSON.*Remove it"):
+        read_json(path)
+    (tmp_path / "DONE").touch()  # of a stage, which is skipped while that is there
+    with pytest.raises(UserError, match=rf"value\.json is not valid JSON.*Remove the folder {tmp_path} and give the same"):
+        read_json(path)
     with pytest.raises(UserError, match=r"There is no file .*other\.json"):
         read_json(tmp_path / "other.json")
+
+
+def test_json_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(UserError, match=r"run\.json cannot be read \(Permission denied\)\. Make it readable"):
+        read_json(tmp_path / "run.json")
+
+
+def test_what_a_library_cannot_read_names_the_folder_to_remove(tmp_path):
+    path = tmp_path / "groups.npz"
+    for content in (None, b"", b"PK\x03\x04 and no more"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"groups\.npz cannot be read \(.+\)\. Remove the folder {tmp_path} and give"):
+            Evaluated({}, None, tmp_path).groups  # noqa: B018
 
 
 def test_digests(tmp_path):

@@ -1,5 +1,8 @@
 """A training that was killed after any batch goes on to the very same weights, bit for bit."""
 
+import os
+import shutil
+
 import lightning as L
 import pytest
 import torch
@@ -123,3 +126,30 @@ def test_steps_in_the_rows_of_a_batch_alone_go_on_too(tmp_path, monkeypatch):
     interrupt(planned, "student", 13, monkeypatch)
     run(planned, "student")
     assert_equal_weights(weights(student), weights(whole["student"]))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5], ids=["empty", "its head", "half"])
+@pytest.mark.parametrize(
+    ("file", "until", "stage"),
+    [
+        ("last.ckpt", "teacher", "teacher"),
+        ("best.ckpt", "signals", "teacher"),
+        ("item_table.npy", "teacher", "item_embeddings"),
+    ],
+)
+def test_a_damaged_file_names_the_folder_to_remove(uninterrupted, tmp_path, monkeypatch, file, until, stage, kept):
+    planned = small(tmp_path, "signals.dtype=float32")
+    for each in planned[: [each.name for each in planned].index(until) + (file == "last.ckpt")]:
+        shutil.copytree(uninterrupted[each.name].folder, each.folder)
+    folder = by_name(planned)[stage].folder
+    if file == "last.ckpt":
+        shutil.rmtree(folder)
+        interrupt(planned, stage, 5, monkeypatch)
+    path = folder / file
+    os.truncate(path, int(kept * path.stat().st_size) if kept == 0.5 else kept)
+    with pytest.raises(
+        UserError, match=rf"{file} cannot be read \(.+\)\. Remove the folder {folder} and give the same command"
+    ):
+        run(planned, until)
+    shutil.rmtree(folder)
+    run(planned, until)

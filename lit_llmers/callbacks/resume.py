@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_llmers.conf.schema import SHARDED, TrainerConfig
+from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.errors import UserError
-from lit_llmers.files import atomic_write, previous, read_json, recover, replace_folder
+from lit_llmers.files import atomic_write, previous, read_json, readable, recover, replace_folder
 from lit_llmers.processes import Processes
 from lit_llmers.strategies import whole_state
 
@@ -93,7 +93,7 @@ class LastCheckpoint(L.Callback):
         """The checkpoint to go on from, if there is one.
 
         Raises:
-            UserError: another strategy or another number of processes wrote it.
+            UserError: it is damaged, or another strategy, another number of processes or another stage wrote it.
         """
         here = Processes.here() if self.about["world"] > 1 else Processes()
         if here.first:
@@ -102,8 +102,10 @@ class LastCheckpoint(L.Callback):
             here.wait(self.path.parent, lambda: not previous(self.path).exists(), f"the recovery of {self.path}")
         if self.path.is_dir():
             self._check(read_json(self.path / ABOUT))
-        elif self.path.is_file() and self.about["strategy"] in SHARDED:
-            self._check(torch.load(self.path, map_location="cpu", weights_only=True, mmap=True))
+        elif self.path.is_file():
+            with readable(self.path, self.path.parent):
+                about = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            self._check(about)
         return str(self.path) if self.path.exists() else None
 
     def _check(self, about: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """What the `prepare` stage leaves behind: every user's items in order, the part each belongs to, and the catalogue."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lit_llmers.errors import UserError
-from lit_llmers.files import atomic_write, read_json, write_json
+from lit_llmers.files import atomic_write, read_json, readable, write_json
 
 TRAIN, VALID, TEST = 0, 1, 2
 CATALOGUE_COLUMNS = ("item_id", "title", "categories", "text")
@@ -100,9 +98,8 @@ class Dataset:
             UserError: a file is missing or damaged, or the files are not the ones that `dataset.json` names.
         """
         folder = Path(folder)
-        cure = "Remove the folder and give the same command again."
         record = read_json(folder / "dataset.json")
-        with _readable(folder, cure):
+        with readable(folder, folder):
             items, offsets, split = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("items", "offsets", "split")
             )
@@ -112,13 +109,8 @@ class Dataset:
             user_texts = pd.read_parquet(written) if written.exists() else None
         dataset = cls(items, offsets, split, users, catalogue, record["info"], user_texts)
         if dataset.fingerprint != record["fingerprint"]:
-            raise UserError(f"The files in {folder} are not the ones that its dataset.json names. {cure}")
+            raise UserError(
+                f"The files in {folder} are not the ones that its dataset.json names. Remove the folder and give the same "
+                "command again."
+            )
         return dataset
-
-
-@contextmanager
-def _readable(folder: Path, cure: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"The prepared data in {folder} cannot be read ({error}). {cure}") from error

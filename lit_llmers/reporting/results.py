@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lit_llmers.errors import UserError
-from lit_llmers.files import read_json
+from lit_llmers.files import read_json, readable
 from lit_llmers.journal import read_metrics
 from lit_llmers.reporting.significance import paired_over_seeds
 
@@ -87,15 +87,17 @@ class Evaluated:
 
     @cached_property
     def _ranks(self) -> dict[str, list[np.ndarray]]:
-        return {
-            name: [np.load(self.folder / model["ranks"], allow_pickle=False) for model in models]
-            for name, models in self.models.items()
-        }
+        with readable(self.folder, self.folder):
+            return {
+                name: [np.load(self.folder / model["ranks"], allow_pickle=False) for model in models]
+                for name, models in self.models.items()
+            }
 
     @cached_property
     def groups(self) -> dict[str, np.ndarray]:
         """For every test row `[n]`: `user`, `popularity` index of its group, `head` and `short` true or false."""
-        with np.load(self.folder / "groups.npz", allow_pickle=False) as arrays:
+        path = self.folder / "groups.npz"
+        with readable(path, self.folder), np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
 
     @property

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_llmers.conf.stages import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError
+from lit_llmers.files import readable
 from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer, without_load_report
@@ -82,8 +83,8 @@ def build_language_model(stage: Stage, wording: Wording) -> Any:
 def save_language_model(stage: Stage, model: Any, wording: Wording, folder: Path) -> None:
     """Write what PEFT and transformers load by themselves: the weights, or with LoRA the adapter, and the tokenizer.
 
-    An adapter is of no use without its base, so that of one from scratch is written beside it, as `base`. PEFT finds a base in a
-    folder by the whole path in `adapter_config.json`: after a move, write the new one there, as `base_model_name_or_path`.
+    An adapter is of no use without its base, so that of one from scratch is written beside it, as `base`. PEFT finds a base
+    by its whole path in `adapter_config.json`: after a move, write the new one there, as `base_model_name_or_path`.
     """
     base = base_of(stage)
     place = Path(base.path) if base.path else folder / "base"
@@ -98,6 +99,7 @@ def save_language_model(stage: Stage, model: Any, wording: Wording, folder: Path
 
 def load_tuned(model: Any, path: Path) -> None:
     """Put the weights of a checkpoint into a language model as `build_language_model` makes it."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    with readable(path, path.parent):
+        saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     saved = {name.removeprefix("model."): value for name, value in saved.items()}
     model.load_state_dict(model.state_dict() | saved)
