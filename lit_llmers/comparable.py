@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_llmers import recipes
 from lit_llmers.errors import UserError, unknown
+from lit_llmers.overrides import quoted
 
 if TYPE_CHECKING:
     from lit_llmers.stages import Stage
@@ -175,7 +176,7 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
             if not any(stage.verb == verb for stage in planned):
                 raise UserError(f"Recipe '{recipe}' has no {verb} stage, so it leaves nothing to compare.")
         passed_on = [override for override in overrides if not override.startswith(own)]
-        arguments = [f"recipe={recipe}", *chosen, *passed_on, f"run.dir={_quoted(str(root))}", f"run.name={name}"]
+        arguments = [f"recipe={recipe}", *chosen, *passed_on, f"run.dir={quoted(str(root))}", f"run.name={name}"]
         if label in [run.label for run in runs]:
             raise UserError(f"Two recipes are called '{label}'. Rename one of the files, for it names the folder too.")
         runs.append(PlannedRun(label, arguments, planned, [(method, control) for method, control in config["pairs"]]))
@@ -188,11 +189,6 @@ def _root(config: dict[str, Any], overrides: Sequence[str]) -> Path:
     """The comparison's folder: named by `run.name`, or else after the data."""
     named = any(override.startswith("run.name=") for override in overrides)
     return Path(config["run"]["dir"]) / "compare" / str(config["run"]["name"] if named else config["data"]["name"])
-
-
-def _quoted(text: str) -> str:
-    """A text in Hydra's grammar, in quotes where it needs them."""
-    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _check_same_task(first: PlannedRun, other: PlannedRun) -> None:

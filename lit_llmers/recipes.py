@@ -7,11 +7,12 @@ from typing import Any
 
 from lit_llmers.conf.schema import SECTIONS
 from lit_llmers.errors import UserError, nearest, unknown
+from lit_llmers.overrides import OF_STAGE, key_of, readable, with_stage_overrides, written
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf"
-_STAGE_KEY = re.compile(r"^[+~]*stages\.\w+")
 GROUPS = ("data", "teacher", "student", "text", "trainer", "logger")
+_CHECKED = (*SECTIONS, *GROUPS, "stages")  # by dataclasses, which refuse keys that they do not know
 
 
 def folder() -> Path:
@@ -115,16 +116,15 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     path, listed = find(name), groups(name)
     scale, given = _split_scale(overrides)
+    given = [readable(override) for override in given]
     for override in given:
-        if not re.match(r"^[+~]*[\w@/.-]+(=|$)", override) or ("=" not in override and not override.startswith("~")):
-            raise UserError(f"'{override}' is not an override. Write key=value, for example trainer.max_epochs=2.")
         group, _, option = override.partition("=")
         if group in GROUPS and option not in options(group):
             raise unknown(f"option of {group}", option, options(group))
         if (chosen := group_of(override)) and chosen not in listed:
             raise UserError(f"Recipe '{name}' has no {chosen} to choose. {_own_text(path, chosen)}Leave '{override}' out.")
     layers = [_scale_overrides(path, scale), given]
-    others = [_open(override) for layer in layers for override in layer if not _STAGE_KEY.match(override)]
+    others = [_open(override) for layer in layers for override in layer if not OF_STAGE.match(override)]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
 
         def composed(arguments: list[str]) -> Any:
@@ -138,9 +138,8 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
                 known = list(_keys(OmegaConf.to_container(composed(choices), resolve=False)))
             except (HydraException, OmegaConfBaseException) as also:
                 raise UserError(f"Recipe '{name}' does not compose: {str(also).splitlines()[0]}") from also
-            for override in given:
-                key = override.partition("=")[0].lstrip("+~")
-                if key not in known and key not in GROUPS:
+            for key in map(key_of, given):
+                if key not in known and key.partition(".")[0] not in _CHECKED:
                     raise UserError(
                         f"Unknown configuration key '{key}'.{nearest(key, known)} "
                         f"'python -m lit_llmers.fit recipe={name} --config' prints them all."
@@ -148,8 +147,8 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"Recipe '{name}' does not compose: {str(error).splitlines()[0]}") from error
     OmegaConf.set_struct(config, False)
     for number, layer in enumerate(layers):
-        of_student = {_key(override) for later in layers[number:] for override in later}
-        for section, _, key in (_key(override).partition(".") for override in layer):
+        of_student = {key_of(override) for later in layers[number:] for override in later}
+        for section, _, key in (key_of(override).partition(".") for override in layer):
             own = OmegaConf.select(config, f"student.{section}") if section in SECTIONS else None
             if own is not None and key in own and f"student.{section}.{key}" not in of_student:
                 own.pop(key)
@@ -157,7 +156,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         for layer in layers:
             _silence_trainers(plain.get("stages"), layer)
-            plain = _with_stage_overrides(plain, [override for override in layer if _STAGE_KEY.match(override)])
+            plain = with_stage_overrides(plain, [override for override in layer if OF_STAGE.match(override)])
     except MissingMandatoryValue as error:
         raise UserError(f"Recipe '{name}' needs a value for '{error.full_key}'. Add {error.full_key}=VALUE.") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -174,13 +173,9 @@ def _own_text(path: Path, group: str) -> str:
     return "".join(f"Its stage '{stage}' is set by stages.{stage}.encode and stages.{stage}.model. " for stage in own)
 
 
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def _silence_trainers(stages: Any, overrides: Sequence[str]) -> None:
     """Take out of the stages' own `trainer` what overrides say of the whole run's."""
-    said = [_key(override).removeprefix("trainer.") for override in overrides if _key(override).startswith("trainer.")]
+    said = [key_of(override).removeprefix("trainer.") for override in overrides if key_of(override).startswith("trainer.")]
     entries = stages.values() if isinstance(stages, dict) else ()
     for own in [entry["trainer"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("trainer"), dict)]:
         for key in said:
@@ -219,58 +214,12 @@ def scale_settings(path: Path, scale: str) -> dict[str, Any]:
 
 def _scale_overrides(path: Path, scale: str | None) -> list[str]:
     """The settings of a scale as overrides."""
-    return [f"{key}={_grammar(value)}" for key, value in scale_settings(path, scale or "laptop").items()]
-
-
-def _grammar(value: Any) -> str:
-    """A YAML value in the grammar of overrides."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if hasattr(value, "items"):
-        return "{" + ",".join(f"{key}:{_grammar(item)}" for key, item in value.items()) + "}"
-    if hasattr(value, "__iter__") and not isinstance(value, str):
-        return "[" + ",".join(_grammar(item) for item in value) + "]"
-    return str(value)
-
-
-def _with_stage_overrides(config: Any, overrides: list[str]) -> Any:
-    """Set `stages.NAME.KEY=VALUE` after all else is resolved, so that a key below `model: ${student.model}` can be set.
-
-    Keys need not be there: a stage's dataclass refuses what it does not know.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.create(config)
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.get_key_element().lstrip("+~")
-        if (name := key.split(".")[1]) not in tree.stages and (key.count(".") > 1 or override.is_delete()):
-            raise unknown("stage", name, tree.stages)
-        _check_places(tree, key)
-        if override.is_delete():
-            parent, _, last = key.rpartition(".")
-            node = OmegaConf.select(tree, parent)
-            node.pop(int(last) if OmegaConf.is_list(node) else last)
-        else:
-            OmegaConf.update(tree, key, override.value(), merge=False, force_add=True)
-    return OmegaConf.to_container(tree, resolve=True)
-
-
-def _check_places(tree: Any, key: str) -> None:
-    """What follows a list in a key, as in `stages.student.callbacks.0.ranking_distillation.weight`, is a place in it."""
-    from omegaconf import OmegaConf
-
-    parts = key.split(".")
-    for number, place in enumerate(parts[1:], start=1):
-        before = ".".join(parts[:number])
-        node = OmegaConf.select(tree, before)
-        if OmegaConf.is_list(node) and not (place.isdigit() and int(place) < len(node)):
-            raise UserError(f"'{key}': {before} is a list of {len(node)}, counted from 0; '{place}' is no place in it.")
+    return [f"{key}={written(value)}" for key, value in scale_settings(path, scale or "laptop").items()]
 
 
 def _open(override: str) -> str:
     """Let a setting be given although no YAML writes it; its section's dataclass refuses what it does not know."""
-    return f"++{override}" if override.partition(".")[0] in (*SECTIONS, *GROUPS) else override
+    return f"++{override}" if override.partition(".")[0] in _CHECKED else override
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:

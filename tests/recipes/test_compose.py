@@ -542,7 +542,7 @@ def test_a_recipe_file_that_is_wrong(mine, content, message):
         ("stages.teachr.fit=sasrec", r"Unknown stage 'teachr'. Did you mean 'teacher'\?"),
         ("max_epochs", "'max_epochs' is not an override. Write key=value"),
         ("trainer.max_epochs:2", "is not an override"),
-        ("stages.student.model={layers: [}", "does not"),
+        ("stages.student.model={layers: [}", "does not read as a value"),
     ],
 )
 def test_what_is_unknown_is_named_with_the_nearest_known_name(override, message):
