@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS
+from lit_llmers.conf.schema import SECTIONS, check_type
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.overrides import OF_STAGE, key_of, readable, with_stage_overrides, written
 
@@ -52,10 +52,12 @@ def find(name: str) -> Path:
     """The file of a recipe, by name or by path.
 
     Raises:
-        UserError: there is none; the message lists those there are.
+        UserError: there is none; the message lists those there are. Or it ends in `.yml`, which Hydra does not take.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix == ".yml":
+        raise UserError(f"Hydra reads {path} only under the ending .yaml. Rename it to {path.with_suffix('.yaml').name}.")
+    if path.suffix == ".yaml":
         if path.is_file():
             return path
         raise UserError(f"There is no recipe file {path}. The shipped recipes are: {', '.join(sorted(available()))}.")
@@ -69,7 +71,7 @@ def read(path: Path) -> dict[str, Any]:
     """A recipe's file as it stands, neither composed nor resolved.
 
     Raises:
-        UserError: it is not YAML.
+        UserError: it is not YAML, or no mapping.
     """
     from omegaconf import OmegaConf
     from yaml import YAMLError
@@ -78,6 +80,7 @@ def read(path: Path) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    check_type(plain or {}, dict, str(path))
     return plain or {}
 
 
