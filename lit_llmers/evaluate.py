@@ -1,5 +1,10 @@
 """The `evaluate` stage: rank the test items with every trained model, the same rows in the same order for all."""
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("evaluate")  # before anything that takes time is imported
+
 import logging
 import time
 from itertools import pairwise

@@ -7,6 +7,11 @@ trained model on real users before they are kept. A collaborative model is expor
 users and what they have met as `users.parquet`.
 """
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("export")  # before anything that takes time is imported
+
 import json
 import logging
 from dataclasses import asdict

@@ -36,7 +36,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 "what was finished before stays and is not done again."
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"No permission to write {path}. Choose another folder with run.dir=FOLDER.") from error
+            raise UserError(
+                f"No permission to write {path}. Make its folder writable, or give lit_llmers.fit another: run.dir=FOLDER."
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -244,8 +244,16 @@ def _remove_copies(folder: Path, run: Any) -> None:
 
 
 def wandb_mode(wandb: Any) -> str:
-    """`WANDB_MODE` where it is set, else online if there are credentials, else offline."""
-    known = wandb.setup().settings
+    """`WANDB_MODE` where it is set, else online if there are credentials, else offline.
+
+    Raises:
+        UserError: W&B does not take what the environment says.
+    """
+    try:
+        known = wandb.setup().settings
+    except ValueError as error:
+        reason = " ".join(str(error).partition(" [type=")[0].split())  # pydantic's
+        raise UserError(f"W&B refuses WANDB_MODE or the like ({reason}). Correct or unset it.") from error
     if known.mode in ("disabled", "offline", "dryrun"):
         return "offline" if known.mode == "dryrun" else known.mode
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or known.api_key:

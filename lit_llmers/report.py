@@ -21,6 +21,10 @@ from lit_llmers.reporting.verdict import leak_warnings, short_warnings, teacher_
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+USAGE = """usage: python -m lit_llmers.report run=DIR
+
+Writes a run's report.md with its tables and plots again, from what its stages left in DIR, such as runs/slmrec/default; the
+run need not be finished."""
 CAPTIONS = {
     "comparison": "Every model on the test users",
     "popularity": "Where the gain comes from: by how often the target was seen in training",
@@ -172,6 +176,9 @@ def _merge_metrics(results: Results) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report of the run that `run=DIR` names; return the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
     try:
         given = dict(argument.partition("=")[::2] for argument in arguments)
         for key in given:

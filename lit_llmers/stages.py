@@ -5,10 +5,11 @@ finds the same folders, skips those that are done and goes on in the one that is
 exactly the stages that it affects.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lit_llmers.conf.schema import TrainerConfig, fingerprinted
 from lit_llmers.files import digest, read_json
@@ -152,6 +153,16 @@ def _with(key: str, value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     if first not in settings:
         return dict(settings)
     return {**settings, first: _with(rest, value, settings[first]) if rest else value}
+
+
+def no_command(verb: str) -> NoReturn:
+    """What `python -m` says of the file of a verb: how its stages are run."""
+    print(
+        f"lit_llmers.{verb} is a kind of stage and no command. 'python -m lit_llmers.fit recipe=NAME stage={verb}' runs a "
+        f"recipe up to its stage of that name, and only={verb} that one alone.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 
 def describe(stages: list[Stage]) -> list[dict[str, Any]]:

@@ -217,6 +217,18 @@ def test_a_login_is_found_without_asking(tmp_path, monkeypatch):
     assert wandb_mode(wandb) == "offline"
 
 
+def test_a_mode_that_there_is_not_is_named(monkeypatch):
+    import wandb
+
+    from lit_llmers.loggers import wandb_mode
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    with pytest.raises(UserError, match=r"W&B refuses WANDB_MODE or the like \(.*'offline'.*\)\. Correct or unset it"):
+        wandb_mode(wandb)
+    wandb.teardown()
+
+
 # ---- the others -----------------------------------------------------------------------------------------------------
 
 

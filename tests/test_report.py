@@ -455,6 +455,8 @@ def test_a_control_that_never_hits_has_no_relative_gain(tmp_path):
 def test_command(good, capsys):
     assert report.main([f"run={good}"]) == 0
     assert f"Report: {good / 'report.md'}" in capsys.readouterr().out
+    assert report.main(["--help"]) == 0
+    assert "usage: python -m lit_llmers.report run=DIR" in capsys.readouterr().out
     for arguments, message in (
         ([], "No run given"),
         (["rnu=x"], "Did you mean 'run'"),
