@@ -40,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         if "--config" in arguments:
             from omegaconf import OmegaConf
 
+            from lit_llmers.resolving import check_sections
+
+            check_sections(config)
             print(OmegaConf.to_yaml(config))
             return 0
         fit(config, arguments, here)

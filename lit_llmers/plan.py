@@ -127,9 +127,11 @@ def plan(asked: Asked) -> dict[str, Any]:
     gpu = card(asked.gpu)
     config = recipes.compose(asked.recipe, asked.overrides)
     from lit_llmers.resolving import resolve
+    from lit_llmers.running import select
 
     planned = resolve(config)
-    grouped = {stage.name: [each for each in planned if each.name == stage.name] for stage in planned}
+    asked_for = select(planned, config["stage"], config["only"])
+    grouped = {stage.name: [each for each in planned if each.name == stage.name] for stage in asked_for}
     from lit_llmers.planning.data import known_data
     from lit_llmers.planning.estimate import Estimator
     from lit_llmers.planning.rehearsal import pretending
