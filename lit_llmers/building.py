@@ -39,7 +39,7 @@ def find(room: str, name: str) -> Any:
     found = _class(room, name) if name in files else None
     if found is None:
         refused = unknown(f"name in lit_llmers/{room}", name, [file for file in files if _class(room, file)])
-        called = name.title().replace("_", "")
+        called = str(name).title().replace("_", "")
         own = f" {name}.py is there, but no class {called} in it that a recipe can name." if name in files else ""
         raise UserError(f"{refused}{own}")
     return found

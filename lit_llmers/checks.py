@@ -45,9 +45,10 @@ def check(stage: FitStage, where: str) -> None:
         )
     for key in ("fusion", "objective", "callbacks"):
         for position, entry in enumerate(getattr(stage, key)):
-            if not isinstance(entry, dict) or len(entry) != 1:
+            if len(entry) != 1:
                 raise UserError(f"'{where}.{key}[{position}]' must be one name and its arguments, as {{name: {{key: value}}}}.")
             for name, arguments in entry.items():
+                checked(arguments, dict | None, f"{where}.{key}.{name}")
                 if key == "fusion":
                     _check_fusion(name, arguments or {}, backbone, stage, f"{where}.{key}.{name}")
                 else:

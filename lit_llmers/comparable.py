@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_llmers import recipes
+from lit_llmers.conf.schema import RunConfig, build
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.overrides import quoted
 
@@ -188,7 +189,8 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
 def _root(config: dict[str, Any], overrides: Sequence[str]) -> Path:
     """The comparison's folder: named by `run.name`, or else after the data."""
     named = any(override.startswith("run.name=") for override in overrides)
-    return Path(config["run"]["dir"]) / "compare" / str(config["run"]["name"] if named else config["data"]["name"])
+    run = build(RunConfig, config["run"], "run")
+    return run.root / "compare" / (run.name if named else str(config["data"]["name"]))
 
 
 def _check_same_task(first: PlannedRun, other: PlannedRun) -> None:

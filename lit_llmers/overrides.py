@@ -3,13 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING
-from typing import Any
+from typing import Any, get_type_hints
 
-from lit_llmers.conf.schema import check_type
+from lit_llmers.conf.schema import SECTIONS, checked
 from lit_llmers.errors import UserError, unknown
 
 _BEGINS = ("[", "{", "'", '"')  # a value that begins so is meant to be of Hydra's grammar
-_PLAIN = re.compile(r"[\w./-]+", re.ASCII)
 OF_STAGE = re.compile(r"[+~]*stages\.\w+")
 
 
@@ -21,8 +20,9 @@ def key_of(override: str) -> str:
 def readable(override: str) -> str:
     """The override as Hydra reads it.
 
-    A text that the grammar has no place for, such as `~/data` or `/data (old)`, is put into quotes. A `+` is left out: what
-    no YAML writes can be set without it, where a dataclass knows it, and is a slip elsewhere.
+    A text that the grammar has no place for, such as `~/data` or `/data (old)`, is put into quotes, and so is a number where a
+    section takes a text, as in `run.name=5`. A `+` is left out: what no YAML writes can be set without it, where a dataclass
+    knows it, and is a slip elsewhere.
 
     Raises:
         UserError: it is no override, its value cannot be read, or it stands for several runs.
@@ -46,18 +46,32 @@ def readable(override: str) -> str:
                 f"'{override}' stands for several runs, and this is one. Write a list as {key}=[A,B], and a text with quotes "
                 f'inside those of the shell: "{in_quotes}".'
             )
-        return form
+        number = isinstance(parsed.value(), int | float) and _is_text(key)
+        return in_quotes if number else form
     raise UserError(
         f"'{override}' does not read as a value: {reason}. Close its brackets and quotes, and put a text that has other signs "
         f'than letters, digits and ./-_ into quotes inside those of the shell, as "{key}=[{quoted("it is 5 #")}]".'
     )
 
 
+def _is_text(key: str) -> bool:
+    """Whether a section takes a text there, and nothing else."""
+    section, _, name = key.partition(".")
+    return section in SECTIONS and get_type_hints(SECTIONS[section]).get(name) is str
+
+
 def quoted(text: str) -> str:
     """A text in Hydra's grammar, in quotes where it needs them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
 
-    return text if _PLAIN.fullmatch(text) else QuotedString(text, Quote.single).with_quotes()
+    try:
+        plain = OverridesParser.create().parse_override(f"key={text}")
+    except HydraException:
+        plain = None
+    same = plain is not None and not plain.is_sweep_override() and plain.value() == text
+    return text if same else QuotedString(text, Quote.single).with_quotes()
 
 
 def written(value: Any) -> str:
@@ -82,7 +96,7 @@ def with_stage_overrides(config: Any, overrides: Sequence[str]) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    check_type(config.get("stages") if overrides else {}, dict, "stages")
+    checked(config.get("stages") if overrides else {}, dict, "stages")
     tree = OmegaConf.create(config)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element().lstrip("+~")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS, check_type
+from lit_llmers.conf.schema import SECTIONS, checked
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.overrides import OF_STAGE, key_of, readable, with_stage_overrides, written
 
@@ -80,7 +80,7 @@ def read(path: Path) -> dict[str, Any]:
         plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    check_type(plain or {}, dict, str(path))
+    checked(plain or {}, dict, str(path))
     return plain or {}
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS, SHARDED, build
+from lit_llmers.conf.schema import SECTIONS, SHARDED, RunConfig, build, checked
 from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import sha256
@@ -12,6 +12,15 @@ from lit_llmers.stages import MODULES, Run, Stage
 
 TRAINING = ("sequences", "optimizer", "trainer")
 SHARED = {"fit": TRAINING, "tune": TRAINING, "record": ("signals",), "evaluate": ("evaluation",)}
+PLAIN = {  # what is said of the whole run outside sections
+    "stages": dict,
+    "repeat": list[str],
+    "pairs": list[list[str]],
+    "stage": str | None,
+    "only": str | None,
+    "seed": Any,  # see `_check_seeds`
+    "seeds": Any,
+}
 GATHERING = ("evaluate", "export")  # run once, over all seeds
 
 
@@ -22,8 +31,12 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
         UserError: an unknown verb, key, stage name or option, or a stage that needs a later one.
     """
     check_sections(config)
-    place = config["run"]
-    run = Run(Path(place["dir"]) / config["recipe"] / place["name"], config["recipe"], place["name"], config["logger"])
+    place = build(RunConfig, config["run"], "run")
+    run = Run(place.root / config["recipe"] / place.name, config["recipe"], place.name, config["logger"])
+    if "teacher" in config:  # which is checked although no stage may read it
+        from lit_llmers.teachers.base import BaseConfig
+
+        BaseConfig.of(config["teacher"])
     entries = {name: _inherit(name, config["stages"]) for name in config["stages"]}
     for name in config["repeat"]:
         if name not in entries:
@@ -62,23 +75,44 @@ def check_sections(config: dict[str, Any]) -> None:
     Raises:
         UserError: a section is missing, or has an unknown key or a value that it does not take.
     """
-    for section in ("run", "stages"):
-        if section not in config:
+    for key in (*SECTIONS, *PLAIN):
+        if key not in config:
             raise UserError(
-                f"The recipe '{config['recipe']}' lacks '{section}'. See recipes/slmrec.yaml: it begins with /base."
+                f"The recipe '{config['recipe']}' lacks '{key}'. List in its defaults what recipes/slmrec.yaml does, /base "
+                f"first, and let no override delete '{key}'."
             )
     for section, cls in SECTIONS.items():
         build(cls, config[section], section)
+    for key, hint in PLAIN.items():
+        checked(config[key], hint, key)
+    for name, entry in config["stages"].items():
+        checked(entry, dict, f"stages.{name}")
+    if not config["stages"]:
+        raise UserError(f"The recipe '{config['recipe']}' has no stages. Give it some, as recipes/slmrec.yaml does.")
     _check_seeds(config["seed"], config["seeds"])
+    _check_pairs(config["pairs"], config["stages"])
 
 
 def _check_seeds(seed: Any, seeds: Any) -> None:
-    if type(seed) is not int or seed < 0:
-        raise UserError(f"seed is {seed}. It must be a whole number from 0.")
-    if not isinstance(seeds, list) or not seeds or any(type(each) is not int or each < 0 for each in seeds):
-        raise UserError(f"seeds is {seeds}. It must be a list of whole numbers from 0, as seeds=[0,1,2].")
+    if not _is_seed(seed):
+        raise UserError(f"seed is {seed}. It must be a whole number from 0, less than 2**32.")
+    if not isinstance(seeds, list) or not seeds or not all(map(_is_seed, seeds)):
+        raise UserError(f"seeds is {seeds}. It must be a list of whole numbers from 0, less than 2**32, as seeds=[0,1,2].")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds is {seeds}. It must be a list of different whole numbers.")
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**32  # as NumPy takes them
+
+
+def _check_pairs(pairs: list[list[str]], stages: dict[str, Any]) -> None:
+    for pair in pairs:
+        if len(pair) != 2:
+            raise UserError(f"pairs has {pair}. Each must be two stages, [METHOD,CONTROL], as pairs=[[student,control]].")
+        for name in pair:
+            if name not in stages:
+                raise unknown("stage in 'pairs'", name, stages)
 
 
 def _inherit(name: str, stages: dict[str, Any], chain: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -86,8 +120,9 @@ def _inherit(name: str, stages: dict[str, Any], chain: tuple[str, ...] = ()) -> 
 
     Mappings are merged key by key, lists and everything else replaced.
     """
-    entry = dict(stages[name] or {})
+    entry = dict(stages[name])
     other = entry.pop("like", None)
+    checked(other, dict | str | None, f"stages.{name}.like")
     if other is None:
         return entry
     if isinstance(other, dict):
@@ -134,6 +169,7 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
     trains = verb == "encode" and (entry["encode"] == "said" or entry.get("contrast") is not None)
     for section in ("optimizer", "trainer") if trains else SHARED.get(verb, ()):  # the run's own, with the stage's on top
         said = entry.get(section, {})
+        checked(said, dict, f"{where}.{section}")
         settings = {**config[section], **said}
         if section == "trainer" and not _shares(settings["strategy"], verb, entry):
             settings |= {"strategy": "auto", "devices": 1, "num_nodes": 1} | said

@@ -28,7 +28,7 @@ def find_export(folder: Path) -> Path:
     Raises:
         UserError: it is neither, or its export stage is not done.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Give run=FOLDER, as 'Report:' names it at the end of a run.")
     if not (folder / "run.json").is_file():

@@ -125,7 +125,7 @@ def test_coverage_equals_plain_loops(whole):
 @pytest.mark.parametrize("target", [1, 5])
 def test_a_list_does_not_depend_on_the_held_out_item(target):
     data = dataset([[1, 1, 2, 3, target]], n_items=5)
-    model, config = CountingRecommender(Popularity(5, data.training_pairs)), EvaluateStage("test")
+    model, config = CountingRecommender(Popularity(5, data.training_pairs)), EvaluateStage("test", ["model"])
     assert evaluate.coverage(model, EvaluationRows(data, "test", 5), config)["coverage@10"] == pytest.approx(2 / 5)
 
 

@@ -6,6 +6,7 @@ A room's own settings (a data source's, an LLM base's, a backbone's arguments) l
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -13,6 +14,7 @@ from lit_llmers.errors import UserError, nearest, unknown
 
 EXAMPLES = ("sequence", "prefixes", "last")
 SCHEDULES = ("constant", "linear", "cosine")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 SIGNAL_DTYPES = ("float16", "float32")
 BASE_DTYPES = ("float32", "bfloat16", "float16")
 LOGGERS = ("wandb", "tensorboard", "csv")
@@ -45,8 +47,10 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
         where: the key under which the mapping stands, for the error message.
 
     Raises:
-        UserError: a key that the dataclass does not have, or one that it needs and does not get.
+        UserError: they are no mapping, or have a key that the dataclass does not, or lack one that it needs, or a value does
+            not fit.
     """
+    checked(values, Mapping, where)
     types = get_type_hints(cls)
     known = [entry.name for entry in fields(cls)]  # type: ignore[arg-type]
     for key in values:
@@ -54,43 +58,65 @@ def build(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
             raise UserError(
                 f"Unknown configuration key '{where}.{key}'.{nearest(key, known)} '{where}' has: {', '.join(known)}."
             )
+    plain = {key: checked(value, types[key], f"{where}.{key}") for key, value in values.items()}
     inner = {key: next((kind for kind in (types[key], *get_args(types[key])) if is_dataclass(kind)), None) for key in values}
     nested = {
         key: build(inner[key], value, f"{where}.{key}")  # type: ignore[arg-type]
         for key, value in values.items()
         if inner[key] is not None and isinstance(value, Mapping)
     }
-    plain = {key: checked(value, types[key], f"{where}.{key}") for key, value in values.items()}
     try:
         return cls(**{**plain, **nested})
     except TypeError as error:
         raise UserError(f"Configuration '{where}' is incomplete: {error}.") from error
 
 
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list", dict: "a mapping"}
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping, as {key: value}",
+    Mapping: "a mapping, as {key: value}",
+    NoneType: "null",
+}
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """A value that fits its type hint, as far as YAML has such types; a whole number as the float that it is meant for.
+    """A value that fits its type hint, as far as YAML has such types; a dataclass is made from a mapping.
 
-    What means the same is then the same, in fingerprints too.
+    A whole number becomes the float that it is meant for: what means the same is then the same, in fingerprints too.
 
     Raises:
         UserError: it names the key, the value and what it must be.
     """
-    kinds = [hint] if not isinstance(hint, UnionType) and get_origin(hint) is not Union else list(get_args(hint))
-    plain = [get_origin(kind) or kind for kind in kinds]
-    if not all(kind in _NAMES or kind is NoneType for kind in plain):
-        return value  # a dataclass or a tensor: checked by those who make it
-    for kind in plain:
-        if kind is NoneType and value is None:
-            return value
-        if kind is not NoneType and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-            return value
-    if float in plain and type(value) is int:
-        return float(value)
-    wanted = " or ".join("null" if kind is NoneType else _NAMES[kind] for kind in plain)
-    raise UserError(f"'{where}' is {value!r}. It must be {wanted}.")
+    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+    named = [_NAMES.get(_plain(kind)) for kind in kinds]
+    if None in named:
+        return value  # a tensor: checked by those who make it
+    fitting = next((kind for kind in kinds if _fits(value, kind)), None)
+    if fitting is None:
+        raise UserError(f"'{where}' is {value!r}. It must be {' or '.join(dict.fromkeys(filter(None, named)))}.")
+    if _plain(fitting) in (list, tuple) and (of := get_args(fitting)):
+        return type(value)(checked(each, of[0], f"{where}[{place}]") for place, each in enumerate(value))
+    return float(value) if fitting is float and type(value) is int else value
+
+
+def _plain(kind: Any) -> Any:
+    return Mapping if is_dataclass(kind) else get_origin(kind) or kind
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    plain = _plain(kind)
+    if isinstance(value, bool):
+        return plain is bool
+    if plain is float:
+        return isinstance(value, int | float)
+    if plain is tuple:
+        return isinstance(value, list | tuple)
+    return isinstance(value, plain) or (is_dataclass(kind) and is_dataclass(value))
 
 
 @dataclass(frozen=True)
@@ -184,7 +210,7 @@ class TrainerConfig:
     """Lightning's Trainer, as far as a recipe or a user chooses.
 
     Attributes:
-        accelerator, precision: as Lightning names them.
+        accelerator, precision: as Lightning names them; `auto` takes a GPU where there is one.
         strategy: how processes share the work: `ddp` copies the model, `zero*` and `fsdp2` shard it, `auto` is `ddp` where
             there are several. Said of the whole run, `ddp` holds for every stage that trains with gradients and the sharded
             ones for language models.
@@ -236,6 +262,8 @@ class TrainerConfig:
                 "trainer.precision is 16-true, in which the squares of small gradients, which AdamW keeps, are zero: the model "
                 "would be ruined without a word. Use trainer.precision=16-mixed or bf16-true."
             )
+        if self.accelerator not in ACCELERATORS:
+            raise unknown("accelerator (trainer.accelerator)", self.accelerator, ACCELERATORS)
         if self.precision not in PRECISIONS:
             raise unknown("precision (trainer.precision)", self.precision, PRECISIONS)
         if self.strategy not in STRATEGIES:
@@ -306,6 +334,8 @@ class EvaluationConfig:
                 raise UserError(f"evaluation.candidates excludes evaluation.users={self.users}: the file names the users.")
             if not self.candidates.endswith((".npy", ".parquet")):
                 raise UserError(f"evaluation.candidates is {self.candidates}. It must be an npy or a parquet file.")
+            if self.candidates.startswith("~"):
+                object.__setattr__(self, "candidates", str(Path(self.candidates).expanduser()))
         if self.users is not None and self.users < 2:
             raise UserError(f"evaluation.users is {self.users}. Models are compared on 2 or more; null takes all.")
         if self.batch_size < 1:
@@ -335,6 +365,8 @@ class SignalsConfig:
     def __post_init__(self) -> None:
         if self.dtype not in SIGNAL_DTYPES:
             raise unknown("dtype (signals.dtype)", self.dtype, SIGNAL_DTYPES)
+        if self.shard_rows is not None and self.shard_rows < 1:
+            raise UserError(f"signals.shard_rows is {self.shard_rows}. It must be at least 1, or null for about 128 MB.")
 
 
 @dataclass(frozen=True)
@@ -343,6 +375,15 @@ class RunConfig:
 
     dir: str = "runs"
     name: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise UserError(f"run.name is '{self.name}'. It must name one folder; the folder that holds it is run.dir=FOLDER.")
+
+    @property
+    def root(self) -> Path:
+        """`dir`, with `~` expanded."""
+        return Path(self.dir).expanduser()
 
 
 @dataclass(frozen=True)

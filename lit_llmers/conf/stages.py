@@ -386,12 +386,14 @@ class EvaluateStage:
     """
 
     evaluate: str
-    of: list[str] = field(default_factory=list)
+    of: list[str]
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         if self.evaluate != "test":
             raise unknown("part to evaluate", self.evaluate, ["test"])
+        if not self.of:
+            raise UserError("of of the evaluate stage is empty. Name the stages to compare, as of: [student].")
 
 
 @dataclass(frozen=True)
@@ -407,6 +409,8 @@ class ExportStage:
     of: str = "student"
 
     def __post_init__(self) -> None:
+        if not self.export:
+            raise UserError(f"export of the export stage is empty. Name formats: {', '.join(EXPORTS)}.")
         for name in self.export:
             if name not in EXPORTS:
                 raise unknown("export format", name, EXPORTS)

@@ -161,7 +161,7 @@ class Results(Evaluated):
     """
 
     def __init__(self, run: Path) -> None:
-        self.run = Path(run)
+        self.run = Path(run).expanduser()
         if not (self.run / "run.json").is_file():
             raise UserError(f"There is no run in {self.run}: run.json is missing. Give run=FOLDER, as runs/RECIPE/NAME.")
         self.about: dict[str, Any] = read_json(self.run / "run.json")
