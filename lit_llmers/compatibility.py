@@ -3,6 +3,8 @@
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from lit_llmers.backbones import Backbone
 from lit_llmers.building import RECORDS, Reference, build_backbone, build_callbacks, build_fusions, find, references
 from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError
+from lit_llmers.teachers.base import BaseConfig, load_base, without_weights
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +50,9 @@ def check_blocks(stages: dict[str, Any]) -> None:
 def check_parts(stages: dict[str, Any]) -> None:
     """Check the settings of all students, fusions and callbacks, as each does when it is made, which may be days later.
 
-    They are made for one item, of what stands for the work of other stages: vectors of ones, and records without content.
-    What cannot be made of that, and models with a language model, have their settings checked when they are made in earnest.
+    They are made for one item, of what stands for the work of other stages: vectors of ones, and records without content; and
+    language models without their weights. What cannot be made of that, and models of the hub, have their settings checked when
+    they are made in earnest.
 
     Args:
         stages: typed settings of all stages, by name.
@@ -57,10 +61,12 @@ def check_parts(stages: dict[str, Any]) -> None:
         UserError: a setting that is refused, more items of a teacher's list than it has, or vectors of other widths.
     """
     for name, stage in stages.items():
+        if isinstance(stage, TuneStage) and _at_hand(stage.base):
+            _rehearse(name, lambda: load_base(replace(BaseConfig.of(stage.base), prompt=False), layers=1))  # noqa: B023
         if not isinstance(stage, FitStage):
             continue
         _rehearse(name, lambda: build_callbacks(stage, _sources(stage, stages), _offered(stage, stages)))  # noqa: B023
-        if "base" not in stage.model:
+        if _at_hand(stage.model.get("base")):
             _rehearse(name, lambda: _student(stage, stages))  # noqa: B023
         for reference in references(stage):
             if reference.argument.startswith("callbacks."):
@@ -70,12 +76,18 @@ def check_parts(stages: dict[str, Any]) -> None:
 def _rehearse(name: str, make: Callable[[], Any]) -> None:
     """Make parts of a stage, and pass on what they refuse."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_weights():
             make()
     except UserError as error:
         raise UserError(f"Stage '{name}': {error}") from error
     except Exception as error:
         log.debug("Parts of '%s' cannot be made before their sources are there: %r", name, error)
+
+
+def _at_hand(base: Any) -> bool:
+    """Whether a model's language model, if it has one, can be made without the network."""
+    path = None if base is None else BaseConfig.of(base).path
+    return path is None or Path(path).is_dir()
 
 
 def _check_read(name: str, stage: FitStage, reference: Reference, source: Any) -> None:

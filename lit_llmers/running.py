@@ -77,8 +77,8 @@ def check_evaluation(stages: list[Stage]) -> None:
 
 
 def check_machine(stages: list[Stage]) -> None:
-    """Every stage's strategy must be one that this machine can run; see `lit_llmers.strategies`."""
-    settings = [stage.trainer for stage in stages if stage.trainer is not None and stage.trainer.strategy != "auto"]
+    """Every stage's accelerator and strategy must be ones that this machine can run; see `lit_llmers.strategies`."""
+    settings = [stage.trainer for stage in stages if stage.trainer is not None]
     if settings:
         from lit_llmers import strategies
 

@@ -41,17 +41,21 @@ def make_strategy(settings: TrainerConfig) -> Any:
 
 
 def check_machine(settings: TrainerConfig) -> None:
-    """Check, before anything starts, that a strategy can run on this machine.
+    """Check, before anything starts, that an accelerator and a strategy can run on this machine.
 
     Raises:
-        UserError: a package is missing, or there are too few devices.
+        UserError: a package is missing, or there is no or are too few devices.
     """
     if settings.strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"trainer.strategy={settings.strategy} needs DeepSpeed: pip install 'lit-llmers[deepspeed]'. Or use trainer=fsdp2."
         )
-    cards = torch.cuda.device_count()
-    on_cards = settings.accelerator in ("cuda", "gpu") or (settings.accelerator == "auto" and cards)
+    cards = torch.cuda.device_count() or int(torch.backends.mps.is_available())
+    on_cards = settings.accelerator in ("cuda", "gpu", "mps") or (settings.accelerator == "auto" and cards)
+    if on_cards and not cards:
+        raise UserError(
+            f"trainer.accelerator={settings.accelerator}, but PyTorch finds no GPU here. Use trainer.accelerator=auto or cpu."
+        )
     if on_cards and settings.devices > cards:
         raise UserError(
             f"trainer.devices={settings.devices} asks for more GPUs than the {cards} of this machine. Lower it, or use "

@@ -61,7 +61,7 @@ def test_what_cannot_be_read_is_named(override):
 def test_the_key_that_is_wrong_is_blamed_and_not_one_that_no_yaml_spells_out(override, nearest):
     key = override.lstrip("+~").partition("=")[0]
     with pytest.raises(UserError, match=rf"Unknown configuration key '{key}'\. Did you mean '{nearest}'\?"):
-        recipes.compose("student", ["data=ml-1m", "data.root=/data", "student.optimizer.lr=1", "stages.student.more=1", override])
+        recipes.compose("student", ["data=ml-1m", "data.root=/data", "student.optimizer.lr=1", "stages.student.x=1", override])
 
 
 def test_a_plus_before_a_key_that_a_dataclass_knows_changes_nothing():

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from tiny import by_name, small
+from tiny import BASE, by_name, small
 
 from lit_llmers import prepare as prepare_stage
 from lit_llmers import recipes
@@ -151,7 +151,7 @@ def test_other_files_of_a_base_make_another_teacher_and_another_student_of_it(tm
     """A checkpoint of adapters on a frozen base says nothing of the base."""
     base = tmp_path / "base"
     base.mkdir()
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text(json.dumps(BASE["config"]))
 
     def names(recipe: str, weights: bytes) -> dict[str, str]:
         (base / "model.safetensors").write_bytes(weights)
@@ -307,7 +307,11 @@ BAD = [
     ("a: {fit: llm_decoder, model: {base: '${teacher}', layers: 1}}", "'stages.a.items' is missing"),
     ("a: {fit: sasrec, callbacks: [{feature_distilation: {}}]}", r"Did you mean 'feature_distillation'\?"),
     ("a: {fit: sasrec, callbacks: [{deep_supervision: {block: 2}}]}", r"Did you mean 'blocks'\?"),
-    ("a: {fit: sasrec, callbacks: [deep_supervision]}", r"'stages.a.callbacks\[0\]' must be one name"),
+    (
+        "a: {fit: sasrec, callbacks: [deep_supervision]}",
+        r"'stages.a.callbacks\[0\]' is 'deep_supervision'. It must be a mapping, as {key: value}",
+    ),
+    ("a: {fit: sasrec, callbacks: [{deep_supervision: {}, alignment: {}}]}", r"'stages.a.callbacks\[0\]' must be one name"),
     ("a: {record: block_states, of: nobody}", "needs stage 'nobody'"),
     ("a: {record: block_states}", "'stages.a' is incomplete.*of"),
     ("a: {fit: sasrec, model: {layers: 3}}\nb: {record: block_states, of: a, blocks: 2}", "3 layers of stage 'a'"),

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_llmers.conf.schema import BASE_DTYPES, EXAMPLES, build
-from lit_llmers.errors import UserError, unknown
+from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import sha256
 from lit_llmers.teachers.lora import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DTYPES = {name: getattr(torch, name) for name in BASE_DTYPES}
+READ = ("head_dim", "partial_rotary_factor")  # by models whose configuration does not name them
 _ELSEWHERE: ContextVar[bool] = ContextVar("elsewhere", default=False)
 _CONTENT = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings and words; not the words about them
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -36,7 +38,7 @@ class BaseConfig:
         seed: of the random weights when built from scratch.
         dtype: of the base's weights: float32, bfloat16 or float16. Those that train are float32 meanwhile, see
             `lit_llmers.callbacks.float32`; with trainer.precision=bf16-mixed their products are in half.
-        attention: Hugging Face's `attn_implementation`; None lets it choose.
+        attention: Hugging Face's `attn_implementation`, or a kernel of the hub as `OWNER/NAME`; None lets it choose.
         gradient_checkpointing: recompute layers in the backward pass, to save memory.
         lora: adapters on a frozen base; None trains the whole base.
         prompt: False for item vectors alone, True for the default instruction around them, or an instruction. A base
@@ -68,12 +70,10 @@ class BaseConfig:
         """
         if isinstance(settings, BaseConfig):
             return settings
-        values = dict(settings)
-        if values.get("lora") is not None:
-            values["lora"] = build(LoraConfig, values["lora"], f"{where}.lora")
-        base = build(cls, values, where)
-        for key, known in (("dtype", BASE_DTYPES), ("examples", EXAMPLES)):
-            if (choice := getattr(base, key)) not in known:
+        base = build(cls, settings, where)
+        for key, known in (("dtype", BASE_DTYPES), ("examples", EXAMPLES), ("attention", (None, *ATTENTIONS))):
+            choice = getattr(base, key)
+            if choice not in known and not (key == "attention" and "/" in choice):
                 raise unknown(f"{where}.{key}", choice, known)
         return replace(base, path=located(base.path, f"the base '{base.name}' ({where}.path)")) if base.path else base
 
@@ -209,13 +209,20 @@ def check_vocabulary(what: str, tokenizer: "PreTrainedTokenizerBase", model: Any
 
 
 def _architecture(config: BaseConfig, **settings: Any) -> "PretrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     settings = {**config.config, **settings}
+    kind = settings.pop("model_type", "llama")
     try:
-        return AutoConfig.for_model(settings.pop("model_type", "llama"), **settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"teacher.config of '{config.name}' is no Hugging Face configuration: {error}") from error
+        known, made = AutoConfig.for_model(kind).to_dict(), AutoConfig.for_model(kind, **settings)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"teacher.config of '{config.name}' is no Hugging Face configuration: {reason}") from error
+    for key in settings:
+        if key in made.to_dict() and key not in (*known, *READ):  # what a configuration does not know it keeps
+            raise UserError(f"Unknown configuration key 'teacher.config.{key}': {kind} has none.{nearest(key, known)}")
+    return made
 
 
 def _from_scratch(config: BaseConfig, layers: int) -> "PreTrainedModel":

@@ -27,6 +27,12 @@ class LoraConfig:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora.rank is {self.rank}. It must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout}. It must be 0 or more and less than 1.")
+
 
 def add_lora(model: "PreTrainedModel", config: LoraConfig) -> None:
     """Freeze `model` and put trainable float32 adapters into it, in place. B is zero, so its outputs do not change.
