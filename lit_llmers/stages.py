@@ -33,11 +33,16 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "fit": PLACE | OFTEN,
     "tune": PLACE | OFTEN | {"generation"},  # which is in `content` of those that ask
 }
-ALWAYS = {  # such settings that had a part in the names of runs: whatever they are, this stands there, so those names hold
+ALWAYS: dict[
+    str, dict[str, Any]
+] = {  # such settings that had a part in the names of runs: whatever they are, this stands there, so those names hold
     "fit": {"model.base.gradient_checkpointing": False},
     "tune": {"base.gradient_checkpointing": False},
     "record": {"batch_size": 512, "signals.shard_rows": None},
 }
+# of a verb, as "tune", or a part of a fit stage, as "callbacks.hint": raised, from 1, when a mended bug in it or in its losses
+# changes results, so that what was made before is not taken for done
+REVISIONS: dict[str, int] = {}
 CHECKSUMS = {  # of a key of `content` -> the paths that it makes up for, where it is there
     "base": {"model.base.path", "base.path"},
     "candidates": {"evaluation.candidates"},
@@ -89,7 +94,7 @@ class Stage:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits over format, settings, seed, outside content and the stages it needs."""
+        """Twelve hexadecimal digits over format, settings, seed, outside content, the stages it needs and revised code."""
         left_out = NOT_IN_FINGERPRINT.get(self.verb, set())
         if self.verb == "encode" and not self.config.trains:
             left_out = left_out | {"optimizer", "trainer"}
@@ -98,7 +103,9 @@ class Stage:
         for key, value in ALWAYS.get(self.verb, {}).items():
             settings = _with(key, value, settings)
         needs = [need.fingerprint for need in self.needs]
-        return digest([FORMAT, self.verb, settings, self.seed, self.content, needs])
+        parts = [self.verb, *getattr(self.config, "parts", [])]
+        revised = {part: REVISIONS[part] for part in parts if part in REVISIONS}
+        return digest([FORMAT, self.verb, settings, self.seed, self.content, needs, *([revised] if revised else [])])
 
     @property
     def label(self) -> str:

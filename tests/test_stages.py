@@ -20,7 +20,7 @@ from lit_llmers.files import read_json, remove
 from lit_llmers.locks import alone, sweep
 from lit_llmers.resolving import resolve
 from lit_llmers.running import run
-from lit_llmers.stages import describe
+from lit_llmers.stages import REVISIONS, describe
 
 ALL = ["prepare", "item_embeddings", "text", "teacher", "signals", "student", "control", "evaluate", "export"]
 RECIPE = """\
@@ -122,6 +122,22 @@ def test_to_recompute_layers_changes_memory_and_no_artefact(tmp_path, recipe, ke
     one, other = (small(tmp_path, *scale, f"{key}={value}", recipe=recipe) for value in ("false", "true"))
     assert one != other
     assert [stage.fingerprint for stage in one] == [stage.fingerprint for stage in other]
+
+
+@pytest.mark.parametrize(
+    ("part", "stages"),
+    [
+        ("callbacks.feature_distillation", ["student", "evaluate", "export"]),
+        ("backbones.llm_decoder", ["teacher", "signals", "student", "control", "evaluate", "export"]),
+        ("evaluate", ["evaluate"]),
+        ("callbacks.hint", []),
+    ],
+)
+def test_a_part_whose_bug_is_mended_renames_what_was_made_with_it(tmp_path, monkeypatch, part, stages):
+    before = {stage.name: stage.fingerprint for stage in small(tmp_path)}
+    monkeypatch.setitem(REVISIONS, part, 1)
+    after = {stage.name: stage.fingerprint for stage in small(tmp_path)}
+    assert [name for name in before if before[name] != after[name]] == stages
 
 
 def test_another_place_is_no_other_artefact(tmp_path):

@@ -98,6 +98,12 @@ class FitStage:
         """Names and arguments of what wraps the backbone, the innermost first."""
         return [(name, own or {}) for entry in self.fusion for name, own in entry.items()]
 
+    @property
+    def parts(self) -> list[str]:
+        """The files that it is made of, by room and name."""
+        named = (("fusion", self.fusions), ("callbacks", self.terms))
+        return [f"backbones.{self.fit}", *(f"{room}.{name}" for room, entries in named for name, _ in entries)]
+
 
 @dataclass(frozen=True)
 class ContrastConfig:
