@@ -30,15 +30,9 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "prepare": {"root", "path"},  # the checksums of the files are in `content`
     # those of the model and the adapter are too
     "encode": PLACE | OFTEN | {"model", "adapter", "contrast.gradient_checkpointing"},
-    "fit": PLACE | OFTEN,
-    "tune": PLACE | OFTEN | {"generation"},  # which is in `content` of those that ask
-}
-ALWAYS: dict[
-    str, dict[str, Any]
-] = {  # such settings that had a part in the names of runs: whatever they are, this stands there, so those names hold
-    "fit": {"model.base.gradient_checkpointing": False},
-    "tune": {"base.gradient_checkpointing": False},
-    "record": {"batch_size": 512, "signals.shard_rows": None},
+    "fit": PLACE | OFTEN | {"model.base.gradient_checkpointing"},
+    "tune": PLACE | OFTEN | {"base.gradient_checkpointing", "generation"},  # the last is in `content` of those that ask
+    "record": {"batch_size", "signals.shard_rows"},
 }
 # of a verb, as "tune", or a part of a fit stage, as "callbacks.hint": raised, from 1, when a mended bug in it or in its losses
 # changes results, so that what was made before is not taken for done
@@ -100,8 +94,6 @@ class Stage:
             left_out = left_out | {"optimizer", "trainer"}
         left_out = left_out.union(*(paths for key, paths in CHECKSUMS.items() if key in self.content))
         settings = _without(left_out, fingerprinted(self.config))
-        for key, value in ALWAYS.get(self.verb, {}).items():
-            settings = _with(key, value, settings)
         needs = [need.fingerprint for need in self.needs]
         parts = [self.verb, *getattr(self.config, "parts", [])]
         revised = {part: REVISIONS[part] for part in parts if part in REVISIONS}
@@ -152,14 +144,6 @@ def _without(keys: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
         if key not in keys:
             kept[key] = _without(below, value) if below and isinstance(value, Mapping) else value
     return kept
-
-
-def _with(key: str, value: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with another value of one of them, if it is there."""
-    first, _, rest = key.partition(".")
-    if first not in settings:
-        return dict(settings)
-    return {**settings, first: _with(rest, value, settings[first]) if rest else value}
 
 
 def no_command(verb: str) -> NoReturn:

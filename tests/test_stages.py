@@ -187,7 +187,7 @@ def test_other_files_of_a_base_make_another_teacher_and_another_student_of_it(tm
 def test_a_base_is_the_same_wherever_it_lies(tmp_path, recipe, monkeypatch):
     for name in ("base", "copy"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "config.json").write_text(json.dumps(BASE["config"]))
     monkeypatch.chdir(tmp_path)
 
     def names(path) -> list[str]:

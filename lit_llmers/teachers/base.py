@@ -71,9 +71,9 @@ class BaseConfig:
         if isinstance(settings, BaseConfig):
             return settings
         base = build(cls, settings, where)
-        for key, known in (("dtype", BASE_DTYPES), ("examples", EXAMPLES), ("attention", (None, *ATTENTIONS))):
+        for key, known in (("dtype", BASE_DTYPES), ("examples", EXAMPLES), ("attention", ATTENTIONS)):
             choice = getattr(base, key)
-            if choice not in known and not (key == "attention" and "/" in choice):
+            if choice not in known and not (key == "attention" and (choice is None or "/" in choice)):
                 raise unknown(f"{where}.{key}", choice, known)
         return replace(base, path=located(base.path, f"the base '{base.name}' ({where}.path)")) if base.path else base
 
