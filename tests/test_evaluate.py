@@ -212,7 +212,7 @@ def test_the_figures_of_one_model_at_batch_sizes_of_1_7_and_64(whole):
     rows, model = EvaluationRows(data, "test", 8), load_model(fitted, data)
     found = []
     for size in (1, 7, 64, 1000):
-        settings = type(config)("test", [], type(config.evaluation)(batch_size=size))
+        settings = type(config)("test", ["model"], type(config.evaluation)(batch_size=size))
         found.append((evaluate.rank_all(model, rows, settings, None)[0], evaluate.coverage(model, rows, settings)))
     for ranks, shown in found[1:]:
         assert (ranks == found[0][0]).all()
@@ -235,7 +235,7 @@ def test_without_mask_the_history_competes(whole):
     rows = EvaluationRows(data, "test", 8)
     model = load_model(fitted, data)
     settings = type(config.evaluation)(mask_history=False)
-    free, _ = evaluate.rank_all(model, rows, type(config)("test", [], settings), None)
+    free, _ = evaluate.rank_all(model, rows, type(config)("test", ["model"], settings), None)
     masked, _ = evaluate.rank_all(model, rows, config, None)
     assert (free >= masked).all()
     assert (free > masked).any()
@@ -339,7 +339,7 @@ def test_cut_offs_can_be_chosen_and_leave_the_trained_models_as_they_are(whole):
         assert "HR@20" not in figures
 
 
-@pytest.mark.parametrize("given", ["[5,20]", "[0,10]", "[10,x]", "[]"])
+@pytest.mark.parametrize("given", ["[5,20]", "[0,10]", "[]"])
 def test_cut_offs_have_the_one_that_models_are_compared_by(whole, given):
     with pytest.raises(UserError, match="evaluation.cutoffs is .* with 10, by which models are compared"):
         stages_of(whole, f"evaluation.cutoffs={given}")

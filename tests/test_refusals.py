@@ -26,8 +26,8 @@ NONE = "no Hugging Face configuration"
     [
         ("stages.student.model.layers=64", "64 layers were asked of the base 'tiny-llama', which has 32"),
         ("stages.student.model.layers=-4", "-4 layers were asked of the base"),
-        ("stages.evaluate.of=[]", "of of the evaluate stage is empty"),
-        ("stages.export.export=[]", "export of the export stage is empty. Name formats: safetensors, onnx"),
+        ("stages.evaluate.of=[]", "'of' of the evaluate stage is empty"),
+        ("stages.export.export=[]", "'export' of the export stage is empty. Name formats: safetensors, onnx"),
         ("pairs=[[student]]", r"pairs has \['student'\]. Each must be two stages"),
         ("pairs=null", "'pairs' is None. It must be a list"),
         ("pairs=[student,control]", r"'pairs\[0\]' is 'student'. It must be a list"),

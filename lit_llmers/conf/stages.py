@@ -399,7 +399,7 @@ class EvaluateStage:
         if self.evaluate != "test":
             raise unknown("part to evaluate", self.evaluate, ["test"])
         if not self.of:
-            raise UserError("of of the evaluate stage is empty. Name the stages to compare, as of: [student].")
+            raise UserError("'of' of the evaluate stage is empty. Name the stages to compare, as of: [student].")
 
 
 @dataclass(frozen=True)
@@ -416,7 +416,7 @@ class ExportStage:
 
     def __post_init__(self) -> None:
         if not self.export:
-            raise UserError(f"export of the export stage is empty. Name formats: {', '.join(EXPORTS)}.")
+            raise UserError(f"'export' of the export stage is empty. Name formats: {', '.join(EXPORTS)}.")
         for name in self.export:
             if name not in EXPORTS:
                 raise unknown("export format", name, EXPORTS)
