@@ -6,8 +6,9 @@ from typing import Any
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import INJECTED, KINDS, RECORDS, find, own
-from lit_llmers.conf.schema import SHARDED, TrainerConfig, checked
+from lit_llmers.conf.schema import SHARDED, TrainerConfig
 from lit_llmers.conf.stages import FitStage
+from lit_llmers.conf.typed import checked
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.teachers.base import BaseConfig
 

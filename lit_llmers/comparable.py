@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_llmers import recipes
-from lit_llmers.conf.schema import RunConfig, build
+from lit_llmers.conf.schema import RunConfig
+from lit_llmers.conf.typed import build
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.overrides import quoted
 

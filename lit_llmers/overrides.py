@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any, get_type_hints
 
-from lit_llmers.conf.schema import SECTIONS, checked
+from lit_llmers.conf.schema import SECTIONS
+from lit_llmers.conf.typed import checked
 from lit_llmers.errors import UserError, unknown
 
 _BEGINS = ("[", "{", "'", '"')  # a value that begins so is meant to be of Hydra's grammar

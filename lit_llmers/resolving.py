@@ -4,8 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_llmers.conf.schema import SECTIONS, SHARDED, RunConfig, build, checked
+from lit_llmers.conf.schema import SECTIONS, SHARDED, RunConfig
 from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.typed import build, checked
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import sha256
 from lit_llmers.stages import MODULES, Run, Stage

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lit_llmers.conf.schema import TrainerConfig, fingerprinted
+from lit_llmers.conf.schema import TrainerConfig
+from lit_llmers.conf.typed import fingerprinted
 from lit_llmers.files import digest, read_json
 
 FORMAT = 2  # raised when an artefact's format changes, so that no old one is taken for new

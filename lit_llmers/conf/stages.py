@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_llmers.conf.schema import (
-    ADDED,
     BASE_DTYPES,
     SHARDED,
     EvaluationConfig,
@@ -14,6 +13,7 @@ from lit_llmers.conf.schema import (
     SignalsConfig,
     TrainerConfig,
 )
+from lit_llmers.conf.typed import ADDED
 from lit_llmers.errors import UserError, unknown
 
 ENCODERS = ("tfidf", "transformer", "said")

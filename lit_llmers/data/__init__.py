@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lit_llmers.conf.schema import ADDED
+from lit_llmers.conf.typed import ADDED
 from lit_llmers.errors import UserError, unknown
 
 SPLITS = ("leave-one-out", "temporal", "given")

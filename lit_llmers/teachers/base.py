@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_llmers.conf.schema import BASE_DTYPES, EXAMPLES, build
+from lit_llmers.conf.schema import BASE_DTYPES, EXAMPLES
+from lit_llmers.conf.typed import build
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import sha256
 from lit_llmers.teachers.lora import LoraConfig

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_llmers.conf.schema import build
 from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.typed import build
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.losses.alignment import soft_clip

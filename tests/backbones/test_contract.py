@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from lit_llmers.backbones import Backbone
 from lit_llmers.building import build_backbone, find
 from lit_llmers.checks import check
-from lit_llmers.conf.schema import SequenceConfig, build
+from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.conf.stages import FitStage
+from lit_llmers.conf.typed import build
 from lit_llmers.errors import UserError
 from lit_llmers.recipes import compose
 from lit_llmers.resolving import resolve
