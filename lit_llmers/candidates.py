@@ -13,8 +13,9 @@ import pandas as pd
 import pyarrow
 
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.interactions import as_ids, read_parquet
+from lit_llmers.data.interactions import as_ids
 from lit_llmers.data.sequences import EvaluationRows
+from lit_llmers.data.table import read_parquet
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, read_json, sha256, write_json
 

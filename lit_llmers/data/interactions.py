@@ -1,30 +1,21 @@
-"""Tables of interactions and items: reading them from a folder and checking what they say.
+"""Interactions and items: what their columns are, and checks of what they say."""
 
-A folder holds `interactions.*` and `items.*` as parquet, CSV (of commas, or else of semicolons or tabs) or JSON lines, or one
-RecBole atomic file of each kind (`NAME.inter`, `NAME.item`: tab separated, `name:type` headers). User features (`users.*`) are
-not read: no method here uses them.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow
-import pyarrow.parquet
 
 from lit_llmers.data import Columns
+from lit_llmers.data.table import Table, find_table, open_table
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.files import sha256
 
 TIME_NAMES = ("timestamp", "position")
 CATEGORY_NAMES = ("categories", "category_path", "genres", "category", "genre")
 TEXT_NAMES = ("text", "description", "plot", "summary")
-SUFFIXES = {"interactions": ".inter", "items": ".item"}
 _LISTS = (list, tuple, np.ndarray)
 
 
@@ -46,107 +37,6 @@ class Tables:
     info: dict[str, Any] = field(default_factory=lambda: {"generated": False, "notes": []})
     origin: str = "the data"
     users: pd.DataFrame | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """One file's columns, read on demand.
-
-    Attributes:
-        origin: the file or place that messages name.
-        names: of all columns.
-        load: from different names to their columns.
-        words: names of columns that hold blank-separated words (RecBole).
-    """
-
-    origin: str
-    names: list[str]
-    load: Callable[[list[str]], pd.DataFrame]
-    words: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, frame: pd.DataFrame, origin: str, words: frozenset[str] = frozenset()) -> "Table":
-        return cls(origin, list(frame.columns), lambda names: frame[names], words)
-
-    def read(self, names: list[str]) -> pd.DataFrame:
-        """The columns of these names, each once: one column may play several parts."""
-        return self.load(list(dict.fromkeys(names)))
-
-    def require(self, name: str, key: str) -> str:
-        """Return `name` if there is such a column.
-
-        Raises:
-            UserError: there is none; the message names the nearest one and the setting `key` that chooses.
-        """
-        if name not in self.names:
-            near = nearest(name, set(self.names) - {usual for part, usual in asdict(Columns()).items() if part != key})
-            raise UserError(
-                f"{self.origin} has no column '{name}'.{near} It has: {', '.join(self.names)}. "
-                f"Choose the column with data.columns.{key}=NAME."
-            )
-        return name
-
-
-def find_table(folder: Path, kind: str) -> Path:
-    """Find the one file of `kind` (interactions or items) in `folder`.
-
-    Raises:
-        UserError: there is no such folder or file, or more than one file.
-    """
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}. Set data.root or data.path to where the data lie.")
-    names = [f"{kind}.{suffix}" for suffix in ("parquet", "csv", "jsonl")]
-    found = [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob(f"*{SUFFIXES[kind]}"))
-    if not found:
-        raise UserError(
-            f"There is no {', '.join(names)} or *{SUFFIXES[kind]} in {folder}. Put the {kind} there under one of these names."
-        )
-    if len(found) > 1:
-        raise UserError(f"{folder} has more than one file of {kind}: {', '.join(p.name for p in found)}. Keep one of them.")
-    return found[0]
-
-
-def open_table(path: Path) -> Table:
-    """Open a parquet, CSV, JSON lines or RecBole atomic file.
-
-    Raises:
-        UserError: the file cannot be read in the format of its suffix. What is damaged in a parquet file may show only when
-            columns are read.
-    """
-    with _readable(path):
-        if path.suffix == ".parquet":
-            load = _readable(path)(partial(read_parquet, path))
-            return Table(str(path), pyarrow.parquet.read_schema(path).names, load)
-        if path.suffix == ".jsonl":
-            return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
-        if path.suffix == ".csv":
-            return Table.of(_read_csv(path), str(path))
-        frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, na_values=[""], quoting=3)
-        kinds = {name: kind for name, _, kind in (column.partition(":") for column in frame.columns)}
-        frame.columns = pd.Index(list(kinds))
-        words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
-        return Table.of(frame, str(path), words)
-
-
-def read_parquet(path: Path, names: list[str]) -> pd.DataFrame:
-    """Columns of a parquet file; one that pandas wrote as its index is a column like others."""
-    return pyarrow.parquet.read_table(path, columns=names).to_pandas(ignore_metadata=True)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Separated by commas, or where the header has none by the semicolons or tabs that it has."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        header = file.readline()
-    separator = "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
-    return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, na_values=[""])
 
 
 def read_folder(folder: Path, columns: Columns, split: bool = False, rating: bool = False) -> Tables:

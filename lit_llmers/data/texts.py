@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from lit_llmers.data import Columns
-from lit_llmers.data.interactions import Table, Tables, as_ids, as_strings, open_table
+from lit_llmers.data.interactions import Tables, as_ids, as_strings
+from lit_llmers.data.table import Table, open_table
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import read_json, sha256
 

@@ -26,8 +26,9 @@ import numpy as np
 import pandas as pd
 
 from lit_llmers.data import Columns, GeneratorConfig
-from lit_llmers.data.interactions import Table, Tables, check_tables
+from lit_llmers.data.interactions import Tables, check_tables
 from lit_llmers.data.sources.demo_words import CATEGORIES, MAKERS, STYLES, THEMES
+from lit_llmers.data.table import Table
 from lit_llmers.errors import UserError
 
 VERSION = 1  # of the generator: a change that alters its output raises it

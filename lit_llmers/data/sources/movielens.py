@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 
 from lit_llmers.data import Columns, DataConfig
-from lit_llmers.data.interactions import Table, Tables, check_tables
+from lit_llmers.data.interactions import Tables, check_tables
+from lit_llmers.data.table import Table
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import atomic_write
 
