@@ -228,6 +228,7 @@ def _own_digits(folder: Path) -> str:
     """Random digits that stay with a folder: whatever is trained in another, by whomever, is no continuation of this run."""
     path = folder / WANDB_ID
     if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(secrets.token_hex(4))  # which no seed touches
     return path.read_text()

@@ -238,10 +238,12 @@ def test_a_wrong_setting_is_named_by_its_own_key(settings, message):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
-@pytest.mark.parametrize(("attention", "message"), [("flash_attention_2", "needs a package.*sdpa"), ("sdpaa", "sdpaa")])
+@pytest.mark.parametrize(
+    ("attention", "message"), [("flash_attention_2", "llama.*needs a package.*sdpa"), ("sdpaa", "Did you mean 'sdpa'")]
+)
 def test_an_attention_that_is_not_here_is_named(models, attention, message):
     base = {"name": "own", "path": str(models["llama"]), "attention": attention}
-    with pytest.raises(UserError, match=f"{models['llama']}.*{message}"):
+    with pytest.raises(UserError, match=message):
         TextEncoder(EncodeStage(encode="transformer", model=base))
 
 
