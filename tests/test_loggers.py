@@ -111,7 +111,8 @@ def test_each_stage_is_one_offline_run_in_the_same_group(tmp_path, capfd):
         log_table(loggers, "comparison", ["model", "NDCG@10"], [["student", 0.1]])
         finish_loggers(loggers, {"epochs": 2})
     teacher, student = read_wandb(tmp_path / "teacher"), read_wandb(tmp_path / "student-seed0")
-    assert teacher["id"].startswith("teacher-abc-") and student["id"].startswith("student-seed0-abc-")
+    assert teacher["id"].startswith("teacher-abc-")
+    assert student["id"].startswith("student-seed0-abc-")
     assert teacher["group"] == student["group"] == "slmrec/default"
     assert (teacher["job_type"], student["job_type"], student["name"]) == ("teacher", "student", "student-seed0")
     assert student["project"] == "lit_llmers"
