@@ -96,10 +96,9 @@ def build_model(stage: Stage, dataset: Dataset, trained: bool = False) -> Recomm
     if isinstance(backbone, CollaborativeBackbone):
         return CollaborativeRecommender(backbone, config.optimizer, config.loss)
     rows = TrainingRows(dataset, config.sequences)
-    kind = config.loss.kind
-    popularity = torch.from_numpy(dataset.popularity()) if kind == "sampled_softmax" else None
+    popularity = torch.from_numpy(dataset.popularity()) if config.loss.kind == "sampled_softmax" else None
     unmet = None
-    if kind in ("bce", "bpr"):
+    if config.loss.unmet and not trained:  # half a second and the pairs in memory, for training alone
         unmet = UnmetDraw.of(UnmetItems(dataset.training_pairs, dataset.users, dataset.n_items))
     per_row = backbone.mean_targets(rows.lengths, rows.targets / len(rows))
     return SequentialRecommender(backbone, config.optimizer, config.loss, per_row, popularity, unmet)

@@ -137,9 +137,6 @@ class LastCheckpoint(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint |= self.about
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._check(checkpoint)
-
 
 class BestCheckpoint(L.Callback):
     """Keeps the weights of the best validation epoch in `best.ckpt` and stops when `patience` epochs bring nothing better.

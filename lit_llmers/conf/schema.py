@@ -99,6 +99,11 @@ class LossConfig:
     negatives: int = 256
     t: float = 0.75
 
+    @property
+    def unmet(self) -> bool:
+        """Whether a sequential student's negatives are items that the user has not met in training."""
+        return self.kind in ("bce", "bpr")
+
     def __post_init__(self) -> None:
         if self.kind not in LOSSES:
             raise unknown("loss (loss.kind)", self.kind, LOSSES)

@@ -125,7 +125,7 @@ class Papers:
             return CollaborativeRecommender(backbone, config.optimizer, config.loss)
         popularity = torch.ones(self.dataset.n_items + 1) if config.loss.kind == "sampled_softmax" else None
         unmet = None
-        if config.loss.kind in ("bce", "bpr"):
+        if config.loss.unmet:
             pairs, users = (
                 torch.ones(size, dtype=torch.long) for size in (len(self.dataset.training_pairs), self.dataset.n_users)
             )

@@ -129,12 +129,12 @@ class SequentialRecommender(Recommender):
             assert self.draw is not None
             drawn = self.draw(self.loss.negatives)
             return sampled.sampled_softmax(user, table, target, drawn, self.draw.log_q, self.backbone.sparse)
-        if kind == "gbce":  # whose calibration is for negatives from all items
-            negatives = draw_uniform(target, self.loss.negatives, n_items)  # [T, K]
-        else:
+        if self.loss.unmet:
             assert self.unmet is not None
             columns = batch["target"].numel() // len(batch["target"])
-            negatives = self.unmet(batch["user"].index_select(0, place // columns), self.loss.negatives)
+            negatives = self.unmet(batch["user"].index_select(0, place // columns), self.loss.negatives)  # [T, K]
+        else:  # the calibration of gbce is for negatives from all items
+            negatives = draw_uniform(target, self.loss.negatives, n_items)
         own, others = (sampled.look_up(table, ids, self.backbone.sparse) for ids in (target, negatives))
         positive = (user * own).sum(1)
         negative = torch.einsum("td,tkd->tk", user, others)
