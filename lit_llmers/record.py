@@ -74,13 +74,15 @@ class RecordedRanking:
         self.items, self.scores, self.per = items, scores, per
         self.k = items.shape[0]
 
-    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Items `[T, k]` int64, best first, and their scores `[T, k]` float32, for every target of the batch."""
+    def read(self, batch: Batch, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Items `[T, k]` int64, best first, and their scores `[T, k]` float32, for every target of the batch or those drawn."""
         key = batch["target_row"].cpu()
         if self.per == "user":
             key = batch["user"].cpu()
             if batch["target"].dim() == 2:
                 key = key.repeat_interleave((batch["target"] > 0).sum(1).cpu())
+        if drawn is not None:
+            key = key[drawn]
         return self.items[key].long(), self.scores[key].float()
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from lit_llmers.callbacks.ranking_distillation import RankingDistillation
+from lit_llmers.callbacks.teacher_lists import read_lists
 from lit_llmers.students.output import StudentOutput
 
 N_ITEMS, K = 30, 8
@@ -42,8 +43,8 @@ class Lists:
         self.items[::7, 5:] = 0
         self.items[3:4] = 0
 
-    def read(self, batch):
-        row = batch["target_row"]
+    def read(self, batch, drawn=None):
+        row = batch["target_row"] if drawn is None else batch["target_row"][drawn]
         return self.items[row], self.scores[row]
 
 
@@ -64,3 +65,10 @@ def case(targets: int = 12, dim: int = 4):
     batch = {"teacher_items": lists.items, "teacher_scores": lists.scores}
     batch["target"] = torch.randint(1, N_ITEMS + 1, (targets,), generator=generator)
     return StudentOutput(user, table.requires_grad_()), batch
+
+
+def share_of(batch, keys, share: float):
+    """The batch with the lists of a share of its targets."""
+    own = batch | {"target_row": torch.arange(12)}
+    read_lists(Lists(12), own, keys, share, None, torch.device("cpu"))
+    return own

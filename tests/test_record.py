@@ -316,6 +316,16 @@ def test_a_users_list_is_read_at_each_of_his_targets(ranked):
     assert torch.equal(items, alone[owner])
 
 
+@pytest.mark.parametrize("stage", ["targets", "users"])
+def test_the_lists_of_drawn_targets_alone_can_be_read(ranked, stage):
+    data = load_dataset(ranked[stage])
+    rows = TrainingRows(data, ranked["teacher"].config.sequences)
+    batch, source = next(iter(TrainingBatches(rows, 8, seed=0))), open_signals(ranked[stage], rows)
+    drawn = torch.tensor([0, 3, 4, 11])
+    for some, every in zip(source.read(batch, drawn), source.read(batch), strict=True):
+        assert torch.equal(some, every[drawn])
+
+
 def test_a_graph_has_no_list_for_a_target(tmp_path):
     (tmp_path / "lists.yaml").write_text(RANKING.replace("of: graph, k: 7, per: user", "of: graph, k: 7"))
     with pytest.raises(UserError, match="'graph' cannot answer 'graph_users' after each training target.*per: user"):

@@ -5,7 +5,7 @@ top-K: they differ in the items drawn from the list, in their weights and in the
 """
 
 import math
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks import ranking_samples as samples
 from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.callbacks.teacher_lists import RankingSource, check_share, lists_of, of_all, of_drawn, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses import ranking as losses
 from lit_llmers.losses import ranking_weights as weighing
 from lit_llmers.students.output import StudentOutput
 
-ITEMS, SCORES = "teacher_items", "teacher_scores"
+KEYS = ("teacher_items", "teacher_scores", "teacher_targets")
 _OF_LIST = ("top", "rank", "discrepancy")
 LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
     "bce": _OF_LIST,
@@ -33,16 +34,6 @@ OF_STUDENT = {"consistency", "discrepancy"}  # weights that depend on how the st
 _SATURATED = 10  # from where on tanh is 1 in float32
 
 
-class RankingSource(Protocol):
-    """A teacher's recorded lists."""
-
-    k: int
-
-    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Items `[T, K]` and scores of every target of the batch: best first, higher is better, 0 where a list ends."""
-        ...
-
-
 class RankingTerm(Term):
     """The loss of the student's scores of listed items, see `RankingDistillation` for the settings.
 
@@ -51,7 +42,7 @@ class RankingTerm(Term):
         reduce: mean over the targets of a batch.
     """
 
-    requires = frozenset({ITEMS, SCORES})
+    requires = frozenset(KEYS[:2])
     propensity: Tensor
     group_of: Tensor
 
@@ -73,19 +64,18 @@ class RankingTerm(Term):
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
         targets = len(output.user)
-        drawn = samples.draw_targets(targets, self.settings.share, output.user.device)
-        user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
-        lists = _Lists(user, output.items, items, scores.float())
+        drawn, user, items, scores = lists_of(output, batch, KEYS)
+        lists = _Lists(user, output.items, items, scores)
         if self.deepest:
             lists.met = samples.met_before(batch, drawn)
         if self.shares_softmax and output.softmax:
             target = batch["target"]
-            lists.target = samples.of_drawn(target[target > 0], drawn)
+            lists.target = of_drawn(target[target > 0], drawn)
         loss = getattr(self, f"_{self.settings.loss}")(lists, batch, drawn)  # [T]
-        parts = {name: samples.of_all(part.detach(), drawn, targets) for name, part in lists.parts.items()}
+        parts = {name: of_all(part.detach(), drawn, targets) for name, part in lists.parts.items()}
         self.parts = {name: self.reduce(part, batch) for name, part in parts.items()}
-        self.counts_more = None if lists.target is None else samples.of_all(lists.labels.sum(1), drawn, targets)
-        return self.reduce(samples.of_all(loss, drawn, targets), batch)
+        self.counts_more = None if lists.target is None else of_all(lists.labels.sum(1), drawn, targets)
+        return self.reduce(of_all(loss, drawn, targets), batch)
 
     # ---- losses, one value per target ------------------------------------------------------------------------------------
 
@@ -389,7 +379,7 @@ class RankingDistillation(Distillation):
         for key in ("temperature", "steepness", "mu", "epsilon", "rank_temperature", "dros_beta", "dros_power"):
             if not getattr(self, key) > 0:
                 raise UserError(f"ranking_distillation: {key} is {getattr(self, key)}. It must be positive.")
-        samples.check_share("ranking_distillation", self.share)
+        check_share("ranking_distillation", self.share)
 
     def build(self, student: Any) -> RankingTerm:
         if self.k is not None and self.k > self.ranking.k:
@@ -405,8 +395,7 @@ class RankingDistillation(Distillation):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         whole = self.k is None or self.sampler != "top" or self.underestimated
-        for key, values in zip((ITEMS, SCORES), self.ranking.read(batch), strict=True):
-            batch[key] = (values if whole else values[:, : self.k]).to(pl_module.device, non_blocking=True)
+        read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)
 
 
 def _deepest_rank(settings: RankingDistillation) -> int:

@@ -3,41 +3,19 @@
 A place is a 0-based rank in the teacher's list, `[T, K]` lists have their best item at place 0.
 """
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_llmers.callbacks.teacher_lists import of_drawn
 from lit_llmers.data.loader import Batch
-from lit_llmers.errors import UserError
 from lit_llmers.losses.ranking import estimated_rank, in_memory
-from lit_llmers.students.output import StudentOutput
 
 _TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
 _CELLS = {"cpu": 2**20, "other": 2**26}  # of a table of draws x items in memory at once
-_GROUP = 8  # items of whose scores the best one is looked at first
+_GROUP = 8  # items of which the best score is looked at first
 _ROWS = 64  # targets whose scores of the whole catalogue are in memory at once
-
-
-def draw_targets(targets: int, share: float, device: torch.device) -> Tensor | None:
-    """Numbers of a random share of the targets, ascending; None for all."""
-    if share >= 1:
-        return None
-    return torch.randperm(targets, device=device)[: math.ceil(share * targets)].sort().values
-
-
-def of_all(loss: Tensor, drawn: Tensor | None, targets: int) -> Tensor:
-    """From the losses of the drawn targets `[D]` to an unbiased estimate of those of all `[T]`, however they are reduced."""
-    if drawn is None:
-        return loss
-    return loss.new_zeros(targets).index_copy(0, drawn, loss * (targets / len(drawn)))
-
-
-def check_share(name: str, share: float) -> None:
-    if not 0 < share <= 1:
-        raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1.")
 
 
 # ---- items of the list -------------------------------------------------------------------------------------------------
@@ -134,7 +112,7 @@ def student_ranks(
         scores[:, 0] = scores[:, n_items + 1 :] = -torch.inf
         if met is not None:
             scores.scatter_(1, met[rows], -torch.inf)
-        best = _sorted(_with_the_best(scores, deepest))
+        best = _best(scores, deepest)
         rank[rows] = (best.shape[1] - torch.searchsorted(best, own, right=True)).clamp_(max=deepest).to(rank.dtype)
     return rank
 
@@ -145,15 +123,22 @@ def _products(user: Tensor, items: Tensor) -> Tensor:
         return user @ items.T
 
 
-def _with_the_best(scores: Tensor, number: int) -> Tensor:
-    """Some of the scores `[c, G w]`, among which are the so many best: all of the groups of G whose best are the best.
+def _best(scores: Tensor, number: int) -> Tensor:
+    """The so many best scores of each row `[c, G w]` and perhaps a few more, ascending, behind -inf that fills up.
 
-    A group's best is at hand in a glance, and so a fraction of the scores is put in order.
+    On a CPU the rows are cut into w groups. As many scores as wanted reach the best of that many groups, and seldom many more
+    do: only those are put in order.
     """
-    groups = scores.view(len(scores), _GROUP, -1)
-    number = min(number, groups.shape[2])
-    group = groups.amax(1).topk(number, 1, sorted=False).indices
-    return groups.gather(2, group[:, None].expand(-1, _GROUP, -1)).view(len(scores), -1)
+    if not in_memory(scores):
+        return scores.topk(min(number, scores.shape[1])).values.flip(1)
+    rows, best = scores.numpy(), scores.view(len(scores), _GROUP, -1).amax(1).numpy()
+    if best.shape[1] <= number:
+        return _sorted(scores)
+    kept = rows >= np.partition(best, -number, axis=1)[:, -number, None]
+    count = np.count_nonzero(kept, axis=1)
+    few = np.full((len(rows), count.max()), -np.inf, rows.dtype)
+    few[np.arange(few.shape[1]) < count[:, None]] = rows[kept]
+    return torch.from_numpy(np.sort(few, axis=1))
 
 
 def _sorted(rows: Tensor) -> Tensor:
@@ -282,13 +267,3 @@ def draw_others(taken: Tensor, number: int, n_items: int) -> tuple[Tensor, Tenso
         hit.scatter_(1, column.view(-1).take(taken[targets] + (row * (n_items + 1))[:, None]), True)
         free[targets] = ~hit.gather(1, column.gather(1, own)[row])  # a repeated item has one column
     return drawn, free
-
-
-def targets_of(output: StudentOutput, drawn: Tensor | None, *others: Tensor) -> tuple[Tensor, ...]:
-    """User vectors `[T, d]` and what else has a row for each target, of the drawn ones."""
-    return tuple(of_drawn(row, drawn) for row in (output.user, *others))
-
-
-def of_drawn(rows: Tensor, drawn: Tensor | None) -> Tensor:
-    """Those of the drawn targets."""
-    return rows if drawn is None else rows.index_select(0, drawn)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks import ranking_samples as samples
 from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
-from lit_llmers.callbacks.ranking_distillation import RankingSource
+from lit_llmers.callbacks.teacher_lists import RankingSource, check_share, lists_of, of_all, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.ranking import list_scores
@@ -16,7 +16,7 @@ from lit_llmers.losses.ranking_weights import scaled_distance
 from lit_llmers.losses.response import kl, soft_bce, soft_labels
 from lit_llmers.students.output import StudentOutput
 
-ITEMS, SCORES = "response_items", "response_scores"  # not ranking_distillation's: its lists may be another teacher's
+KEYS = ("response_items", "response_scores", "response_targets")  # not ranking_distillation's: another teacher's
 LOSSES, SAMPLERS = ("soft_bce", "kl"), ("top", "rank")
 
 
@@ -28,7 +28,7 @@ class ResponseTerm(Term):
         reduce: mean over the targets of a batch.
     """
 
-    requires = frozenset({ITEMS, SCORES})
+    requires = frozenset(KEYS[:2])
 
     def __init__(self, settings: "ResponseDistillation", reduce: Reduce) -> None:
         super().__init__()
@@ -36,9 +36,8 @@ class ResponseTerm(Term):
 
     def forward(self, output: StudentOutput, batch: Batch) -> Tensor:
         settings, targets = self.settings, len(output.user)
-        drawn = samples.draw_targets(targets, settings.share, output.user.device)
-        user, items, scores = samples.targets_of(output, drawn, batch[ITEMS], batch[SCORES])
-        scores, valid = scores.float(), items > 0
+        drawn, user, items, scores = lists_of(output, batch, KEYS)
+        valid = items > 0
         if settings.scaled:
             scores = 1 - scaled_distance(scores, valid)
         if settings.sampler == "rank":
@@ -50,7 +49,7 @@ class ResponseTerm(Term):
             loss = kl(student, scores, settings.temperature, valid)
         else:
             loss = soft_bce(student, soft_labels(scores, settings.temperature, settings.offset), valid)
-        return self.reduce(samples.of_all(loss, drawn, targets), batch)
+        return self.reduce(of_all(loss, drawn, targets), batch)
 
 
 class ResponseDistillation(Distillation):
@@ -109,7 +108,7 @@ class ResponseDistillation(Distillation):
                 raise UserError(f"response_distillation: {key} is {value}. It must be positive.")
         if offset and loss == "kl":
             raise UserError("response_distillation: offset changes nothing in loss: kl. Leave it out.")
-        samples.check_share("response_distillation", share)
+        check_share("response_distillation", share)
         self.ranking, self.loss, self.k, self.sampler, self.share = ranking, loss, k, sampler, share
         self.scaled, self.temperature, self.offset, self.rank_temperature = scaled, temperature, offset, rank_temperature
 
@@ -123,5 +122,4 @@ class ResponseDistillation(Distillation):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         whole = self.k is None or self.sampler != "top"
-        for key, values in zip((ITEMS, SCORES), self.ranking.read(batch), strict=True):
-            batch[key] = (values if whole else values[:, : self.k]).to(pl_module.device, non_blocking=True)
+        read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)

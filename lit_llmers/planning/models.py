@@ -57,8 +57,8 @@ class FakeLists:
     def __init__(self, k: int) -> None:
         self.k = k
 
-    def read(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        targets = batch["target"].numel()
+    def read(self, batch: dict[str, Tensor], drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        targets = batch["target"].numel() if drawn is None else len(drawn)
         return torch.ones(targets, self.k, dtype=torch.long), torch.empty(targets, self.k)
 
 

@@ -5,14 +5,14 @@ import math
 import lightning as L
 import pytest
 import torch
-from ranking_lists import METHODS, N_ITEMS, POPULARITY, Lists, case, term
+from ranking_lists import METHODS, N_ITEMS, POPULARITY, Lists, case, share_of, term
 from tiny import random_dataset
 from torch.nn import functional as F
 
 from lit_llmers.backbones.bpr_mf import BPRMF
 from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks import ranking_samples as samples
-from lit_llmers.callbacks.ranking_distillation import RankingDistillation
+from lit_llmers.callbacks.ranking_distillation import KEYS, RankingDistillation
 from lit_llmers.conf.schema import LossConfig, OptimizerConfig, SequenceConfig
 from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.data.pairs import PairDataModule
@@ -176,11 +176,11 @@ def test_what_fills_up_a_list_has_no_influence(method):
 @pytest.mark.parametrize("method", ["soft top-k", "soft top-k of all"])
 def test_a_share_is_an_unbiased_estimate(method):
     output, batch = case()
-    whole, part = term(**METHODS[method]), term(share=1 / 3, **METHODS[method])
+    module = term(**METHODS[method])
     torch.manual_seed(0)
     with torch.no_grad():
-        draws = torch.stack([part(output, batch) for _ in range(2000)])
-        exact = whole(output, batch)
+        draws = torch.stack([module(output, share_of(batch, KEYS, 1 / 3)) for _ in range(2000)])
+        exact = module(output, batch)
     assert draws.std() > 0
     assert abs(draws.mean() - exact) < 4 * draws.std() / 2000**0.5
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from ranking_lists import K, Lists, case, student
+from ranking_lists import K, Lists, case, share_of, student
 from test_ranking_distillation import train
 from torch.nn import functional as F
 
-from lit_llmers.callbacks.response_distillation import ResponseDistillation
+from lit_llmers.callbacks.response_distillation import KEYS, ResponseDistillation
 from lit_llmers.errors import UserError
 
 METHODS = {
@@ -99,7 +99,7 @@ def test_a_share_is_an_unbiased_estimate():
     output, batch = inputs()
     torch.manual_seed(0)
     with torch.no_grad():
-        draws = torch.stack([term(share=0.4)(output, batch) for _ in range(1500)])
+        draws = torch.stack([term()(output, share_of(batch, KEYS, 0.4)) for _ in range(1500)])
         exact = term()(output, batch)
     assert draws.std() > 0
     assert abs(draws.mean() - exact) < 4 * draws.std() / 1500**0.5
