@@ -1,5 +1,11 @@
 """The `encode` stage: item text to item vectors, and on request users to vectors of the same space."""
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("encode")  # before anything that takes time is imported
+
+
 import logging
 from pathlib import Path
 from typing import Any

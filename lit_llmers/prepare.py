@@ -1,5 +1,11 @@
 """The first stage: load a data set, filter it, split it, and write it as arrays."""
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("prepare")  # before anything that takes time is imported
+
+
 import logging
 from pathlib import Path
 from typing import Any

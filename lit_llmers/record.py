@@ -4,6 +4,12 @@ Students then learn from the record and no LLM stands in their process. With `si
 recorded and the frozen teacher runs beside the student instead, behind the same interface.
 """
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("record")  # before anything that takes time is imported
+
+
 import logging
 import time
 from collections.abc import Iterator

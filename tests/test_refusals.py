@@ -193,7 +193,7 @@ def test_a_plan_is_of_the_stages_that_are_asked_for():
         plan.plan(plan.parse([*given, "stage=nope"]))
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "export"])
+@pytest.mark.parametrize("verb", ["prepare", "encode", "record", "evaluate", "export"])
 def test_a_stage_s_file_is_no_command_and_says_which_is(verb):
     command = [sys.executable, "-m", f"lit_llmers.{verb}", "--help"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
