@@ -217,7 +217,7 @@ def labels(runs: Sequence[PlannedRun]) -> dict[tuple[str, str], str]:
 
     A run's main model has the run's label and the others `label/name`. A model that several runs train alike is one row: it is
     called after the run that it is the main model of, or else by its name alone, or with its backbone's where others have that
-    name too.
+    name too; as one of its runs calls it where a run has that label.
     """
     alike: dict[tuple[str, ...], list[tuple[PlannedRun, str]]] = {}
     for run in runs:
@@ -225,6 +225,7 @@ def labels(runs: Sequence[PlannedRun]) -> dict[tuple[str, str], str]:
             alike.setdefault(run.identity(name), []).append((run, name))
     names = [places[0][1] for places in alike.values() if all(own != run.main for run, own in places)]
     kinds = [_kind(*places[0]) for places in alike.values()]
+    runs_called = {run.label for run in runs}
     out: dict[tuple[str, str], str] = {}
     for places in alike.values():
         first, name = places[0]
@@ -232,6 +233,7 @@ def labels(runs: Sequence[PlannedRun]) -> dict[tuple[str, str], str]:
         label = next((run.label for run, own in places if own == run.main), None)
         if label is None and len(places) > 1 and kinds.count(kind) == 1:
             label = name if names.count(name) == 1 else kind
+            label = None if label in runs_called else label
         out |= {(run.label, own): label or f"{first.label}/{name}" for run, own in places}
     return out
 

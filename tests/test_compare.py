@@ -335,6 +335,11 @@ def test_labels_name_what_differs(tmp_path, monkeypatch):
     both = called("one.yaml,two.yaml")
     assert both["two/sasrec", "student"] == "two/sasrec"
     assert both["one/sasrec", "control"] == both["two/sasrec", "control"] == "sasrec/control", "two controls: which is said"
+    shutil.copy("two.yaml", "control.yaml")
+    students = given.pop(0)
+    same = called("one.yaml,control.yaml")
+    assert (same["control", "student"], same["one", "control"]) == ("control", "one/control"), "no two models have one label"
+    given.insert(0, students)
     Path("more").mkdir()
     shutil.copy("two.yaml", "more/one.yaml")
     with pytest.raises(UserError, match="Two recipes are called 'one/sasrec'"):
