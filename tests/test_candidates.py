@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from tiny import dataset, random_dataset
 
+from lit_llmers import candidates
 from lit_llmers.candidates import check_enough, load_candidates, make_candidates, read_candidates, save_candidates
 from lit_llmers.data.dataset import TEST, TRAIN, VALID
 from lit_llmers.data.sequences import EvaluationRows
@@ -31,30 +32,43 @@ def small_dataset(users: int = 40, n_items: int = 60, seed: int = 0) -> dict:
     }
 
 
-def test_candidates_are_different_unseen_items_drawn_by_seed():
+@pytest.mark.parametrize("n", [30, 7])  # by a key for each item, and one by one
+def test_candidates_are_different_unseen_items_drawn_by_seed(n):
     data = small_dataset()
-    drawn = make_candidates(**data, n=30, seed=3)
-    assert drawn.shape == (40, 30)
+    drawn = make_candidates(**data, n=n, seed=3)
+    assert drawn.shape == (40, n)
     assert drawn.dtype == np.int32
     for user, row in enumerate(drawn):
         own = set(data["items"][data["offsets"][user] : data["offsets"][user + 1]].tolist())
-        assert len(set(row.tolist())) == 30
+        assert len(set(row.tolist())) == n
         assert row.min() >= 1
         assert row.max() <= 60
         assert not own & set(row.tolist()), "history, validation and test item never compete"
-    assert np.array_equal(drawn, make_candidates(**data, n=30, seed=3))
-    assert not np.array_equal(drawn, make_candidates(**data, n=30, seed=4))
+    assert np.array_equal(drawn, make_candidates(**data, n=n, seed=3))
+    assert not np.array_equal(drawn, make_candidates(**data, n=n, seed=4))
 
 
-def test_candidates_are_uniform_over_the_unseen_items():
+@pytest.mark.parametrize("n", [10, 5])  # by a key for each item, and one by one
+def test_candidates_are_uniform_over_the_unseen_items(n):
     data = small_dataset(users=1)
     unseen = sorted(set(range(1, 61)) - set(data["items"].tolist()))
     counts = np.zeros(61)
     for seed in range(2000):
-        counts[make_candidates(**data, n=10, seed=seed)] += 1
-    expected = 2000 * 10 / len(unseen)
+        counts[make_candidates(**data, n=n, seed=seed)] += 1
+    expected = 2000 * n / len(unseen)
     assert counts.sum() == counts[unseen].sum()
     assert np.abs(counts[unseen] - expected).max() < 5 * math.sqrt(expected)
+
+
+def test_rows_whose_draws_do_not_last_are_drawn_by_keys(monkeypatch):
+    data, left = small_dataset(), []
+    reject = candidates._draw_and_reject
+    monkeypatch.setattr(candidates, "_draw_and_reject", lambda *given: left.append(reject(*given)) or left[0])
+    items = np.concatenate([np.arange(1, 60), data["items"]]).astype(np.int32)  # one user has met all items but one
+    offsets = np.concatenate([[0], data["offsets"] + 59])
+    drawn = make_candidates(items, offsets, 60, np.arange(41), np.append(1, data["target"]), n=1)
+    assert drawn[0] == 60
+    assert left[0].tolist() == [0]
 
 
 def test_rows_may_be_any_users_in_any_order_and_a_target_beyond_the_history_is_not_drawn():

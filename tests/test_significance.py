@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from lit_llmers.errors import UserError
+from lit_llmers.reporting import significance
 from lit_llmers.reporting.significance import holm, paired_over_seeds, paired_test, spread
 
 
@@ -42,6 +43,21 @@ def test_the_interval_covers_no_difference_as_often_as_it_says():
         result = paired_test(rng.normal(size=100), rng.normal(size=100))
         covered += result["low"] <= 0 <= result["high"]
     assert 178 <= covered <= 200  # 95 % of 200 is 190, with four standard deviations
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_many_users_are_drawn_by_their_values(several, monkeypatch):
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 3, 3000) / 2, rng.integers(0, 2, 3000) / 2
+    user = np.sort(rng.integers(0, 2000, 3000)) if several else None
+    one_by_one = paired_test(a, b, user=user)
+    monkeypatch.setattr(significance, "MANY", 1000)
+    by_value = paired_test(a, b, user=user)
+    width = one_by_one["high"] - one_by_one["low"]
+    for end in ("low", "high"):
+        assert by_value[end] != one_by_one[end]
+        assert by_value[end] == pytest.approx(one_by_one[end], abs=0.05 * width)
+    assert by_value["p"] == one_by_one["p"]
 
 
 def test_rows_of_one_user_count_as_one():

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.dataset import Dataset, distinct
 from lit_llmers.data.loader import Batch, EvaluationBatches, TrainingBatches, cut
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
@@ -36,8 +36,7 @@ class UnmetItems:
 
     def __init__(self, pairs: np.ndarray, users: np.ndarray, n_items: int) -> None:
         self.n_items, self.stride = n_items, n_items + 1
-        keys = np.sort(pairs[:, 0] * self.stride + pairs[:, 1])
-        self.met = keys[np.append(True, keys[1:] != keys[:-1])]  # np.unique takes a hundred times as long
+        self.met = distinct(pairs[:, 0] * self.stride + pairs[:, 1])
         user, item = np.divmod(self.met, self.stride)
         count = np.bincount(user, minlength=len(users))
         self.first = np.cumsum(count) - count  # [U], where a user's pairs begin
