@@ -30,15 +30,16 @@ from lit_llmers.errors import UserError
 from lit_llmers.losses.feature import block_boundaries
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.preemption import stop_if_asked
-from lit_llmers.processes import Processes
+from lit_llmers.processes import Processes, device_of
 from lit_llmers.ranking import Catalogue, top_items
-from lit_llmers.signals import SignalReader, SignalSpec, SignalWriter, shard_rows
+from lit_llmers.signals import SHARD_BATCHES, SignalReader, SignalSpec, SignalWriter, shard_rows
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import GroundedRecommender, Work
 
 SAID = "said-{}.jsonl"  # what each process had a teacher that writes say
+MET = 2**20  # items met before the targets that are ranked together, all in all
 SAYS_TITLES = 0.5  # of the histories; with fewer a teacher that writes is warned of
 
 log = logging.getLogger(__name__)
@@ -119,11 +120,13 @@ class Question(Protocol):
     Attributes:
         signals: name, shape and dtype of each answer.
         rows: number of them.
+        per_batch: of rows that a batch answers, on average.
         split: fingerprint of what the rows are.
     """
 
     signals: dict[str, tuple[tuple[int, ...], str]]
     rows: int
+    per_batch: int
     split: str
 
     def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
@@ -139,6 +142,7 @@ class BlockStates:
         self.boundaries = _boundaries(self.model, config)
         self.targets = TrainingRows(dataset, teacher.config.sequences)
         self.rows, self.split = self.targets.targets, self.targets.fingerprint
+        self.per_batch = self.batch_size * -(-self.rows // len(self.targets))
         self.signals = {config.record: ((len(self.boundaries), self.model.backbone.width), config.signals.dtype)}
 
     def answers(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
@@ -161,11 +165,14 @@ class Rankings:
         self.tables = model.tables()
         self.histories = Histories(dataset, teacher.config.sequences.max_length)
         self.targets: TrainingRows | None = None
+        self.per_batch = self.batch_size
         if config.per == "user":
             self.rows, self.split = dataset.n_users, dataset.fingerprint
         else:
             self.targets = TrainingRows(dataset, teacher.config.sequences)
             self.rows, self.split = self.targets.targets, self.targets.fingerprint
+            if not isinstance(model, GroundedRecommender):  # which is asked about one target at a time
+                self.per_batch *= -(-self.rows // len(self.targets))
         shape = (config.k,)
         self.signals = dict(zip(self.names, ((shape, "int32"), (shape, "float32")), strict=True))
 
@@ -185,11 +192,15 @@ class Rankings:
         for batch in OrderedBatches(self.targets, self.batch_size, rows):
             number = batch["target_row"].numpy()
             user, at = self.targets.places(number)
-            target = self.dataset.items[at].astype(np.int64)
-            seen = _on(device, seen_before(self.dataset, user, at, target))
             with torch.inference_mode():
                 vectors = self.model(_on(device, batch)).user  # [T, d]
-            yield number, top_items(vectors, catalogue, self.k, seen["seen_row"], seen["seen_item"])
+            met = np.cumsum(at - self.dataset.offsets[user])
+            for part in np.split(np.arange(len(number)), np.flatnonzero(np.diff(met // MET)) + 1):
+                target = self.dataset.items[at[part]].astype(np.int64)
+                seen = _on(device, seen_before(self.dataset, user[part], at[part], target))
+                with torch.inference_mode():
+                    lists = top_items(vectors[part], catalogue, self.k, seen["seen_row"], seen["seen_item"])
+                yield number[part], lists
 
     def _per_history(self, rows: range, device: torch.device) -> Iterator[tuple[np.ndarray, tuple[Tensor, Tensor]]]:
         """The history before each target by itself: what is said after it cannot be read off at every position of a row."""
@@ -223,9 +234,8 @@ def run(stage: Stage) -> dict[str, Any]:
     config: RecordStage = stage.config
     teacher = stage.need(config.of)
     dataset = load_dataset(stage)
-    accelerated = torch.cuda.is_available() and teacher.config.trainer.accelerator != "cpu"
     mine = Processes.here().of(stage)
-    device = torch.device("cuda", mine.local_rank) if accelerated else torch.device("cpu")
+    device = device_of(teacher.config.trainer, mine.local_rank)
     model = load_model(teacher, dataset).to(device)
     if isinstance(model, GroundedRecommender):  # a shard may take it hours
         model.keep(stage.folder / SAID.format(mine.rank), sorted(stage.folder.glob(SAID.format("*"))))
@@ -250,8 +260,8 @@ def run(stage: Stage) -> dict[str, Any]:
                 inside = (number >= rows.start) & (number < rows.stop)
                 for name, values in answers.items():
                     shards[name].write(number[inside], values.cpu()[inside])
+                stop_if_asked()
         log.info("%-24s %d of %d rows", stage.label, rows.stop, question.rows)
-        stop_if_asked()
     if not mine.first:
         return {}
     mine.wait(stage.folder, lambda: not _missing(writers, Processes()), "the shards of the others")
@@ -283,7 +293,8 @@ def _missing(writers: dict[str, SignalWriter], mine: Processes) -> list[range]:
 
 def _shard_rows(stage: Stage, question: Question, world: int) -> int:
     """Rows of a shard of every signal."""
-    sizes = [SignalSpec(name, question.rows, *signal, "", "").rows_per_shard for name, signal in question.signals.items()]
+    sizes: list[int | None] = [SHARD_BATCHES * question.per_batch]
+    sizes += [SignalSpec(name, question.rows, *signal, "", "").rows_per_shard for name, signal in question.signals.items()]
     begun, said = stage.folder / next(iter(question.signals)), stage.config.signals.shard_rows
     return shard_rows(begun, question.rows, min(filter(None, sizes)), world, said)
 

@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 MANIFEST = "manifest.json"  # of a record that is whole
 SHARD_BYTES = 128 * 2**20
+SHARD_BATCHES = 32  # of what is asked of a model: the most that an interrupted pass loses
 SHARDS_EACH = 4  # of a process among several, at least, as far as there are rows
 
 

@@ -1,6 +1,7 @@
 """A recorded teacher and the same teacher beside the student say the same; a record goes on, and foreign ones are refused."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -304,6 +305,38 @@ def test_lists_of_users_leave_out_their_training_history_and_know_nothing_after_
         expected[[0, *history(data, u, stop[u])]] = -np.inf
         np.testing.assert_allclose(scores[u], np.sort(expected)[::-1][:7], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(expected[items[u]], scores[u], rtol=1e-5, atol=1e-6)
+
+
+def test_lists_do_not_depend_on_how_many_are_made_at_once(ranked, tmp_path, monkeypatch):
+    made = ranked["targets"]
+    own = replace(made, run=replace(made.run, folder=tmp_path))
+    own.folder.mkdir()
+    seen, many = [], record_stage.seen_before
+    monkeypatch.setattr(record_stage, "MET", 50)
+    monkeypatch.setattr(record_stage, "seen_before", lambda *given: seen.append(many(*given)) or seen[-1])
+    record_stage.run(own)
+    assert max(len(each["seen_row"]) for each in seen) < 50 + 30, "and the last history"
+    for name in record_stage.Rankings.names:
+        one, other = (np.load(stage.folder / name / "shard-00000.npy") for stage in (made, own))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_shard_is_of_so_many_batches_and_a_pass_stops_inside_of_it(teachers, tmp_path, monkeypatch):
+    planned, asked = apart(tmp_path, teachers("sequence"), "sequence", "stages.signals.batch_size=1"), []
+    monkeypatch.setattr(record_stage, "SHARD_BATCHES", 8)
+
+    def stop_at_the_eleventh() -> None:
+        asked.append(None)
+        if len(asked) == 11:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_stage, "stop_if_asked", stop_at_the_eleventh)
+        with pytest.raises(KeyboardInterrupt):
+            run(list(planned.values()), "signals")
+    assert len(shards(planned["signals"])) == 1
+    run(list(planned.values()), "signals")
+    assert len(shards(planned["signals"])) > 10
 
 
 def test_a_users_list_is_read_at_each_of_his_targets(ranked):

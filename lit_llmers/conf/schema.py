@@ -263,7 +263,7 @@ class SignalsConfig:
     Attributes:
         online: the frozen teacher runs beside the student instead of being recorded.
         dtype: of the record on disk.
-        shard_rows: rows in one file of the record; null makes files of about 128 MB.
+        shard_rows: rows in one file of the record; null makes files of 32 batches, and of 128 MB at most.
     """
 
     online: bool = False

@@ -15,7 +15,7 @@ from lit_llmers.files import digest
 from lit_llmers.locks import alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import PATIENCE, Processes
-from lit_llmers.signals import MANIFEST, SignalReader, SignalSpec, SignalWriter, shard_rows
+from lit_llmers.signals import MANIFEST, SHARD_BATCHES, SignalReader, SignalSpec, SignalWriter, shard_rows
 from lit_llmers.text.tables import has_vector
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lit_llmers.text.transformer import TextEncoder
 
 NO_VARIANCE = 1e-7  # of the first component's: what has no more is noise, which whitening would blow up
-SHARD_BATCHES = 32  # batches in a shard of the record, the most that an interrupted pass loses
 log = logging.getLogger(__name__)
 
 
