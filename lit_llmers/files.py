@@ -25,11 +25,26 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except Exception as error:
+        with writable(path):
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Write `path`, or say why that cannot be.
+
+    Raises:
+        UserError: the disk is full or the folder may not be written. PyTorch says that of a sharded checkpoint in a
+            `BaseException`.
+    """
+    try:
+        yield
+    except BaseException as error:
         if _disk_is_full(error):
             raise UserError(
                 f"No space left on the disk while writing {path}. Free some space and give the same command again: "
@@ -40,8 +55,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 f"No permission to write {path}. Make its folder writable, or give lit_llmers.fit another: run.dir=FOLDER."
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def previous(path: Path) -> Path:
@@ -80,7 +93,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _disk_is_full(error: Exception) -> bool:
+def _disk_is_full(error: BaseException) -> bool:
     """Libraries say it in their own ways: numpy without an errno, safetensors in an exception of its own."""
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return full or "No space left" in str(error) or "requested and" in str(error)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lit_llmers.errors import UserError
-from lit_llmers.files import atomic_write, digest, read_json, sha256, write_json
+from lit_llmers.files import atomic_write, digest, read_json, sha256, writable, write_json
 from lit_llmers.reporting.results import Evaluated
 
 
@@ -43,6 +43,20 @@ def plain(file) -> None:
 
 def numpy(file) -> None:  # which says "n requested and m written", without a number for the error
     np.save(file, np.zeros(100_000), allow_pickle=False)
+
+
+def test_a_full_disk_is_named_too_where_a_library_raises_what_is_no_exception(tmp_path):
+    class CheckpointException(BaseException):
+        pass
+
+    def fill() -> None:
+        with writable(tmp_path / "last.ckpt"):
+            raise CheckpointException("rank 1: OSError: [Errno 28] No space left on device")
+
+    with pytest.raises(UserError, match=r"No space left on the disk while writing .*last\.ckpt.*Free some space"):
+        fill()
+    with pytest.raises(KeyboardInterrupt), writable(tmp_path / "last.ckpt"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is always full")

@@ -12,7 +12,7 @@ import torch
 
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.errors import UserError
-from lit_llmers.files import atomic_write, previous, read_json, readable, recover, replace_folder
+from lit_llmers.files import atomic_write, previous, read_json, readable, recover, replace_folder, writable
 from lit_llmers.processes import Processes
 from lit_llmers.strategies import whole_state
 
@@ -28,11 +28,12 @@ def save(trainer: L.Trainer, path: Path) -> None:
     """
     if getattr(trainer.strategy, "in_folders", False):
         temporary = path.with_name(trainer.strategy.broadcast(f".{path.name}.{os.getpid()}.tmp"))
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if trainer.is_global_zero:
-            last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
-            (temporary / ABOUT).write_text(json.dumps(last.about))
-            replace_folder(temporary, path)
+        with writable(path):
+            trainer.save_checkpoint(temporary, weights_only=False)
+            if trainer.is_global_zero:
+                last = next(each for each in trainer.callbacks if isinstance(each, LastCheckpoint))  # type: ignore[attr-defined]
+                (temporary / ABOUT).write_text(json.dumps(last.about))
+                replace_folder(temporary, path)
         trainer.strategy.barrier()
     elif trainer.is_global_zero:
         with atomic_write(path) as temporary:
