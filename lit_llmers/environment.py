@@ -69,6 +69,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def device(machine: dict[str, Any]) -> str:
+    """What computes on a machine that `environment` describes: its GPUs by name, or its processor and its cores."""
+    return ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
+
+
 def command_line() -> str:
     """The command that started this process, as it would be typed: `python -m package.module` for a module of ours."""
     import shlex

@@ -23,6 +23,7 @@ from lit_llmers.files import atomic_write, read_json, write_json
 from lit_llmers.metrics import Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.preemption import stop_if_asked
+from lit_llmers.processes import device_of
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.grounding import GroundedRecommender
@@ -83,14 +84,16 @@ def _evaluate(
     """Write the ranks of one trained model; its entry in `evaluation.json`."""
     config: EvaluateStage = stage.config
     rows = EvaluationRows(dataset, "test", fitted.config.sequences.max_length, config.evaluation.users)
-    model, name = load_model(fitted, dataset), f"{fitted.name}-seed{fitted.seed}"
+    model = load_model(fitted, dataset).to(device_of(fitted.config.trainer))
+    name = f"{fitted.name}-seed{fitted.seed}"
     if isinstance(model, GroundedRecommender):
         model.keep(stage.folder / f"said-{name}.jsonl")
-    ranks, seconds = rank_all(model, rows, config, candidates)
+    begun, ranks_file = stage.folder / f"begun-{name}.npz", f"ranks-{name}.npy"
+    ranks, seconds = rank_all(model, rows, config, candidates, begun)
     shown = coverage(model, rows, config) if candidates is None else {}
-    ranks_file = f"ranks-{name}.npy"
     with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
         np.save(file, ranks.astype(np.float32), allow_pickle=False)
+    begun.unlink(missing_ok=True)
     ks = tuple(config.evaluation.cutoffs)
     metrics = {name: _metrics(ranks, inside, rows.user, ks) for name, inside in _named_groups(groups).items()}
     metrics["all"] |= shown
@@ -113,48 +116,55 @@ def _evaluate(
 
 @torch.inference_mode()
 def rank_all(
-    model: Recommender, rows: EvaluationRows, config: EvaluateStage, candidates: np.ndarray | None
+    model: Recommender,
+    rows: EvaluationRows,
+    config: EvaluateStage,
+    candidates: np.ndarray | None,
+    begun: Path | None = None,
 ) -> tuple[np.ndarray, float]:
     """Rank the target of every row.
 
     Args:
         candidates: `[R, N]` items that compete with the target, or None for the whole catalogue.
+        begun: file that an interrupted pass leaves its ranks in, and the next one goes on from.
 
     Returns:
         ranks `[R]`, 0 is best, ties count half; and the seconds that encoding and ranking took, in an interrupted
         pass too.
     """
-    device = _placed(model)
-    tables = model.tables()
+    device, tables = model.device, model.tables()
     batches = EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history and candidates is None)
-    ranks = np.empty(len(rows), np.float64)
+    ranks, before = np.full(len(rows), np.nan), 0.0
+    if begun is not None and begun.is_file():
+        with np.load(begun, allow_pickle=False) as earlier:
+            ranks, before = earlier["ranks"], float(earlier["seconds"])
     if not isinstance(model, GroundedRecommender):  # which remembers what it said
         model.ranks(_on(device, next(iter(batches))), tables)  # warm up
     started = time.perf_counter()
-    for batch in batches:
-        stop_if_asked()
-        index = batch["row"].numpy()
-        competing = None if candidates is None else torch.from_numpy(candidates[index]).long().to(device)
-        ranks[index] = model.ranks(_on(device, batch), tables, competing).cpu().numpy()
-    seconds = time.perf_counter() - started
+    try:
+        for batch in batches:
+            stop_if_asked()
+            index = batch["row"].numpy()
+            if np.isnan(ranks[index]).any():
+                competing = None if candidates is None else torch.from_numpy(candidates[index]).long().to(device)
+                ranks[index] = model.ranks(_on(device, batch), tables, competing).cpu().numpy()
+    finally:
+        seconds = before + time.perf_counter() - started
+        if begun is not None:
+            with atomic_write(begun) as temporary, open(temporary, "wb") as file:
+                np.savez(file, ranks=ranks, seconds=seconds)
     return ranks, seconds + (model.work.before if isinstance(model, GroundedRecommender) else 0.0)
 
 
 @torch.inference_mode()
 def coverage(model: Recommender, rows: EvaluationRows, config: EvaluateStage) -> dict[str, float]:
     """coverage@k over the lists that the rows are shown, whatever is held out: a second pass, for a rank needs no list."""
-    device = _placed(model)
-    tables, ks = model.tables(), tuple(config.evaluation.cutoffs)
+    device, tables, ks = model.device, model.tables(), tuple(config.evaluation.cutoffs)
     found = Coverage(rows.dataset.n_items, ks)
     for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history, spare_target=False):
+        stop_if_asked()
         found.update(model.top_items(_on(device, batch), max(ks), tables)[0])
     return found.compute()
-
-
-def _placed(model: Recommender) -> torch.device:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    return device
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:
@@ -162,7 +172,7 @@ def _on(device: torch.device, batch: Batch) -> Batch:
 
 
 def row_groups(dataset: Dataset, rows: EvaluationRows) -> dict[str, np.ndarray]:
-    """Which test rows have a popular target and which a short history; by training counts only.
+    """Which test rows have a popular target, by training counts only, and which a short history, of what came before them.
 
     Returns:
         `user` `[R]` int64; `head` `[R]` bool, `short` `[R]` bool, `popularity` `[R]` int8 index into `POPULARITY_BINS`.
@@ -185,7 +195,7 @@ def _named_groups(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _metrics(ranks: np.ndarray, inside: np.ndarray, user: np.ndarray, ks: tuple[int, ...]) -> dict[str, Any]:
-    count = {"users": len(np.unique(user[inside])), "interactions": int(inside.sum())}
+    count = {"users": int(np.count_nonzero(np.bincount(user[inside]))), "interactions": int(inside.sum())}
     if not count["users"]:
         return count
     return count | ranking_metrics(torch.from_numpy(ranks[inside]), ks, torch.from_numpy(user[inside]))
@@ -205,8 +215,8 @@ def _legend(cutoffs: list[int]) -> dict[str, Any]:
     groups = {
         "head": f"targets among the {share}",
         "tail": "all other targets",
-        "short": "users whose history is no longer than the median",
-        "long": "all other users",
+        "short": "targets with a history no longer than the median",
+        "long": "all other targets",
     }
     return {"ks": cutoffs, "groups": groups}
 

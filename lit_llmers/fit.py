@@ -84,6 +84,7 @@ def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> No
     preemption.stop_if_asked()
     from lit_llmers.locks import alone, sweep
     from lit_llmers.report import summary_table
+    from lit_llmers.reporting.results import Results
     from lit_llmers.requeue import refuse_changed_settings
     from lit_llmers.running import check_needs_done, run, select
 
@@ -106,20 +107,21 @@ def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> No
         return  # the stage that the report is about comes later
     with alone(folder, patience=PATIENCE, deep=False):
         describe_run(folder, config, arguments, stages, worked)  # the data are prepared now
-        report = report_run(stages[0].run, config)
+        results = Results(folder)
+        report = report_run(results, stages[0].run, config)
     if not launching.conducted():
-        print(summary_table(folder))
+        print(summary_table(results))
         print(f"\nReport: {report}")
 
 
-def report_run(run: Any, config: dict[str, Any]) -> Path:
+def report_run(results: Any, run: Any, config: dict[str, Any]) -> Path:
     """Write the report and show it in W&B; return its path."""
     from lit_llmers.loggers import finish_loggers
     from lit_llmers.report import publish, write_report
 
-    report = write_report(run.folder)
+    report = write_report(results)
     loggers = run.loggers(run.folder / "report", "report", config)
-    publish(run.folder, loggers)
+    publish(results, loggers)
     finish_loggers(loggers)
     return report
 

@@ -22,6 +22,8 @@ from lit_llmers.errors import UserError
 from lit_llmers.locks import LOCK
 
 if TYPE_CHECKING:
+    import torch
+
     from lit_llmers.conf.schema import TrainerConfig
 
 HEARTBEAT = 15  # seconds between two signs of life of a process that others may wait for
@@ -31,6 +33,14 @@ PAUSE = 0.3  # seconds between two looks
 log = logging.getLogger(__name__)
 _groups = 0  # process groups that this process was in
 _agent: tuple[str, int] | None = None  # where torchrun's own store is
+
+
+def device_of(trainer: "TrainerConfig | None", local_rank: int = 0) -> "torch.device":
+    """The GPU of that number on this machine, or the CPU where there is none or the trainer says `cpu`."""
+    import torch
+
+    on_cpu = trainer is not None and trainer.accelerator == "cpu"
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() and not on_cpu else torch.device("cpu")
 
 
 class Work(Protocol):

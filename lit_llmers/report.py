@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.files import atomic_write, read_json
+from lit_llmers.locks import alone
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.plots import write_plots
 from lit_llmers.reporting.results import METRIC, Results
@@ -25,6 +26,7 @@ USAGE = """usage: python -m lit_llmers.report run=DIR
 
 Writes a run's report.md with its tables and plots again, from what its stages left in DIR, such as runs/slmrec/default; the
 run need not be finished."""
+PATIENCE = 60  # seconds that it waits for a run that writes its own report
 CAPTIONS = {
     "comparison": "Every model on the test users",
     "popularity": "Where the gain comes from: by how often the target was seen in training",
@@ -33,19 +35,8 @@ CAPTIONS = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.md`, `plots/*.png` and the merged `metrics.jsonl` of a run.
-
-    Args:
-        run: the folder with `run.json`.
-
-    Returns:
-        the path of the report.
-
-    Raises:
-        UserError: there is no run in that folder, or it may not be written.
-    """
-    results = Results(run)
+def write_report(results: Results) -> Path:
+    """Write `report.md`, `plots/*.png` and the merged `metrics.jsonl` of a run whose folder is held; the path of the report."""
     plots = write_plots(results)
     parts = [_title(results), sections.data_line(results), *leak_warnings([results]), _state(results)]
     if results.models:
@@ -60,9 +51,8 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def summary_table(run: Path) -> str:
+def summary_table(results: Results) -> str:
     """The results of a run as plain text for the terminal, with the verdict."""
-    results = Results(run)
     parts = [tables.terminal_table(results)]
     if results.generated:
         parts.append(f"The data set {results.data['name']} is generated: the figures say nothing about real users.")
@@ -75,11 +65,10 @@ def summary_table(run: Path) -> str:
     return "\n\n".join(part.replace("**", "").replace("> ", "") for part in parts if part)
 
 
-def publish(run: Path, loggers: "Iterable[Logger]") -> None:
+def publish(results: Results, loggers: "Iterable[Logger]") -> None:
     """Put the report's plots, its main table and its figures into W&B, where one of `loggers` is for W&B."""
     from lit_llmers.loggers import log_images, log_summary, log_table
 
-    results = Results(run)
     loggers = list(loggers)
     log_images(loggers, {f"report/{path.stem}": path for path in sorted((results.run / "plots").glob("*.png"))})
     if results.models:
@@ -186,8 +175,10 @@ def main(arguments: Sequence[str]) -> int:
                 raise UserError(f"Unknown argument '{key}'.{nearest(key, ['run'])} Usage: python -m lit_llmers.report run=DIR")
         if not given.get("run"):
             raise UserError("No run given. Usage: python -m lit_llmers.report run=DIR, as run=runs/RECIPE/NAME")
-        path = write_report(Path(given["run"]))
-        print(f"{summary_table(Path(given['run']))}\n\nReport: {path}")
+        results = Results(Path(given["run"]))
+        with alone(results.run, patience=PATIENCE, deep=False):
+            path = write_report(results)
+        print(f"{summary_table(results)}\n\nReport: {path}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

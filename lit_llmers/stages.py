@@ -34,6 +34,7 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "fit": PLACE | OFTEN | {"model.base.gradient_checkpointing"},
     "tune": PLACE | OFTEN | {"base.gradient_checkpointing", "generation"},  # the last is in `content` of those that ask
     "record": {"batch_size", "signals.shard_rows"},
+    "evaluate": {"evaluation.batch_size"},
 }
 # of a verb, as "tune", or a part of a fit stage, as "callbacks.hint": raised, from 1, when a mended bug in it or in its losses
 # changes results, so that what was made before is not taken for done

@@ -18,6 +18,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.files import digest
 from lit_llmers.models import load_dataset
 from lit_llmers.report import summary_table, write_report
+from lit_llmers.reporting.results import Results
 from lit_llmers.running import run
 from lit_llmers.signals import SignalReader
 from lit_llmers.stages import FORMAT, describe
@@ -275,10 +276,10 @@ def test_a_text_that_may_have_seen_held_out_items_is_refused_unless_allowed(stag
     about = {"recipe": "mine", "run": "default", "command": "", "data": planned["prepare"].summary, "pairs": []}
     (folder / "run.json").write_text(json.dumps(about | {"stages": describe(list(planned.values()))}))
     warning = f"WARNING: held-out items may have been seen.** Stage 'text' encodes `{name}`"
-    report = write_report(folder).read_text()
+    report = write_report(Results(folder)).read_text()
     assert warning in report
     assert report.index(warning) < report.index("## "), "at the head of the report"
-    assert warning.replace("**", "") in summary_table(folder)
+    assert warning.replace("**", "") in summary_table(Results(folder))
 
 
 def test_no_warning_without_such_a_text(stages):
@@ -286,7 +287,7 @@ def test_no_warning_without_such_a_text(stages):
     folder = planned["text"].run.folder
     about = {"recipe": "mine", "run": "default", "command": "", "data": planned["prepare"].summary, "pairs": []}
     (folder / "run.json").write_text(json.dumps(about | {"stages": describe(list(planned.values()))}))
-    assert "held-out items may" not in write_report(folder).read_text()
+    assert "held-out items may" not in write_report(Results(folder)).read_text()
 
 
 def test_a_text_of_users_is_no_field_and_must_be_there(stages):

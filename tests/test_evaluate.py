@@ -197,9 +197,11 @@ def test_head_and_short_worked_out_by_hand():
 
 def test_the_batch_size_changes_nothing(whole):
     planned = stages_of(whole, "evaluation.batch_size=7")
-    run(list(planned.values()), "evaluate")
     ours, theirs = planned["evaluate"], next(stage for stage in whole if stage.name == "evaluate")
-    assert ours.folder != theirs.folder
+    assert ours.folder == theirs.folder
+    ours.run = replace(ours.run, folder=ours.run.folder / "again")
+    ours.folder.mkdir(parents=True)
+    evaluate.run(ours)
     for one, other in zip(read(ours)["models"], read(theirs)["models"], strict=True):
         assert one["metrics"] == other["metrics"]
         assert (ranks_of(ours, one) == ranks_of(theirs, other)).all()
@@ -269,29 +271,58 @@ def test_a_sample_is_a_number_and_not_beside_the_users_of_a_file():
         EvaluationConfig(users=5, candidates="mine.npy")
 
 
-def test_evaluation_goes_on_after_a_fault_with_the_model_at_hand(whole, tmp_path, monkeypatch):
-    planned = stages_of(whole, "evaluation.batch_size=11")
-    rank_all, calls = evaluate.rank_all, []
+@pytest.mark.parametrize("listing", [False, True], ids=["while it ranks", "while it lists"])
+def test_a_stopped_evaluation_goes_on_with_the_batch_at_hand(whole, listing, monkeypatch):
+    planned = stages_of(whole, "evaluation.batch_size=11", f"evaluation.cutoffs=[10,{20 + listing}]")
+    stage, expected = planned["evaluate"], read(by_name(whole)["evaluate"])["models"]
+    rank_all, calls, batches = evaluate.rank_all, [], []
 
-    def fail_at_third(*args):
+    def counted(*args):
         calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        batches.clear()
         return rank_all(*args)
 
-    monkeypatch.setattr(evaluate, "rank_all", fail_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        run(list(planned.values()), "evaluate")
-    ranked = read(planned["evaluate"])["models"]
+    def stop_in_the_third() -> None:
+        batches.append(None)
+        if len(calls) == 3 and len(batches) == (20 if listing else 6):  # of 14 to rank, and as many to list
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "rank_all", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "stop_if_asked", stop_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(list(planned.values()), "evaluate")
+    ranked, begun = read(stage)["models"], stage.folder / f"begun-{expected[2]['name']}-seed{expected[2]['seed']}.npz"
     assert len(ranked) == 2
+    with np.load(begun) as earlier:
+        found = earlier["ranks"]
+        assert np.isnan(found).sum() == (0 if listing else 150 - 5 * 11)
+    np.savez(begun, ranks=found, seconds=1000.0)
     run(list(planned.values()), "evaluate")
-    models = read(planned["evaluate"])["models"]
-    assert len(calls) == 7, "two, the one that failed, and four more"
+    models = read(stage)["models"]
+    assert len(calls) == 7, "two, the one that was stopped, and four more"
     assert models[:2] == ranked, "the seconds that they took among them"
-    expected = read(by_name(whole)["evaluate"])["models"]
+    assert 1000 < models[2]["inference"]["seconds"] < 1100
+    assert not list(stage.folder.glob("begun-*"))
     assert [(model["name"], model["seed"]) for model in models] == [(model["name"], model["seed"]) for model in expected]
     for ours, theirs in zip(models, expected, strict=True):
-        np.testing.assert_array_equal(ranks_of(planned["evaluate"], ours), ranks_of(by_name(whole)["evaluate"], theirs))
+        np.testing.assert_array_equal(ranks_of(stage, ours), ranks_of(by_name(whole)["evaluate"], theirs))
+
+
+def test_a_trainer_on_the_cpu_keeps_the_evaluation_there(whole, monkeypatch):
+    placed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(evaluate.Recommender, "to", lambda model, device: placed.append(device) or model)
+    (again := replace(by_name(whole)["evaluate"].run, folder=whole[0].run.folder / "placed")).folder.mkdir()
+    stage = replace(by_name(whole)["evaluate"], run=again)
+    stage.folder.mkdir()
+    for accelerator, device in (("cpu", "cpu"), ("auto", "cuda:0")):
+        fitted = by_name(whole)["item_embeddings"]
+        settings = replace(fitted.config, trainer=replace(fitted.config.trainer, accelerator=accelerator))
+        monkeypatch.setattr(fitted, "config", settings)
+        data = load_dataset(stage)
+        evaluate._evaluate(fitted, stage, data, None, evaluate.row_groups(data, EvaluationRows(data, "test", 1)))
+        assert placed.pop() == torch.device(device)
 
 
 # ---- several held-out interactions for a user ------------------------------------------------------------------------
@@ -403,13 +434,13 @@ def test_candidates_are_drawn_by_their_seed_alone(sampled):
         return read(by_name(stages)["evaluate"])["protocol"]["candidates"]
 
     first = read(planned["evaluate"])["protocol"]["candidates"]
-    assert hash_of("evaluation.batch_size=100") == first
+    assert hash_of("evaluation.cutoffs=[10,11]") == first
     assert hash_of("evaluation.candidate_seed=1") != first
 
 
 def test_a_kill_between_candidates_and_their_hash_is_mended(sampled, monkeypatch):
     folder, _ = sampled
-    stages = sampled_stages(folder, "evaluation.batch_size=101")
+    stages = sampled_stages(folder, "evaluation.cutoffs=[10,12]")
 
     def killed(*args):
         raise KeyboardInterrupt
@@ -424,7 +455,7 @@ def test_a_kill_between_candidates_and_their_hash_is_mended(sampled, monkeypatch
 
 def test_altered_candidates_are_refused(sampled):
     folder, planned = sampled
-    stages = sampled_stages(folder, "evaluation.batch_size=102")
+    stages = sampled_stages(folder, "evaluation.cutoffs=[10,13]")
     ours = by_name(stages)["evaluate"].folder
     ours.mkdir()
     for name in ("candidates.npy", "candidates.npy.json"):

@@ -11,6 +11,8 @@ from matplotlib import pyplot
 
 from lit_llmers import report
 from lit_llmers.errors import UserError
+from lit_llmers.files import atomic_write
+from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.report import publish, summary_table, write_report
@@ -147,7 +149,7 @@ def section(text: str, title: str) -> str:
 def good(tmp_path_factory) -> Path:
     """A teacher better than the control, a student between them, three seeds; its report is written."""
     run = make_run(tmp_path_factory.mktemp("good") / "run", {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2})
-    write_report(run)
+    write_report(Results(run))
     return run
 
 
@@ -155,12 +157,12 @@ def test_generated_data_is_said_first(good):
     lines = [line for line in (good / "report.md").read_text().splitlines() if line]
     assert lines[0] == "# slmrec on demo (default)"
     assert lines[1].startswith("**Generated data")
-    assert "generated" in summary_table(good)
+    assert "generated" in summary_table(Results(good))
 
 
 def test_real_data_is_not_called_generated(tmp_path):
     run = make_run(tmp_path, {"teacher": 2.0, "control": 1.0}, seeds=(0,), generated=False)
-    assert "enerated" not in write_report(run).read_text() + summary_table(run)
+    assert "enerated" not in write_report(Results(run)).read_text() + summary_table(Results(run))
 
 
 def test_figures_among_candidates_are_called_so_wherever_they_stand(good, tmp_path):
@@ -169,9 +171,9 @@ def test_figures_among_candidates_are_called_so_wherever_they_stand(good, tmp_pa
     content = json.loads(path.read_text())
     write(path, content | {"protocol": content["protocol"] | {"name": "sampled-99", "candidates": "ab12"}})
     said = "Ranked among stored candidates (sampled-99): these figures do not compare with those of the whole catalogue."
-    assert said in summary_table(run)
-    assert said in section(write_report(run).read_text(), "## Results on the test users")
-    assert "do not compare" not in (good / "report.md").read_text() + summary_table(good)
+    assert said in summary_table(Results(run))
+    assert said in section(write_report(Results(run)).read_text(), "## Results on the test users")
+    assert "do not compare" not in (good / "report.md").read_text() + summary_table(Results(good))
 
 
 def test_the_verdict_is_worked_out_from_the_ranks(good):
@@ -195,8 +197,8 @@ def test_the_verdict_is_worked_out_from_the_ranks(good):
 )
 def test_noise_and_losses_are_called_so(tmp_path, levels, said):
     run = make_run(tmp_path, dict(zip(("teacher", "student", "control"), levels, strict=True)))
-    assert said in write_report(run).read_text()
-    assert said in summary_table(run)
+    assert said in write_report(Results(run)).read_text()
+    assert said in summary_table(Results(run))
 
 
 def test_of_one_user_there_are_figures_and_nothing_is_compared(tmp_path):
@@ -206,8 +208,8 @@ def test_of_one_user_there_are_figures_and_nothing_is_compared(tmp_path):
         np.save(path, np.load(path)[:1])
     np.savez(folder / "groups.npz", **{name: array[:1] for name, array in np.load(folder / "groups.npz").items()})
     said = "student and control cannot be compared: one user alone was evaluated."
-    assert said in write_report(run).read_text()
-    assert said in summary_table(run)
+    assert said in write_report(Results(run)).read_text()
+    assert said in summary_table(Results(run))
     comparison = Comparison([Contender(name, run, name) for name in ("student", "control")])
     assert write_comparison_report(tmp_path, comparison, [], {}, "").is_file()
 
@@ -217,22 +219,22 @@ def test_models_of_other_seeds_are_not_compared(tmp_path):
     path = run / "evaluate-abc123" / "evaluation.json"
     content = json.loads(path.read_text())
     write(path, content | {"models": content["models"][:-1]})
-    assert "cannot be compared: they were not evaluated with the same seeds." in write_report(run).read_text()
+    assert "cannot be compared: they were not evaluated with the same seeds." in write_report(Results(run)).read_text()
 
 
 @pytest.mark.parametrize(("level", "said"), [(1.6, "does not clearly beat"), (0.9, "is worse than")])
 def test_a_teacher_that_does_not_beat_the_control_is_a_warning(tmp_path, level, said):
     run = make_run(tmp_path, {"teacher": level, "student": 1.6, "control": 1.6})
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     assert f"> **WARNING: the teacher {said} the control.**" in text
-    assert f"WARNING: the teacher {said} the control." in summary_table(run)
+    assert f"WARNING: the teacher {said} the control." in summary_table(Results(run))
 
 
 def test_of_two_controls_each_is_named_and_the_reason_said_once(tmp_path):
     run = make_run(tmp_path, {"teacher": 0.9, "student": 1.6, "control": 1.6, "sasrec": 1.6})
     about = json.loads((run / "run.json").read_text())
     write(run / "run.json", about | {"pairs": [["student", "control"], ["student", "sasrec"]]})
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     assert "**WARNING: the teacher is worse than control.**" in text
     assert "**WARNING: the teacher is worse than sasrec.**" in text
     assert text.count("need not be the teacher's knowledge") == 1
@@ -247,17 +249,18 @@ def best_epoch(run: Path, stage: str, epoch: int, epochs: int = 12) -> None:
 
 def test_a_training_that_still_rose_at_its_last_epoch_is_a_warning(tmp_path):
     run = make_run(tmp_path, {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2})
-    assert "WARNING" not in write_report(run).read_text() + summary_table(run), "the best epoch is 9 of 0 to 11"
+    results = Results(run)
+    assert "WARNING" not in write_report(results).read_text() + summary_table(results), "the best epoch is 9 of 0 to 11"
     for stage in ("teacher", "student-seed0", "student-seed2"):
         best_epoch(run, stage, 11)
     best_epoch(run, "sasrec", 11, epochs=0)  # counted and not trained
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     warning = (
         "stopped too early.** The best epoch is the last that trainer.max_epochs allows, of teacher (12), student (12, 2 of 3"
     )
     assert warning in text
     assert text.index("student beats control") < text.index(warning) < text.index("## Results")
-    assert warning.replace("**", "") in summary_table(run)
+    assert warning.replace("**", "") in summary_table(Results(run))
 
 
 def test_a_training_without_validation_is_never_cut_short(tmp_path):
@@ -265,7 +268,7 @@ def test_a_training_without_validation_is_never_cut_short(tmp_path):
     best_epoch(run, "teacher", 11)
     log = run / "teacher-abc123" / "metrics.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if "val/" not in line))
-    assert "WARNING" not in write_report(run).read_text()
+    assert "WARNING" not in write_report(Results(run)).read_text()
 
 
 def test_main_table_has_every_metric_with_its_spread_and_the_best_bold(good):
@@ -309,7 +312,7 @@ def test_a_training_without_a_known_speed_has_none(tmp_path, speed):
     teacher["parameters"]["total"] = 0
     teacher["training"] = {"seconds": 21.0, "epochs": 12} | speed
     write(run / "evaluate-abc123" / "evaluation.json", evaluation)
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     assert "| teacher | 8 | 64 | 0 | 90,000 | 12 | 21 s | - | 2,000 |" in text
     assert "| student | 4 | 64 | 140,000 | 90,000 | 12 | 21 s | 1,700 | 3,800 |" in text
     assert "| student : teacher, this run | - | 4 : 8 | - | 1.9 x |" in text
@@ -338,7 +341,7 @@ def test_every_plot_is_there_and_shown(good):
 
 
 def test_a_group_without_a_gain_keeps_its_place():
-    gains = [{"group": group, "users": 9, "ours": 0.1, "theirs": 0.0, "relative": None} for group in GROUPS]
+    gains = [{"group": group, "rows": 9, "ours": 0.1, "theirs": 0.0, "relative": None} for group in GROUPS]
     gains[-1] |= {"theirs": 0.2, "relative": -0.5, "difference": -0.1, "low": -0.15, "high": -0.05}
     results = SimpleNamespace(fits={"student": [], "control": []})
     figure, (left, right) = pyplot.subplots(1, 2)
@@ -352,7 +355,7 @@ def test_a_group_without_a_gain_keeps_its_place():
 def test_a_loss_has_not_the_colour_of_a_gain():
     sides = {"gain": (0.1, 0.3), "loss": (-0.3, -0.1), "chance": (-0.1, 0.3)}
     gains = [
-        {"group": name, "users": 9, "theirs": 0.5, "relative": 1, "difference": (low + high) / 2, "low": low, "high": high}
+        {"group": name, "rows": 9, "theirs": 0.5, "relative": 1, "difference": (low + high) / 2, "low": low, "high": high}
         for name, (low, high) in sides.items()
     ]
     figure, axes = pyplot.subplots()
@@ -362,7 +365,7 @@ def test_a_loss_has_not_the_colour_of_a_gain():
 
 
 def test_a_gain_beyond_the_axis_is_said_in_words_at_its_edge():
-    gains = [{"group": "5-9", "users": 9, "theirs": 0.1, "relative": 1, "low": low, "high": 0.9} for low in (0.05, 0.3)]
+    gains = [{"group": "5-9", "rows": 9, "theirs": 0.1, "relative": 1, "low": low, "high": 0.9} for low in (0.05, 0.3)]
     gains = [gain | {"difference": middle} for gain, middle in zip(gains, (0.1, 0.4), strict=True)]
     figure, axes = pyplot.subplots()
     plots._gain(gains, "student", "control", axes)
@@ -390,7 +393,7 @@ def test_the_metrics_of_all_stages_are_merged(good):
 
 
 def test_terminal_table(good):
-    lines = summary_table(good).splitlines()
+    lines = summary_table(Results(good)).splitlines()
     assert lines[0].split() == ["model", "layers", "parameters", "HR@10", "NDCG@10", "MRR", "users/s"]
     assert [line.split()[0] for line in lines[2:6]] == ["teacher", "student", "control", "sasrec"]
     assert max(map(len, lines[:6])) <= 100
@@ -398,24 +401,24 @@ def test_terminal_table(good):
 
 def test_a_run_stopped_after_the_teacher(tmp_path):
     run = make_run(tmp_path, {"teacher": 2.0, "student": 1.8, "control": 1.6}, until="teacher")
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     assert "**This run is not finished.** Not done: student (seed 0), student (seed 1)" in text
     assert "| teacher | 0 | 12 | 0.1100 |" in text
     assert "## Results" not in text
     assert {path.stem for path in (run / "plots").iterdir()} == {"losses-teacher", "validation"}
-    assert "not done" in summary_table(run)
+    assert "not done" in summary_table(Results(run))
 
 
 def test_a_run_before_its_first_stage(tmp_path):
     stages = [{"name": "prepare", "seed": 0, "verb": "prepare", "folder": "prepare-abc", "fingerprint": "abc"}]
     about = {"recipe": "slmrec", "run": "default", "command": COMMAND, "data": {}, "stages": stages, "pairs": []}
     write(tmp_path / "run.json", about | {"teacher": None})
-    assert "Not done: prepare" in write_report(tmp_path).read_text()
+    assert "Not done: prepare" in write_report(Results(tmp_path)).read_text()
 
 
 def test_models_that_no_pair_names(tmp_path):
     run = make_run(tmp_path, {"gru4rec": 1.0}, seeds=(0,))
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     assert "gru4rec" in section(text, "## Results on the test users")
     assert "### Gains" not in text
 
@@ -424,7 +427,7 @@ def test_plots_of_an_earlier_state_go(tmp_path):
     run = make_run(tmp_path, {"teacher": 2.0}, seeds=(0,))
     (run / "plots").mkdir()
     (run / "plots" / "losses-student.png").write_bytes(b"old")
-    write_report(run)
+    write_report(Results(run))
     assert not (run / "plots" / "losses-student.png").exists()
 
 
@@ -438,7 +441,7 @@ def test_tables_and_plots_reach_wandb(good, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = {"logger": {"kind": "wandb"}}
     loggers = make_loggers(config, tmp_path, group="slmrec/default", name="report", run_id="report-abc", settings={})
-    publish(good, loggers)
+    publish(Results(good), loggers)
     finish_loggers(loggers)
     media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
     assert sum(name.endswith(".png") for name in media) == len(list((good / "plots").iterdir()))
@@ -447,7 +450,7 @@ def test_tables_and_plots_reach_wandb(good, tmp_path, monkeypatch):
 
 def test_a_control_that_never_hits_has_no_relative_gain(tmp_path):
     run = make_run(tmp_path, {"teacher": 2.0, "student": 1.8, "control": -40.0}, seeds=(0,))
-    text = write_report(run).read_text()
+    text = write_report(Results(run)).read_text()
     assert "**student beats control in test NDCG@10**" in text
     assert "One seed only" in text
 
@@ -465,4 +468,15 @@ def test_command(good, capsys):
         assert report.main(arguments) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="no run in"):
-        write_report(good / "nowhere")
+        Results(good / "nowhere")
+
+
+def test_the_command_waits_for_a_run_that_writes_its_own_report(good, capsys, monkeypatch):
+    monkeypatch.setattr(report, "PATIENCE", 0)
+    with alone(good, deep=False), atomic_write(good / "report.md") as temporary:
+        temporary.write_text("half")
+        assert report.main([f"run={good}"]) == 2
+        assert "Another process is working in" in capsys.readouterr().err
+        assert temporary.read_text() == "half"
+        temporary.write_text("whole")
+    assert (good / "report.md").read_text() == "whole"

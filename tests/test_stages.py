@@ -62,7 +62,8 @@ def planned(tmp_path, stages: str, repeat: str = "", *overrides: str):
         (["stages.signals.blocks=1"], ["signals", "student", "evaluate", "export"]),
         (["signals.dtype=float32"], ["signals", "student", "evaluate", "export"]),
         (["signals.online=true"], ["signals", "student", "evaluate", "export"]),
-        (["evaluation.batch_size=3"], ["evaluate"]),
+        (["evaluation.batch_size=3"], []),
+        (["evaluation.cutoffs=[3,10]"], ["evaluate"]),
         (["evaluation.protocol=sampled-999"], ["evaluate"]),
         (["evaluation.users=9"], [s for s in ALL if s not in ("prepare", "text")]),
         (["stages.export.export=[onnx]"], ["export"]),
@@ -568,7 +569,7 @@ def test_the_plan_alone_writes_nothing(tmp_path):
 def test_a_stage_keeps_the_commit_of_the_code_that_made_it(tmp_path, monkeypatch):
     (prepare,) = small(tmp_path, "stage=prepare")[:1]
     commits = iter(["a" * 40, "b" * 40])
-    monkeypatch.setattr("lit_llmers.running.code", lambda: {"commit": next(commits), "dirty": False})
+    monkeypatch.setattr("lit_llmers.environment.code", lambda: {"commit": next(commits), "dirty": False})
     for _ in range(2):
         run([prepare], None)
     assert read_json(prepare.folder / "DONE")["git"] == {"commit": "a" * 40, "dirty": False}

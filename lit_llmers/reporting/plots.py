@@ -224,7 +224,7 @@ def _level(rows: list[np.ndarray], user: np.ndarray) -> tuple[float, float, floa
 
 
 def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
-    """For every popularity group with at least two users: its name, users, both levels and the gain."""
+    """For every popularity group with at least two users: its name, rows, both levels and the gain."""
     out = []
     ours, theirs = np.mean(results.per_row(method), axis=0), np.mean(results.per_row(control), axis=0)
     for index, group in enumerate(results.models[method][0]["popularity"]):
@@ -232,14 +232,14 @@ def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
         gain = results.compare(method, control, inside)
         if gain:
             levels = {"ours": float(ours[inside].mean()), "theirs": float(theirs[inside].mean())}
-            out.append({"group": group["group"], "users": int(inside.sum()), **levels, **gain})
+            out.append({"group": group["group"], "rows": int(inside.sum()), **levels, **gain})
     return out
 
 
 def _labels(gains: list[dict[str, Any]], axes: "Axes") -> None:
-    axes.set_xticks(range(len(gains)), [f"{gain['group']}\nn={gain['users']}" for gain in gains], fontsize=8)
+    axes.set_xticks(range(len(gains)), [f"{gain['group']}\nn={gain['rows']}" for gain in gains], fontsize=8)
     axes.set_xlim(-0.6, len(gains) - 0.4)  # so that a group stands at one place in both plots, with a gain or without
-    axes.set_xlabel("training interactions of the target item (n: test users)")
+    axes.set_xlabel("training interactions of the target item (n: test interactions)")
     axes.grid(axis="x", visible=False)
 
 

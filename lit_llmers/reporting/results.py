@@ -22,7 +22,8 @@ class StageResult:
 
     Attributes:
         folder: where it wrote; may not exist yet.
-        seconds, summary, git: from its `DONE`; None and empty until then. `git` is the code that ended it, None where unknown.
+        seconds, summary, git, device: from its `DONE`; None and empty until then. `git` is the code that ended it, and `device`
+            what it ran on, None where unknown.
         metrics: its `metrics.jsonl`, in order of the steps.
     """
 
@@ -34,6 +35,7 @@ class StageResult:
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     git: dict[str, Any] | None = None
+    device: str | None = None
 
     @property
     def done(self) -> bool:
@@ -178,9 +180,8 @@ class Results(Evaluated):
         folder = self.run / entry["folder"]
         done = read_json(folder / "DONE") if (folder / "DONE").is_file() else {"seconds": None, "summary": {}}
         metrics = read_metrics(folder / "metrics.jsonl")
-        return StageResult(
-            entry["name"], entry["seed"], entry["verb"], folder, done["seconds"], done["summary"], metrics, done.get("git")
-        )
+        ended = (done["seconds"], done["summary"], metrics, done.get("git"), done.get("device"))
+        return StageResult(entry["name"], entry["seed"], entry["verb"], folder, *ended)
 
     @cached_property
     def fits(self) -> dict[str, list[StageResult]]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lit_llmers.environment import device
 from lit_llmers.reporting import tables
 from lit_llmers.reporting.results import Evaluated
 
@@ -95,7 +96,7 @@ def machine(environment: dict[str, Any]) -> str:
     """Date, machine, versions and commit, from `environment.json`."""
     versions = environment["packages"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning", "transformers", "peft") if name in versions)
-    device = ", ".join(environment["gpus"]) or f"{environment['cpu']}, {environment['cores']} cores"
     git = environment["git"]
     commit = f" Last stage by commit {tables.commit(git)}." if git else ""
-    return f"{environment['date']}, {device}, Python {environment['python']}, {named}.{commit} More in `environment.json`."
+    what = f"{device(environment)}, Python {environment['python']}, {named}"
+    return f"{environment['date']}, {what}.{commit} More in `environment.json`."

@@ -157,7 +157,8 @@ def ratio_table(results: Results) -> str:
 
 
 def stage_table(results: Results) -> str:
-    """Every stage: state, time and folder."""
+    """Every stage: state, time and folder, and its device where several machines took part."""
+    several = len({stage.device for stage in results.stages if stage.done}) > 1
     rows = [
         [
             stage.name,
@@ -166,10 +167,11 @@ def stage_table(results: Results) -> str:
             duration(stage.seconds) if stage.done else "not done",
             f"`{stage.folder.name}`",
             commit(stage.git) if stage.git else NONE,
+            *[stage.device or NONE][:several],
         ]
         for stage in results.stages
     ]
-    return markdown(["stage", "seed", "does", "time", "folder", "commit"], rows)
+    return markdown(["stage", "seed", "does", "time", "folder", "commit", *["device"][:several]], rows)
 
 
 def commit(git: dict[str, Any]) -> str:

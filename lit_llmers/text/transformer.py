@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.errors import UserError
+from lit_llmers.processes import device_of
 from lit_llmers.teachers.base import DTYPES, BaseConfig, check_vocabulary, checksums, loading, located, without_load_report
 
 if TYPE_CHECKING:
@@ -112,9 +113,7 @@ class TextEncoder:
 
     def __init__(self, config: EncodeStage, local_rank: int = 0) -> None:
         self.config, self.base = config, base_of(config)
-        on_cpu = config.trainer is not None and config.trainer.accelerator == "cpu"
-        accelerated = torch.cuda.is_available() and not on_cpu
-        self.device = torch.device("cuda", local_rank) if accelerated else torch.device("cpu")
+        self.device = device_of(config.trainer, local_rank)
         self.model, self.tokenizer = _load(self.base)
         if config.adapter is not None:
             self.model = _adapted(self.model, _adapter(config.adapter))
