@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow
@@ -94,7 +95,7 @@ def open_table(path: Path) -> Table:
             return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
         if path.suffix == ".csv":
             return Table.of(_read_csv(path), str(path))
-        frame = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, na_values=[""], quoting=3)
+        frame = _read_rows(path, sep="\t", quoting=3)
         kinds = {name: kind for name, _, kind in (column.partition(":") for column in frame.columns)}
         frame.columns = pd.Index(list(kinds))
         words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
@@ -119,4 +120,21 @@ def _read_csv(path: Path) -> pd.DataFrame:
     with open(path, encoding="utf-8", errors="replace") as file:
         header = file.readline()
     separator = "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
-    return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, na_values=[""])
+    return _read_rows(path, sep=separator)
+
+
+def _read_rows(path: Path, **form: Any) -> pd.DataFrame:
+    """All cells as strings, empty ones as missing.
+
+    Raises:
+        UserError: the first row has more fields than the header, of which pandas would make an index and shift the others. One
+            further down is an error of pandas.
+    """
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], **form)
+    if not isinstance(frame.index, pd.RangeIndex):
+        names = len(frame.columns)
+        raise UserError(
+            f"{path} has rows of {names + frame.index.nlevels} fields, and its header has {names}. Name the extra column in "
+            "the header, or put cells that hold the separator in quotes."
+        )
+    return frame

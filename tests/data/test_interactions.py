@@ -169,6 +169,38 @@ class TestBadInput:
         with pytest.raises(UserError, match=rf"items\.{suffix} cannot be read as {suffix}"):
             read_folder(folder, COLUMNS)
 
+    @pytest.mark.parametrize(
+        ("kind", "name", "content"),
+        [
+            ("interactions", "interactions.csv", "user_id,item_id,position\nu,1,0,5\nu,2,1,4\n"),
+            ("interactions", "interactions.csv", "user_id;item_id;position\nu;1;0;5\nu;2;1\n"),
+            ("interactions", "shop.inter", "user_id:token\titem_id:token\tposition:float\nu\t1\t0\t5\nu\t2\t1\t4\n"),
+            ("items", "items.csv", "item_id,title,genres\n1,Two, Again,Noir\n2,Two,Noir\n"),
+            ("items", "shop.item", "item_id:token\ttitle:token_seq\tgenres:token\n1\tTwo\tAgain\tNoir\n"),
+        ],
+    )
+    def test_more_fields_than_the_header_has(self, kind: str, name: str, content: str, folder: Path) -> None:
+        """pandas would take the first for an index, and every column would hold the next one's cells."""
+        (folder / f"{kind}.parquet").unlink()
+        (folder / name).write_text(content)
+        with pytest.raises(
+            UserError, match=rf"{name} has rows of 4 fields, and its header has 3\. Name the extra .* in quotes"
+        ):
+            read_folder(folder, Columns())
+
+    def test_one_row_further_down_has_more_fields(self, folder: Path) -> None:
+        (folder / "items.parquet").unlink()
+        (folder / "items.csv").write_text("item_id,title\n1,One\n2,Two, Again\n")
+        with pytest.raises(UserError, match=r"items\.csv cannot be read as csv .*Expected 2 fields in line 3, saw 3"):
+            read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize("name", ["interactions.csv", "shop.inter"])
+    def test_a_header_without_rows(self, name: str, folder: Path) -> None:
+        (folder / "interactions.parquet").unlink()
+        mark = "," if name.endswith("csv") else "\t"
+        (folder / name).write_text(mark.join(("user_id", "item_id", "position")) + "\n")
+        assert len(read_folder(folder, COLUMNS).interactions) == 0
+
     def test_parquet_that_is_damaged_inside(self, folder: Path) -> None:
         path = folder / "items.parquet"
         content = bytearray(path.read_bytes())
