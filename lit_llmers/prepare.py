@@ -16,7 +16,7 @@ import pandas as pd
 from lit_llmers.data import DataConfig
 from lit_llmers.data import splits as s
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.interactions import Tables
+from lit_llmers.data.interactions import POSITION, Tables
 from lit_llmers.data.sources import source_of
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
@@ -50,6 +50,12 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     """
     rows = _Rows(tables, config.name)
     if config.split == "temporal":  # before a filter can take a user's first interactions
+        if tables.order == POSITION and config.columns.time is None:
+            raise UserError(
+                f"{tables.origin}: the column '{POSITION}' was taken for the order within a user, and data.split=temporal "
+                "needs moments that all users share. Choose their column with data.columns.time=NAME, or use "
+                "data.split=leave-one-out."
+            )
         s.check_moments(rows.users, rows.table["time"].to_numpy(), tables.origin)
     if config.min_rating is not None:
         rows.keep(rows.table["rating"].to_numpy() >= config.min_rating, f"min_rating={config.min_rating:g}")
@@ -85,7 +91,7 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         rows.note(f"{name}: texts of {int((column != '').sum())} of {len(column)} {entry['of']}.{leaks}")
     parts = np.bincount(split, minlength=3).tolist()
     _check(parts, len(item_ids), config)
-    if config.split == "leave-one-out" and (undecided := s.undecided(offsets, rows.table["time"].to_numpy())).any():
+    if config.split == "leave-one-out" and (undecided := s.undecided(offsets, *rows.times)).any():
         rows.note(
             f"{undecided.sum()} of {len(user_ids)} users have their test or validation item at the same time as the item "
             "before it: the order of the file decides which is held out."
@@ -181,10 +187,16 @@ class _Rows:
         return split[known]
 
     def sort(self, *ties: np.ndarray) -> np.ndarray:
-        """Order by user, then by time, at the same time by `ties` `[N]` and then as in the file; return the order `[N]`."""
-        order = np.lexsort((*ties, self.table["time"].to_numpy(), self.users))
+        """Order by user and time, at the same time by `ties` `[N]`, by position and as in the file; return the order `[N]`."""
+        time, *position = self.times
+        order = np.lexsort((*position, *ties, time, self.users))
         self.table, self.users, self.items = self.table.iloc[order], self.users[order], self.items[order]
         return order
+
+    @property
+    def times(self) -> list[np.ndarray]:
+        """The time `[N]`, and where there is one besides the position `[N]`."""
+        return [self.table[name].to_numpy() for name in ("time", POSITION) if name in self.table]
 
     def note(self, text: str) -> None:
         self.notes.append(text)

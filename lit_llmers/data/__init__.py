@@ -15,7 +15,8 @@ class Columns:
 
     Attributes:
         user, item: the ids; the item's column has the same name in both tables unless `catalogue_item` says otherwise.
-        time: seconds, milliseconds, dates (ISO 8601) or an order number, ascending; usual names `timestamp`, `position`.
+        time: seconds, milliseconds, dates (ISO 8601) or an order number, ascending; usual names `timestamp`, and where there
+            is no other that may be a time `position`. Beside a time a `position` orders what a user did at one time.
         rating: read only with `data.min_rating`.
         split: read only with `data.split=given`; train, valid (val, validation) or test.
         title: the item's title.

@@ -1,6 +1,6 @@
 """Interactions and items: what their columns are, and checks of what they say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from lit_llmers.data.table import Table, find_table, open_table
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.files import sha256
 
-TIME_NAMES = ("timestamp", "position")
+TIMESTAMP, POSITION = TIME_NAMES = ("timestamp", "position")
+MAYBE_TIMES = ("timestamp", "time", "date", "datetime", "ts", "created_at", "event_time", "unix_time", "unixreviewtime")
 CATEGORY_NAMES = ("categories", "category_path", "genres", "category", "genre")
 TEXT_NAMES = ("text", "description", "plot", "summary")
 _LISTS = (list, tuple, np.ndarray)
@@ -24,12 +25,13 @@ class Tables:
     """What a source loads: checked, with the same columns from every source.
 
     Attributes:
-        interactions: `user_id`, `item_id` (str), `time` (number), and where asked for `rating`, `split` (str); in the
-            order of the file.
+        interactions: `user_id`, `item_id` (str), `time` (number), where asked for `rating`, `split` (str), and where it is
+            there besides a time `position` (number), which orders what a user did at one time; in the order of the file.
         items: `item_id`, `title`, `categories`, `text` and the item texts asked for (all str, never missing); one row per item.
         info: `generated` (bool) and `notes` (list of str), to be kept with the data.
         origin: the file or place that messages name.
         users: `user_id` and the user texts asked for (all str), or None without any.
+        order: the column of the file that is `time`.
     """
 
     interactions: pd.DataFrame
@@ -37,6 +39,7 @@ class Tables:
     info: dict[str, Any] = field(default_factory=lambda: {"generated": False, "notes": []})
     origin: str = "the data"
     users: pd.DataFrame | None = None
+    order: str = TIMESTAMP
 
 
 def read_folder(folder: Path, columns: Columns, split: bool = False, rating: bool = False) -> Tables:
@@ -62,8 +65,8 @@ def check_tables(
     """Bring two tables into the form of `Tables`.
 
     Raises:
-        UserError: a column is missing; an id or a time is missing; a time is neither a date nor a number from 0; an item id
-            occurs twice among the items; an interaction has an item that is not among them.
+        UserError: a column is missing; several may be the time; an id or a time is missing; a time is neither a date nor a
+            number from 0; an item id occurs twice among the items; an interaction has an item that is not among them.
     """
     wanted = {
         "user_id": interactions.require(columns.user, "user"),
@@ -74,6 +77,8 @@ def check_tables(
         wanted["split"] = interactions.require(columns.split, "split")
     if rating:
         wanted["rating"] = interactions.require(columns.rating, "rating")
+    if has_ties(interactions.names, columns.time):
+        wanted[POSITION] = POSITION
     raw = interactions.read(list(wanted.values()))
     result = pd.DataFrame({name: raw[column] for name, column in wanted.items()}).reset_index(drop=True)
     for name in ("user_id", "item_id"):
@@ -93,6 +98,12 @@ def check_tables(
         )
     if rating:
         result["rating"] = _numbers(result["rating"], wanted["rating"], interactions.origin)
+    order = f"Order within a user: column '{wanted['time']}'"
+    if POSITION in wanted:
+        position = pd.to_numeric(result.pop(POSITION), errors="coerce")
+        if np.isfinite(position.to_numpy(dtype=float, na_value=np.nan)).all():  # else it is no order
+            result[POSITION] = position
+            order += f", at the same time column '{POSITION}'"
     catalogue = _catalogue(items, columns)
     met = np.asarray(result["item_id"].unique(), dtype=object)
     strangers = met[pd.Index(catalogue["item_id"].to_numpy(dtype=object)).get_indexer(met) < 0]
@@ -102,15 +113,29 @@ def check_tables(
             f"{interactions.origin}: item '{strangers[0]}' (row {rows[0] + 1}) is not in {items.origin}; "
             f"{strangers.size} items in {rows.size} interactions are unknown. Add them there or drop the rows."
         )
-    return Tables(result, catalogue, info or {"generated": False, "notes": []}, interactions.origin)
+    info = info or {"generated": False, "notes": []}
+    info = {**info, "notes": [*info["notes"], f"{order}."]}
+    return Tables(result, catalogue, info, interactions.origin, order=wanted["time"])
+
+
+def has_ties(names: Collection[str], time: str | None) -> bool:
+    """Whether, of columns of these names, `position` orders what a user did at one `time` (as in `Columns`)."""
+    return POSITION in names and (time or TIMESTAMP) in names and time != POSITION
 
 
 def _time_column(table: Table, chosen: str | None) -> str:
     if chosen is not None:
         return table.require(chosen, "time")
-    for name in TIME_NAMES:
-        if name in table.names:
-            return name
+    if TIMESTAMP in table.names:
+        return TIMESTAMP
+    if POSITION in table.names:
+        others = [name for name in table.names if name.lower() in MAYBE_TIMES]
+        if others:
+            raise UserError(
+                f"{table.origin} has no column '{TIMESTAMP}', and several that may say the order within a user: "
+                f"{', '.join(others)}, {POSITION}. Choose one with data.columns.time={others[0]}."
+            )
+        return POSITION
     guesses = [guess for name in TIME_NAMES if (guess := nearest(name, table.names))]
     raise UserError(
         f"{table.origin} has neither a column 'timestamp' nor 'position'.{(guesses or [''])[0]} It has: "

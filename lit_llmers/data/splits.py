@@ -40,7 +40,7 @@ def offsets_of(users: np.ndarray) -> np.ndarray:
 def leave_one_out(offsets: np.ndarray) -> np.ndarray:
     """The last interaction of a user tests, the one before it validates, the others train: `[U+1]` -> `[N]` uint8.
 
-    Interactions at the same time keep the order of the file, so where times are coarse the file decides.
+    Interactions at the same time keep the order that they are in, so where times are coarse the file may decide.
     """
     split = np.full(offsets[-1], TRAIN, np.uint8)
     split[offsets[1:] - 1] = TEST
@@ -48,13 +48,15 @@ def leave_one_out(offsets: np.ndarray) -> np.ndarray:
     return split
 
 
-def undecided(offsets: np.ndarray, times: np.ndarray) -> np.ndarray:
+def undecided(offsets: np.ndarray, times: np.ndarray, *ties: np.ndarray) -> np.ndarray:
     """Say of each user whether times leave open which interactions `leave_one_out` holds out: `[U+1]`, `[N]` -> `[U]` bool.
 
-    They do where the test or the validation interaction is at the same time as the interaction before it.
+    They do where the test or the validation interaction is at the same time as the interaction before it, and is alike in all
+    `ties` `[N]` too.
     """
     last = offsets[1:] - 1
-    return (times[last] == times[last - 1]) | (times[last - 1] == times[last - 2])
+    same = np.logical_and.reduce([each[1:] == each[:-1] for each in (times, *ties)])  # [N-1]
+    return same[last - 1] | same[last - 2]
 
 
 def check_moments(users: np.ndarray, times: np.ndarray, origin: str) -> None:

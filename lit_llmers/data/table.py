@@ -5,6 +5,7 @@ RecBole atomic file of each kind (`NAME.inter`, `NAME.item`: tab separated, `nam
 not read: no method here uses them.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -94,12 +95,31 @@ def open_table(path: Path) -> Table:
         if path.suffix == ".jsonl":
             return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
         if path.suffix == ".csv":
-            return Table.of(_read_csv(path), str(path))
+            return Table.of(_read_rows(path, sep=_separator(path)), str(path))
         frame = _read_rows(path, sep="\t", quoting=3)
         kinds = {name: kind for name, _, kind in (column.partition(":") for column in frame.columns)}
         frame.columns = pd.Index(list(kinds))
         words = frozenset(name for name, kind in kinds.items() if kind == "token_seq")
         return Table.of(frame, str(path), words)
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of the columns, without reading the rows; of JSON lines those of the first.
+
+    Raises:
+        UserError: the file cannot be read in the format of its suffix.
+    """
+    with _readable(path):
+        if path.suffix == ".parquet":
+            return list(pyarrow.parquet.read_schema(path).names)
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = next((line for line in file if line.strip()), "")
+        if path.suffix == ".jsonl":
+            row = json.loads(first or "{}")
+            return list(row) if isinstance(row, dict) else []
+        if path.suffix == ".csv":
+            return list(pd.read_csv(path, sep=_separator(path), nrows=0).columns)
+        return [column.partition(":")[0] for column in first.rstrip("\n").split("\t")]
 
 
 def read_parquet(path: Path, names: list[str]) -> pd.DataFrame:
@@ -115,12 +135,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Separated by commas, or where the header has none by the semicolons or tabs that it has."""
+def _separator(path: Path) -> str:
+    """Of a CSV file: commas, or where the header has none the semicolons or tabs that it has."""
     with open(path, encoding="utf-8", errors="replace") as file:
         header = file.readline()
-    separator = "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
-    return _read_rows(path, sep=separator)
+    return "," if "," in header else next((mark for mark in ";\t" if mark in header), ",")
 
 
 def _read_rows(path: Path, **form: Any) -> pd.DataFrame:

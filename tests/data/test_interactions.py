@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,19 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"neither a column 'timestamp' nor 'position'\. Did you mean 'timestanp'"):
             read_folder(folder, COLUMNS)
 
+    @pytest.mark.parametrize("other", ["time", "datetime", "Timestamp", "created_at"])
+    def test_position_beside_what_may_be_a_time(self, other: str, folder: Path) -> None:
+        path = folder / "interactions.parquet"
+        table = pd.read_parquet(path).rename(columns={"timestamp": other}).assign(position=0)
+        table.to_parquet(path)
+        message = rf"no column 'timestamp', and several .*: {other}, position\. Choose one with data\.columns\.time={other}"
+        with pytest.raises(UserError, match=message):
+            read_folder(folder, COLUMNS)
+        for chosen in (other, "position"):
+            found = read_folder(folder, replace(COLUMNS, time=chosen))
+            assert found.interactions["time"].tolist() == table[chosen].tolist()
+            assert f"column '{chosen}'" in found.info["notes"][0]
+
     def test_split_and_rating_are_needed_only_when_asked_for(self, folder: Path) -> None:
         for flag in ("split", "rating"):
             with pytest.raises(UserError, match=f"no column '{flag}'"):
@@ -327,3 +341,23 @@ def test_fingerprint_follows_the_content_and_not_the_path(folder: Path, tmp_path
     second = folder_fingerprint(folder)
     rewrite(folder, "interactions", timestamp=range(10))
     assert len({json.dumps(f) for f in (first, second, folder_fingerprint(folder))}) == 3
+
+
+@pytest.mark.parametrize("form", ["parquet", *FORMS])
+def test_fingerprint_says_where_position_orders_what_happened_at_one_time(
+    form: str, folder: Path, tmp_path: Path, tables: tuple
+) -> None:
+    """Such data were ordered by the file before; all others keep the fingerprint that they had."""
+
+    def found(name: str, time: str | None = None, **columns: object) -> dict:
+        interactions = tables[0].assign(**columns)
+        if form == "parquet":
+            shutil.copytree(folder, tmp_path / name)
+            interactions.to_parquet(tmp_path / name / "interactions.parquet")
+        else:
+            write(form, tmp_path / name, interactions, tables[1])
+        settings = DataConfig(name="local", source="folder", path=str(tmp_path / name), columns=Columns(time=time))
+        return source_of(settings).fingerprint()
+
+    assert set(found("plain")) == set(found("by position", "position", position=0)) == {"files", "columns"}
+    assert found("both", position=0)["ties"] == found("named", "rank", position=0, rank=1)["ties"] == "position"

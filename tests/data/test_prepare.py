@@ -16,6 +16,7 @@ from lit_llmers.prepare import prepare
 
 CONFIGS = Path(lit_llmers.__file__).parent / "conf" / "data"
 SHARED = Path(lit_llmers.__file__).parents[2] / "shared" / "data"
+ORDER = "Order within a user: column 'timestamp'."
 UNDECIDED = (  # user b's last two rows share a time
     "1 of 3 users have their test or validation item at the same time as the item before it: the order of the file decides "
     "which is held out."
@@ -54,7 +55,7 @@ def test_order_leave_one_out_and_info(folder: Path, tmp_path: Path) -> None:
     assert info == dataset.info
     assert info["counts"] == {"users": 3, "items": 4, "interactions": 10, "train": 4, "valid": 3, "test": 3}
     assert info["dropped"] == {"items_without_interactions": 0}
-    assert (info["generated"], info["notes"], info["split"]) == (False, [UNDECIDED], "leave-one-out")
+    assert (info["generated"], info["notes"], info["split"]) == (False, [ORDER, UNDECIDED], "leave-one-out")
 
 
 def test_short_users_are_dropped_counted_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -62,8 +63,8 @@ def test_short_users_are_dropped_counted_and_said(folder: Path, tmp_path: Path, 
         info = prepare(local(folder, min_interactions=4), tmp_path / "out")
     assert info["counts"]["users"] == 1
     assert info["dropped"]["min_interactions=4"] == {"users": 2, "items": 0, "interactions": 6}
-    assert info["notes"] == ["2 users with fewer than 4 interactions were dropped."]
-    assert info["notes"][0] in caplog.text
+    assert info["notes"] == [ORDER, "2 users with fewer than 4 interactions were dropped."]
+    assert info["notes"][1] in caplog.text
 
 
 def test_k_core_on_tables(folder: Path, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_given_split(folder: Path, tmp_path: Path) -> None:
     dataset = Dataset.load(tmp_path / "out")
     assert histories(dataset) == {"b": ["1", "4", "2"], "a": ["1", "2", "3", "4"]}
     assert dataset.split.tolist() == [0, 2, 2, 0, 0, 1, 2]
-    assert info["notes"] == ["3 held-out interactions of users without any training interaction were dropped."]
+    assert info["notes"] == [ORDER, "3 held-out interactions of users without any training interaction were dropped."]
     assert info["counts"] == {"users": 2, "items": 4, "interactions": 7, "train": 3, "valid": 1, "test": 3}
 
 
@@ -149,6 +150,7 @@ def test_temporal_split_drops_what_training_does_not_know(folder: Path, tmp_path
     assert histories(dataset) == {"b": ["1", "4"], "a": ["1", "3", "4"], "c": ["4", "3", "1"]}
     assert dataset.split.tolist() == [0, 2, 0, 1, 2, 0, 0, 0]
     assert info["notes"] == [
+        ORDER,
         "Training before time 20, validation before 26, test from there on.",
         "2 held-out interactions of items without any training interaction were dropped.",
     ]
@@ -165,7 +167,7 @@ def test_temporal_split_drops_users_who_come_later(folder: Path, tmp_path: Path)
     info = prepare(local(folder, split="temporal", quantiles=[0.45, 0.7]), tmp_path / "out")
     dataset = Dataset.load(tmp_path / "out")
     assert histories(dataset) == {"b": ["x", "x", "x"], "c": ["x", "z", "z", "z"]}
-    assert info["notes"][1:3] == [
+    assert info["notes"][2:4] == [
         "3 held-out interactions of users without any training interaction were dropped.",
         "2 held-out interactions of items without any training interaction were dropped.",
     ]
@@ -195,6 +197,32 @@ def test_temporal_split_of_positions_names_the_column(folder: Path, tmp_path: Pa
     table.assign(timestamp=table.groupby("user_id").cumcount()).to_parquet(path)
     with pytest.raises(UserError, match=r"positions within a user.*data\.columns\.time=NAME"):
         prepare(local(folder, split="temporal"), tmp_path / "out")
+
+
+def test_temporal_split_does_not_take_positions_by_itself(folder: Path, tmp_path: Path) -> None:
+    """These begin at different numbers, so they might be moments; only their user knows."""
+    path = folder / "interactions.parquet"
+    pd.read_parquet(path).rename(columns={"timestamp": "position"}).to_parquet(path)
+    settings = {"split": "temporal", "quantiles": [0.5, 0.7]}
+    with pytest.raises(UserError, match=r"'position' was taken for the order .* data\.columns\.time=NAME, or use"):
+        prepare(local(folder, **settings), tmp_path / "out")
+    info = prepare(local(folder, columns=Columns(time="position"), **settings), tmp_path / "out")
+    assert info["notes"][0] == "Order within a user: column 'position'."
+
+
+@pytest.mark.parametrize("time", [None, "timestamp"])
+def test_position_orders_what_happened_at_one_time(time: str | None, folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    table = pd.read_parquet(path)
+    table["position"] = range(len(table), 0, -1)  # user b's rows 4 and 2 share a time, and 2 has the lower position
+    table.to_parquet(path)
+    info = prepare(local(folder, columns=Columns(time=time)), tmp_path / "out")
+    assert histories(Dataset.load(tmp_path / "out")) == {"b": ["1", "2", "4"], "a": ["1", "2", "3", "4"], "c": ["4", "3", "1"]}
+    assert info["notes"] == ["Order within a user: column 'timestamp', at the same time column 'position'."]
+    table.assign(position=7).to_parquet(path)
+    assert prepare(local(folder, columns=Columns(time=time)), tmp_path / "alike")["notes"][1:] == [UNDECIDED]
+    table.assign(position=["top", *range(9)]).astype({"position": str}).to_parquet(path)
+    assert prepare(local(folder, columns=Columns(time=time)), tmp_path / "words")["notes"] == [ORDER, UNDECIDED]
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])
@@ -227,7 +255,7 @@ def test_repeated_items_are_kept_and_said(folder: Path, tmp_path: Path) -> None:
     path = folder / "interactions.parquet"
     pd.read_parquet(path).assign(item_id=["1"] * 2 + ["2", "1", "3", "2", "4", "3", "1", "4"]).to_parquet(path)
     info = prepare(local(folder), tmp_path / "out")
-    assert info["notes"] == [UNDECIDED, "1 interactions repeat an item that the user had before; they are kept."]
+    assert info["notes"] == [ORDER, UNDECIDED, "1 interactions repeat an item that the user had before; they are kept."]
     assert info["counts"]["interactions"] == 10
 
 
@@ -238,6 +266,7 @@ def test_rows_that_stand_twice_and_items_without_title_are_said(folder: Path, tm
     items.loc[0, "title"] = None
     items.to_parquet(folder / "items.parquet")
     assert prepare(local(folder), tmp_path / "out")["notes"] == [
+        ORDER,
         UNDECIDED,
         "2 interactions repeat an item that the user had before, 2 of them at the same time; they are kept.",
         f"1 of {len(items)} items have no title.",

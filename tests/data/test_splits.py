@@ -52,6 +52,9 @@ def test_equal_times_leave_open_what_is_held_out() -> None:
     times = [[1, 2, 3], [1, 2, 2], [1, 1, 2], [1, 1, 1], [1, 1, 2, 3], [1, 2, 2, 3], [5, 6, 6, 7, 8]]
     offsets = np.cumsum([0, *map(len, times)])
     assert undecided(offsets, np.concatenate(times)).tolist() == [False, True, True, True, False, True, False]
+    positions = [[1, 2, 3], [1, 2, 3], [1, 1, 2], [1, 1, 2], [1, 1, 1, 1], [1, 2, 3, 3], [1, 2, 2, 3, 4]]
+    found = undecided(offsets, np.concatenate(times), np.concatenate(positions))
+    assert found.tolist() == [False, False, True, True, False, False, False]
 
 
 def test_given_names() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llmers.data import DataConfig
-from lit_llmers.data.interactions import Tables, folder_fingerprint, read_folder
+from lit_llmers.data.interactions import POSITION, Tables, folder_fingerprint, has_ties, read_folder
+from lit_llmers.data.table import column_names, find_table
 from lit_llmers.data.texts import add_texts, texts_fingerprint
 
 
@@ -19,7 +20,10 @@ class Folder:
     def fingerprint(self) -> dict[str, Any]:
         texts = texts_fingerprint(self.path, self.config.texts)
         files = folder_fingerprint(self.path) | ({"texts": texts} if texts else {})
-        return {"files": files, "columns": asdict(self.config.columns)}
+        names = column_names(find_table(self.path, "interactions"))
+        # only where it has an effect, so that data without it keep the fingerprint that they had before there was such an order
+        ties = {"ties": POSITION} if has_ties(names, self.config.columns.time) else {}
+        return {"files": files, "columns": asdict(self.config.columns), **ties}
 
     def load(self) -> Tables:
         tables = read_folder(
