@@ -85,10 +85,11 @@ def check_tables(
         result[name] = as_ids(result[name], wanted[name], interactions.origin)
     dates = _seconds(result["time"])
     result["time"] = _numbers(
-        result["time"] if dates is None else dates,
+        result["time"],
         wanted["time"],
         interactions.origin,
         "Fill them in, write dates as 2026-05-17T12:00,",
+        dates,
     )
     if dates is None and (negative := np.flatnonzero(result["time"] < 0)).size:
         row = negative[0]
@@ -201,24 +202,33 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
 
 
 def _seconds(column: pd.Series) -> pd.Series | None:
-    """Dates (ISO 8601, in UTC where no zone is named) as seconds since 1970; None for what holds numbers or no date at all."""
-    is_date = pd.api.types.is_datetime64_any_dtype(column)
-    if not is_date and pd.to_numeric(column, errors="coerce").notna().any():
-        return None
-    dates = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
-    if not is_date and dates.isna().all():
-        return None
-    seconds = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    return seconds if seconds.notna().all() else seconds.astype(object).where(seconds.notna(), column)
+    """Dates (ISO 8601, in UTC where no zone is named) as seconds since 1970, others missing; None for what is no date.
+
+    A column holds dates where more of its cells are dates than numbers: `20200101` counts as a number.
+    """
+    if not pd.api.types.is_datetime64_any_dtype(column):
+        numbers = pd.to_numeric(column, errors="coerce").notna()
+        if numbers.all():
+            return None
+        dates = pd.to_datetime(column.where(~numbers), format="ISO8601", errors="coerce", utc=True)
+        if dates.notna().sum() <= numbers.sum():
+            return None
+    else:
+        dates = pd.to_datetime(column, utc=True)
+    times = dates.dt.tz_localize(None).to_numpy()  # in their own unit: nanoseconds would end in the year 2262
+    return pd.Series((times - np.datetime64(0, "s")) / np.timedelta64(1, "s"), column.index)
 
 
-def _numbers(column: pd.Series, name: str, origin: str, cure: str = "Fill them in") -> pd.Series:
-    numbers = pd.to_numeric(column, errors="coerce")
+def _numbers(
+    column: pd.Series, name: str, origin: str, cure: str = "Fill them in", dates: pd.Series | None = None
+) -> pd.Series:
+    """The cells as numbers, or the seconds of the `dates` that they are."""
+    numbers = pd.to_numeric(column, errors="coerce") if dates is None else dates
     wrong = np.flatnonzero(~np.isfinite(numbers.to_numpy(dtype=float, na_value=np.nan)))
     if wrong.size:
         raise UserError(
-            f"{origin}: column '{name}' is empty (NaN) or not a number in {wrong.size} rows, first in row "
-            f"{wrong[0] + 1} ({column.iloc[wrong[:1]].tolist()[0]!r}). {cure} or drop the rows."
+            f"{origin}: column '{name}' is empty (NaN) or not a {'number' if dates is None else 'date'} in {wrong.size} rows, "
+            f"first in row {wrong[0] + 1} ({column.iloc[wrong[:1]].tolist()[0]!r}). {cure} or drop the rows."
         )
     return numbers
 

@@ -110,6 +110,23 @@ def test_dates_are_seconds(unit: str, first: str, second: int, folder: Path) -> 
     assert time.tolist() == [second + 86400 * day for day in range(10)]
 
 
+@pytest.mark.parametrize("placeholder", ["0001-01-01", "1600-01-01", "9999-12-31"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "text", "date"])
+def test_dates_that_stand_for_none_are_seconds_too(unit: str, placeholder: str, folder: Path) -> None:
+    """Nanoseconds since 1970 do not reach so far."""
+    texts = np.array([placeholder, *["2026-05-17"] * 9])
+    dates = {"text": texts, "date": texts.astype("datetime64[D]").tolist()}
+    rewrite(folder, "interactions", timestamp=dates[unit] if unit in dates else texts.astype(f"datetime64[{unit}]"))
+    days = int((np.datetime64(placeholder) - np.datetime64("1970-01-01")).astype(int))
+    assert read_folder(folder, COLUMNS).interactions["time"].tolist() == [86400 * days, *[1778976000] * 9]
+
+
+def test_parts_of_a_second_are_kept(folder: Path) -> None:
+    times = [f"2026-05-17T00:00:00.{part:06d}" for part in range(10)]
+    rewrite(folder, "interactions", timestamp=times)
+    assert read_folder(folder, COLUMNS).interactions["time"].tolist() == [1778976000 + part / 1e6 for part in range(10)]
+
+
 def test_integers_and_whole_floats_are_the_same_id(folder: Path) -> None:
     rewrite(folder, "interactions", item_id=np.array([4, 1, 2, 1, 3, 2, 4, 3, 1, 4], dtype=float))
     rewrite(folder, "items", item_id=np.array([1, 2, 3, 4], dtype=np.int32))
@@ -283,6 +300,8 @@ class TestBadInput:
             (["17.05.2026"] * 10, r"in 10 rows, first in row 1 \('17.05.2026'\)\. .* write dates as 2026-05-17T12:00, or drop"),
             (["2026-05-17", "yesterday"] * 5, r"in 5 rows, first in row 2 \('yesterday'\)"),
             (["2026-05-17"] * 9 + [None], r"in 1 rows, first in row 10"),
+            (["2020-01-01"] * 9 + ["0"], r"'timestamp' is empty \(NaN\) or not a date in 1 rows, first in row 10 \('0'\)"),
+            (["1"] * 9 + ["2020-01-01"], r"not a number in 1 rows, first in row 10 \('2020-01-01'\)"),
             ([1, 2, 3, 4, -5, 6, 7, -8, 9, 10], r"'timestamp' is negative in 2 rows, first in row 5 \(-5\)"),
         ],
     )
