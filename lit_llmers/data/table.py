@@ -25,7 +25,7 @@ SUFFIXES = {"interactions": ".inter", "items": ".item"}
 
 @dataclass(frozen=True)
 class Table:
-    """One file's columns, read on demand.
+    """One file's columns; of parquet those asked for are read, of the other formats the whole file at once.
 
     Attributes:
         origin: the file or place that messages name.
@@ -66,12 +66,14 @@ def find_table(folder: Path, kind: str) -> Path:
     """Find the one file of `kind` (interactions or items) in `folder`.
 
     Raises:
-        UserError: there is no such folder or file, or more than one file.
+        UserError: there is no such folder or file, more than one file, or a folder in its place.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}. Set data.root or data.path to where the data lie.")
     names = [f"{kind}.{suffix}" for suffix in ("parquet", "csv", "jsonl")]
     found = [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob(f"*{SUFFIXES[kind]}"))
+    if not found and (folders := [folder / name for name in names if (folder / name).is_dir()]):
+        raise UserError(f"{folders[0]} is a folder of files, as Spark writes it. Write the {kind} there as one file.")
     if not found:
         raise UserError(
             f"There is no {', '.join(names)} or *{SUFFIXES[kind]} in {folder}. Put the {kind} there under one of these names."
@@ -93,7 +95,7 @@ def open_table(path: Path) -> Table:
             load = _readable(path)(partial(read_parquet, path))
             return Table(str(path), pyarrow.parquet.read_schema(path).names, load)
         if path.suffix == ".jsonl":
-            return Table.of(pd.read_json(path, lines=True, dtype=False, convert_dates=False), str(path))
+            return Table.of(_read_objects(path), str(path))
         if path.suffix == ".csv":
             return Table.of(_read_rows(path, sep=_separator(path)), str(path))
         frame = _read_rows(path, sep="\t", quoting=3)
@@ -132,7 +134,21 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again in that format.") from error
+        form = "with one JSON object on each line, not an array" if path.suffix == ".jsonl" else "in that format"
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({error}). Write it again {form}.") from error
+
+
+def _read_objects(path: Path) -> pd.DataFrame:
+    """JSON lines, each of which holds an object: its keys are the columns."""
+    try:
+        frame = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    except TypeError as error:  # of objects and others
+        raise ValueError("a line holds no object") from error
+    if frame.columns.empty:
+        raise ValueError("it is empty")
+    if not all(isinstance(name, str) for name in frame.columns):  # of values and arrays, whose places pandas counts
+        raise ValueError("a line holds no object")
+    return frame
 
 
 def _separator(path: Path) -> str:

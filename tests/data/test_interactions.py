@@ -219,6 +219,33 @@ class TestBadInput:
         (folder / name).write_text(mark.join(("user_id", "item_id", "position")) + "\n")
         assert len(read_folder(folder, COLUMNS).interactions) == 0
 
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ('[{"item_id": 1, "title": "One"}, {"item_id": 2, "title": "Two"}]', "a line holds no object"),
+            ('[\n{"item_id": 1, "title": "One"}\n]', ".+"),
+            ("1\n2\n", "a line holds no object"),
+            ('{"item_id": 1, "title": "One"}\n2\n', "a line holds no object"),
+            ('{"item_id": 1, "title": "One"}\nnull\n', "a line holds no object"),
+            ("", "it is empty"),
+            ("\n\n", "it is empty"),
+        ],
+    )
+    def test_json_lines_that_are_no_objects(self, content: str, reason: str, folder: Path) -> None:
+        (folder / "items.parquet").unlink()
+        (folder / "items.jsonl").write_text(content)
+        with pytest.raises(UserError, match=rf"items\.jsonl cannot be read as jsonl \({reason}\)\. .* one JSON object on each"):
+            read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize("name", ["interactions.parquet", "items.csv"])
+    def test_a_folder_in_place_of_a_file(self, name: str, folder: Path) -> None:
+        kind = name.split(".")[0]
+        (folder / f"{kind}.parquet").unlink()
+        (folder / name).mkdir()
+        (folder / name / "part-00000.parquet").touch()
+        with pytest.raises(UserError, match=rf"{name} is a folder of files.* Write the {kind} there as one file"):
+            read_folder(folder, COLUMNS)
+
     def test_parquet_that_is_damaged_inside(self, folder: Path) -> None:
         path = folder / "items.parquet"
         content = bytearray(path.read_bytes())
