@@ -179,14 +179,9 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
     """Ids as strings, whole numbers without a decimal point.
 
     Raises:
-        UserError: one is missing, or is a number with a decimal point so large that it may stand for several.
+        UserError: one is missing or blank, or is a number with a decimal point so large that it may stand for several.
     """
-    missing = np.flatnonzero(column.isna())
-    if missing.size:
-        raise UserError(
-            f"{origin}: column '{name}' is empty (NaN) in {missing.size} rows, first in row {missing[0] + 1}. Fill "
-            "them in or drop the rows."
-        )
+    _refuse_empty(column.isna(), name, origin)
     if pd.api.types.is_float_dtype(column):
         numbers = column.to_numpy()
         inexact = np.flatnonzero(np.abs(numbers) >= 2.0 ** (np.finfo(numbers.dtype).nmant + 1))
@@ -198,7 +193,18 @@ def as_ids(column: pd.Series, name: str, origin: str) -> pd.Series:
             )
         if (column == column.round()).all():
             column = column.astype(np.int64)
-    return column.astype(str)
+    ids = column.astype(str)
+    _refuse_empty(ids.isin([each for each in ids.unique() if not each.strip()]), name, origin)
+    return ids
+
+
+def _refuse_empty(empty: pd.Series, name: str, origin: str) -> None:
+    rows = np.flatnonzero(empty)
+    if rows.size:
+        raise UserError(
+            f"{origin}: column '{name}' is empty (NaN or blank) in {rows.size} rows, first in row {rows[0] + 1}. Fill them in "
+            "or drop the rows."
+        )
 
 
 def _seconds(column: pd.Series) -> pd.Series | None:

@@ -337,15 +337,25 @@ class TestBadInput:
         with pytest.raises(UserError, match=message):
             read_folder(folder, COLUMNS)
 
+    @pytest.mark.parametrize("empty", [None, "", " \t"])
     @pytest.mark.parametrize(
         ("kind", "column"), [("interactions", "user_id"), ("interactions", "item_id"), ("items", "item_id")]
     )
-    def test_empty_ids(self, kind: str, column: str, folder: Path) -> None:
-        ids = pd.read_parquet(folder / f"{kind}.parquet")[column].astype(float if column == "item_id" else object)
-        ids[1] = None
+    def test_empty_ids(self, kind: str, column: str, empty: str | None, folder: Path) -> None:
+        ids = pd.read_parquet(folder / f"{kind}.parquet")[column]
+        ids = ids.astype(float if column == "item_id" and empty is None else object)
+        ids[1] = empty
         rewrite(folder, kind, **{column: ids})
-        with pytest.raises(UserError, match=rf"{kind}\.parquet: column '{column}' is empty \(NaN\) in 1 rows, first in row 2"):
+        message = rf"{kind}\.parquet: column '{column}' is empty \(NaN or blank\) in 1 rows, first in row 2"
+        with pytest.raises(UserError, match=message):
             read_folder(folder, COLUMNS)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_blank_ids_in_other_formats(self, form: str, tmp_path: Path, tables: tuple) -> None:
+        interactions = tables[0].assign(user_id=["a", "", *"bcdefghi"])
+        write(form, tmp_path / form, interactions, tables[1])
+        with pytest.raises(UserError, match=r"column 'user_id' is empty \(NaN or blank\) in 1 rows, first in row 2"):
+            read_folder(tmp_path / form, Columns())
 
     @pytest.mark.parametrize(
         ("dtype", "largest", "wrong"),
