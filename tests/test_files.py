@@ -109,6 +109,20 @@ def test_json_that_may_not_be_read(tmp_path, monkeypatch):
         read_json(tmp_path / "run.json")
 
 
+def test_a_digest_of_what_cannot_be_read(tmp_path, monkeypatch):
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "data.csv", "No such file or directory")):
+        with pytest.raises(UserError, match=rf"{path} cannot be read \({reason}\)\. Make it a file that you may read"):
+            sha256(path)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "data.csv").touch()
+    monkeypatch.setattr("hashlib.file_digest", refuse)
+    with pytest.raises(UserError, match=r"data\.csv cannot be read \(Permission denied\)\. Make it"):
+        sha256(tmp_path / "data.csv")
+
+
 def test_what_a_library_cannot_read_names_the_folder_to_remove(tmp_path):
     path = tmp_path / "groups.npz"
     for content in (None, b"", b"PK\x03\x04 and no more"):
