@@ -376,6 +376,11 @@ def test_cut_offs_have_the_one_that_models_are_compared_by(whole, given):
         stages_of(whole, f"evaluation.cutoffs={given}")
 
 
+def test_a_seed_of_candidates_that_none_can_be_drawn_with():
+    with pytest.raises(UserError, match=r"evaluation\.candidate_seed is -1\. It must be at least 0"):
+        EvaluationConfig(candidate_seed=-1)
+
+
 # ---- sampled candidates ----------------------------------------------------------------------------------------------
 
 

@@ -248,6 +248,8 @@ class EvaluationConfig:
             raise UserError(f"evaluation.users is {self.users}. Models are compared on 2 or more; null takes all.")
         if self.batch_size < 1:
             raise UserError(f"evaluation.batch_size is {self.batch_size}. It must be at least 1.")
+        if self.candidate_seed < 0:
+            raise UserError(f"evaluation.candidate_seed is {self.candidate_seed}. It must be at least 0.")
         if any(type(k) is not int or k < 1 for k in self.cutoffs) or 10 not in self.cutoffs:
             raise UserError(
                 f"evaluation.cutoffs is {self.cutoffs}. It must be a list of whole numbers from 1 with 10, by which models are "

@@ -125,6 +125,15 @@ def test_the_next_items_attributes_are_those_of_earlier_ones(tables) -> None:
         ({"shortest": 2}, "shortest"),
         ({"interests": 1}, r"data\.generator\.interests is 1"),
         ({"longest": 200}, r"data\.generator\.longest is 200"),
+        ({"users": 0}, r"data\.generator\.users is 0\. It must be at least 1"),
+        ({"users": -1}, r"data\.generator\.users is -1"),
+        ({"longest_run": 0}, r"data\.generator\.longest_run is 0\. It must be at least 1"),
+        ({"seed": -1}, r"data\.generator\.seed is -1\. It must be at least 0"),
+        ({"series_share": 2.0}, r"data\.generator\.series_share is 2\.0\. It must be between 0 and 1"),
+        ({"series_share": -1.0}, r"data\.generator\.series_share is -1"),
+        ({"habit": 2.0}, r"data\.generator\.habit is 2"),
+        ({"resume": float("nan")}, r"data\.generator\.resume is nan"),
+        ({"drift": -0.1}, r"data\.generator\.drift is -0\.1"),
     ],
 )
 def test_impossible_parameters(change: dict, message: str) -> None:

@@ -59,6 +59,12 @@ class Demo:
         for name, words in (("categories", CATEGORIES), ("themes", THEMES), ("styles", STYLES), ("makers", MAKERS)):
             if not 1 <= getattr(p, name) <= len(words):
                 raise UserError(f"data.generator.{name} is {getattr(p, name)}. It must be between 1 and {len(words)}.")
+        for name, least in (("users", 1), ("longest_run", 1), ("seed", 0)):
+            if getattr(p, name) < least:
+                raise UserError(f"data.generator.{name} is {getattr(p, name)}. It must be at least {least}.")
+        for name in ("series_share", "habit", "resume", "drift"):
+            if not 0 <= getattr(p, name) <= 1:
+                raise UserError(f"data.generator.{name} is {getattr(p, name)}. It must be between 0 and 1.")
         if p.items < 4 * p.categories:
             raise UserError(
                 f"data.generator.items is {p.items}. With {p.categories} categories it must be at least {4 * p.categories}."
