@@ -132,6 +132,8 @@ class QuietWandbLogger(WandbLogger):
             else:
                 self.catch_up(step)
                 self._log(metrics, step)
+                if step == self.experiment.starting_step - 1:  # an epoch's validation has the step of its last batch
+                    self.experiment.log({**metrics, STEP: step}, commit=False)
 
         self.attempt(log_all)
 

@@ -141,6 +141,20 @@ def test_a_run_goes_on_online_and_each_step_is_there_once(tmp_path, server):
     assert server.summary["epochs"] == 2
 
 
+def test_a_validation_that_was_stopped_is_told_when_it_is_made_again(tmp_path, server):
+    run = Run(tmp_path, "slmrec", "default", CONFIG)
+    loggers = run.loggers(tmp_path / "student", "student", {})
+    log_steps(loggers, range(9, 29, 10))
+    finish_loggers(loggers)
+    loggers = run.loggers(tmp_path / "student", "student", {})
+    for logger in loggers:
+        logger.log_metrics({"val/NDCG@10": 0.5}, 19)
+    log_steps(loggers, range(29, 49, 10))
+    finish_loggers(loggers)
+    assert [row[STEP] for row in server.history] == [9, 19, 19, 29, 39]
+    assert [row[STEP] for row in server.history if "val/NDCG@10" in row] == [19]
+
+
 @pytest.mark.parametrize("label", ["student", "report"])
 def test_the_same_training_in_another_folder_or_anew_is_another_run(tmp_path, label):
     """A colleague's in the same project, or one whose folder was removed, would drop its steps in a run that has them."""
