@@ -91,7 +91,13 @@ class RankingTerm(Term):
         robust = losses.dros(lists.listed, shares[lists.items], energy, beta)
         robust = losses.weighted_dros(robust, weight, self.settings.official_dros_mean)
         lists.parts = {"bce": loss, "dros": robust}
-        return loss + self.settings.dros * robust
+        loss = loss + self.settings.dros * robust
+        if not self.settings.dros_target:
+            return loss
+        target = of_drawn(batch["target"][batch["target"] > 0], drawn)[:, None]
+        score = losses.list_scores(lists.user, lists.table, target).to(lists.listed.dtype)
+        lists.parts["dros_target"] = losses.dros(score, shares[target], energy, beta)[:, 0]
+        return loss + self.settings.dros_target * lists.parts["dros_target"]
 
     def _listwise(self, lists: "_Lists", batch: Batch, drawn: Tensor | None) -> Tensor:
         correction = self._correction(lists) if self.settings.underestimated else None
@@ -267,7 +273,10 @@ class RankingDistillation(Distillation):
             on amazon-beauty 78 % of the listed items are on their right side by 100, 92 % by 1,000, 96 % by 3,000.
         start_epoch: first epoch of the weights that depend on the student, `consistency` and `discrepancy`.
         raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking_weights.confidence_weights`.
-        dros: factor of a distributionally robust loss beside `bce` (DLLM2Rec's alpha), which reads all scores.
+        dros: factor of a distributionally robust loss of the listed items beside `bce` (DLLM2Rec's alpha), which reads all
+            scores.
+        dros_target: factor of the same loss of the target itself. `weight` multiplies it, as all of the term, where DLLM2Rec's
+            lambda_d does not: dros / weight gives it the factor alpha.
         dros_beta, dros_power: its radius, and the power of its propensities.
         official_negative_term, official_dros_mean: slips of DLLM2Rec's official code, to reproduce its figures with; see
             `losses.ranking.list_bce` and `weighted_dros`.
@@ -309,6 +318,7 @@ class RankingDistillation(Distillation):
         start_epoch: int = 0,
         raw_confidence: bool = False,
         dros: float = 0.0,
+        dros_target: float = 0.0,
         dros_beta: float = 1.0,
         dros_power: float = 0.05,
         official_negative_term: bool = False,
@@ -326,7 +336,8 @@ class RankingDistillation(Distillation):
         self.pairs, self.groups, self.group_power = pairs, groups, group_power
         self.temperature, self.over, self.steepness, self.mu, self.epsilon = temperature, over, steepness, mu, epsilon
         self.rank_temperature, self.rank_samples, self.start_epoch = rank_temperature, rank_samples, start_epoch
-        self.raw_confidence, self.dros, self.dros_beta, self.dros_power = raw_confidence, dros, dros_beta, dros_power
+        self.raw_confidence, self.dros, self.dros_target = raw_confidence, dros, dros_target
+        self.dros_beta, self.dros_power = dros_beta, dros_power
         self.official_negative_term, self.official_dros_mean = official_negative_term, official_dros_mean
         self.share = share
         _choice("loss", loss, LOSSES)
@@ -372,7 +383,7 @@ class RankingDistillation(Distillation):
             "groups": 1,
             "start_epoch": 0,
         }
-        for key, low in (least | {"rank_samples": 1, "dros": 0, "group_power": 0}).items():
+        for key, low in (least | {"rank_samples": 1, "dros": 0, "dros_target": 0, "group_power": 0}).items():
             value = getattr(self, key)
             if value is not None and value < low:
                 raise UserError(f"ranking_distillation: {key} is {value}. It must be at least {low}.")

@@ -18,6 +18,7 @@ from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.data.pairs import PairDataModule
 from lit_llmers.errors import UserError
 from lit_llmers.losses import ranking as losses
+from lit_llmers.losses import sampled
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.sequential import SequentialRecommender
@@ -193,6 +194,58 @@ def test_dros_is_a_part_of_its_own_that_share_makes_cheaper():
     official = term(dros=0.5, weights={"position": 1.0}, official_dros_mean=True)(output, batch)
     assert abs(official - loss) > 1e-6
     assert module.state_dict() == {}, "what popularity says is not stored with the student"
+
+
+def test_golden_total_of_dllm2rec_with_the_targets_own_dros(golden, monkeypatch):
+    """`alpha L_dro(y)` is no part of what lambda_d multiplies: the term, which is, has it alpha / lambda_d times."""
+    z = golden("dllm2rec/case_a")
+    alpha, factor, k = z["hp.alpha"].item(), z["hp.lam"].item(), int(z["hp.K"])
+    negative = z["in.negative"][:, None] + 1, torch.ones(6, 1, dtype=torch.bool)
+    monkeypatch.setattr(samples, "draw_others", lambda taken, number, n_items: negative)
+    scores = z["in.student_scores"].requires_grad_()
+    n_items = scores.shape[1]
+    callback = RankingDistillation(
+        type("", (), {"k": k}),
+        F.pad(torch.bincount(z["in.train_next_items"], minlength=n_items), (1, 0)),
+        weights={name: z[f"hp.gamma_{name}"].item() for name in ("position", "confidence", "consistency")},
+        steepness=z["hp.position_lambda"].item(),
+        raw_confidence=True,
+        rank_samples=None,
+        negatives=1,
+        official_negative_term=True,
+        dros=alpha,
+        dros_target=alpha / factor,
+        dros_beta=z["hp.beta"].item(),
+        official_dros_mean=True,
+    )
+    module = callback.build(type("", (), {"reduce": staticmethod(lambda loss, batch: loss.mean())}))
+    batch = {"target": z["in.target"] + 1, "teacher_items": z["in.teacher_candidates"][:, :k] + 1}
+    batch["teacher_scores"] = -z["in.teacher_distances"][:, :k]
+    output = StudentOutput(scores, F.pad(torch.eye(n_items, dtype=torch.float64), (0, 0, 1, 0)))
+    total = sampled.binary(scores.gather(1, z["in.target"][:, None])[:, 0], scores.gather(1, z["in.negative"][:, None])).mean()
+    total = total + factor * module(output, batch)
+    torch.testing.assert_close(module.parts["dros_target"], z["out.dro_target_per_row"].mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, z["out.total"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(total, scores)[0], z["grad.student_scores"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_targets_own_dros_is_of_the_drawn_targets_and_needs_no_list():
+    output, batch = case()
+    settings = {"weights": {"position": 1.0}, "dros": 0.5}
+    lists = share_of(batch, KEYS, 0.5)
+    without, module = term(**settings), term(**settings, dros_target=0.7)
+    added = (module(output, lists) - without(output, lists)) / 0.7
+    scores, drawn = (output.user @ output.items.T)[:, 1:], lists["teacher_targets"]
+    shares = losses.propensity(POPULARITY[1:]).double()
+    expected = []
+    for t in drawn:
+        target, worst = batch["target"][t] - 1, (shares * scores[t].square()).exp()
+        worst[target] = (shares[target] * (scores[t, target] - 1).square()).exp()
+        expected.append(worst.sum().log())
+    torch.testing.assert_close(added, sum(expected) / len(drawn), rtol=1e-5, atol=0)
+    torch.testing.assert_close(module.parts["dros_target"], added.detach(), rtol=1e-5, atol=0)
+    d_user = torch.autograd.grad(module(output, batch), output.user)[0]
+    assert d_user[3].any(), "the list of target 3 is empty"
 
 
 # ---- in training -------------------------------------------------------------------------------------------------------

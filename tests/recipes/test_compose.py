@@ -349,6 +349,12 @@ def test_what_the_student_agrees_with_weighs_as_much_as_in_dllm2rec_however_long
     assert ranking["k"] * ranking["weights"]["consistency"] == pytest.approx(1)
 
 
+def test_dllm2recs_dros_weighs_the_target_as_its_total_does(no_files):
+    config = recipes.compose("dllm2rec", ["data=ml-1m", "scale=paper"])
+    (ranking,) = (entry["ranking_distillation"] for entry in config["stages"]["student"]["callbacks"])
+    assert ranking["weight"] * ranking["dros_target"] == pytest.approx(ranking["dros"]), "alpha, which is 1 there"
+
+
 @pytest.mark.parametrize(
     ("name", "stage", "official"),
     [
