@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
-from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
 from lit_llmers.callbacks.embedding_distillation import check_share, distinct, drawn, item_sets, two_layers, with_signal
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
@@ -244,7 +244,8 @@ class Alignment(Distillation):
             vectors that were last met.
         bank: how many vectors it holds.
         symmetric: of `info_nce`: also ask for the student's vector given the signal, and take the mean of both.
-        temperature: divides the similarities (tau); `soft_clip` also multiplies those of its targets by it.
+        temperature: of `info_nce` and `soft_clip`: divides the similarities (tau); the latter also multiplies those of its
+            targets by it.
         learn_temperature: whether it is trained, from there on and not below 0.01.
         projector: `none`, `linear`, or `mlp` with one inner layer of the mean width and a leaky ReLU; users and items share it.
         project: what it maps: the `signal` to the student's width, or the `student` to the signal's.
@@ -254,12 +255,23 @@ class Alignment(Distillation):
         decay_epochs: see `Distillation`.
 
     Raises:
-        UserError: an unknown kind, projector or competition; a size, a temperature or a share that is not positive.
+        UserError: an unknown kind, projector or competition; a size, a temperature or a share that is not positive; or a
+            setting that is not read.
     """
 
     name = "alignment"
     fits = (Backbone, CollaborativeBackbone)
     sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items"), "users": ("users", "users")}
+    readers: ClassVar[Readers] = (
+        ("kind: info_nce", lambda own: own.kind == "info_nce", ("negatives", "symmetric")),
+        (
+            "kind: info_nce or soft_clip",
+            lambda own: own.kind in ("info_nce", "soft_clip"),
+            ("temperature", "learn_temperature"),
+        ),
+        ("negatives: bank", lambda own: own.negatives == "bank", ("bank",)),
+        ("projector: linear or mlp", lambda own: own.projector != "none", ("project",)),
+    )
 
     def __init__(
         self,
@@ -286,10 +298,6 @@ class Alignment(Distillation):
         ):
             if given not in known:
                 raise unknown(f"value of alignment.{key}", given, known)
-        if kind != "info_nce" and (negatives != "batch" or symmetric):
-            raise UserError(f"alignment: kind={kind} knows no negatives={negatives} and no symmetric. Leave them out.")
-        if learn_temperature and kind not in ("info_nce", "soft_clip"):
-            raise UserError(f"alignment: kind={kind} has no temperature to learn. Leave learn_temperature out.")
         if bank < 1:
             raise UserError(f"alignment: bank is {bank}. It must hold at least 1 vector.")
         if not temperature > 0:
@@ -300,6 +308,7 @@ class Alignment(Distillation):
         self.items, self.users, self.kind, self.negatives, self.bank = items, users, kind, negatives, bank
         self.symmetric, self.temperature, self.learn_temperature = symmetric, temperature, learn_temperature
         self.projector, self.project, self.share = projector, project, share
+        self.check_read()
 
     @classmethod
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:

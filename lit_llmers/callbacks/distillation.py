@@ -1,5 +1,6 @@
 """What all distillation callbacks share: a loss term that is registered before training and fed by a source of signals."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +15,7 @@ from lit_llmers.students.output import StudentOutput
 from lit_llmers.students.recommender import Recommender
 
 Reduce = Callable[[Tensor, Batch], Tensor]
+Readers = tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...]  # a choice, whether it is made, what it alone reads
 
 
 class SignalSource(Protocol):
@@ -66,13 +68,30 @@ class Distillation(L.Callback):
     fits: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]] = Backbone  # the kind of backbone that the term reads
     whole_rows: ClassVar[bool] = False  # whether it needs a backbone that hides no items of the rows that it trains on
     sources: ClassVar[Sources] = {}  # constructor arguments that other stages make, see `lit_llmers.fusion.Fusion`
+    readers: ClassVar[Readers] = ()  # of the settings that are not always read, for `check_read`
 
     def __init__(self, weight: float = 1.0, decay_epochs: int = 0) -> None:
-        if weight < 0:
+        if not weight >= 0:
             raise UserError(f"{self.name}: weight is {weight}. It must be 0 (no effect) or more.")
         if decay_epochs < 0:
             raise UserError(f"{self.name}: decay_epochs is {decay_epochs}. It must be 0 (constant weight) or more.")
         self.weight, self.decay_epochs = weight, decay_epochs
+
+    def check_read(self) -> None:
+        """Refuse a setting other than its default that nothing reads: who gives it expects an effect.
+
+        Raises:
+            UserError: it names the setting, and what it belongs to.
+        """
+        parameters, file = inspect.signature(type(self)).parameters, type(self).__module__.rpartition(".")[2]
+        for choice, made, settings in self.readers:
+            for key in () if made(self) else settings:
+                value, default = getattr(self, key), parameters[key].default
+                if value not in (default, {}):  # a mapping without entries gives nothing
+                    raise UserError(
+                        f"{file}: {key}={value} has no effect: it belongs to {choice}. Leave it out, or set it to "
+                        f"{'null' if default is None else default}."
+                    )
 
     @classmethod
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
-from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.embedding import entity_topology, expert_weights, group_topology, gumbel_like, squared_distance
@@ -213,12 +213,18 @@ class EmbeddingDistillation(Distillation):
         decay_epochs: see `Distillation`.
 
     Raises:
-        UserError: an unknown kind or map, no expert, a temperature that is not positive, or a share outside 0..1.
+        UserError: an unknown kind or map, no expert, a temperature that is not positive, a share outside 0..1, or a setting
+            that the kind does not read.
     """
 
     name = "embedding"
     fits = (Backbone, CollaborativeBackbone)
     sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items")}
+    readers: ClassVar[Readers] = (
+        ("kind: hint", lambda own: own.kind == "hint", ("map",)),
+        ("kind: experts or topology", lambda own: own.kind != "hint", ("experts", "temperature", "final_temperature")),
+        ("kind: topology", lambda own: own.kind == "topology", ("balance",)),
+    )
 
     def __init__(
         self,
@@ -249,6 +255,7 @@ class EmbeddingDistillation(Distillation):
         self.items, self.kind, self.map, self.experts = items, kind, map, experts
         self.temperature, self.final_temperature = temperature, final_temperature
         self.balance, self.share = balance, share
+        self.check_read()
 
     @classmethod
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:

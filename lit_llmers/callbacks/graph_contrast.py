@@ -5,7 +5,7 @@ the graph. SimGCL: Yu et al., "Are Graph Augmentations Necessary? Simple Graph C
 2022 (arXiv 2112.08679): views are the whole graph with noise on every layer.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lit_llmers.backbones.graph import Graph, propagate
 from lit_llmers.backbones.lightgcn import LightGCN
-from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Term
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import info_nce_among
@@ -146,19 +146,24 @@ class GraphContrast(Distillation):
 
     Args:
         view: what makes the views.
-        ratio: of the nodes or edges, dropped (SGL's rho); of no use to `noise`.
-        noise: length of the noise on each layer (SimGCL's epsilon); of use to `noise` alone.
+        ratio: of the nodes or edges, dropped (SGL's rho).
+        noise: of `noise`: its length on each layer (SimGCL's epsilon).
         against: `all` nodes of the other view compete, or those of the `batch`.
         temperature: divides the cosines (tau).
         weight: factor of the contrast in the student's loss (SGL's lambda_1, SimGCL's lambda).
         decay_epochs: see `Distillation`.
 
     Raises:
-        UserError: an unknown view or competition, a ratio outside 0..1, noise or a temperature that is not positive.
+        UserError: an unknown view or competition, a ratio outside 0..1, noise or a temperature that is not positive; or a
+            ratio or noise that the view does not read.
     """
 
     name = "graph_contrast"
     fits = LightGCN
+    readers: ClassVar[Readers] = (
+        ("view: noise", lambda own: own.view == "noise", ("noise",)),
+        ("the other views", lambda own: own.view != "noise", ("ratio",)),
+    )
 
     def __init__(
         self,
@@ -181,6 +186,7 @@ class GraphContrast(Distillation):
             if not value > 0:
                 raise UserError(f"graph_contrast: {key} is {value}. It must be positive.")
         self.view, self.ratio, self.noise, self.against, self.temperature = view, ratio, noise, against, temperature
+        self.check_read()
 
     @classmethod
     def compares_rows(cls, arguments: dict[str, Any]) -> bool:

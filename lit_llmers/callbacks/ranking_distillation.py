@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks import ranking_samples as samples
-from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
 from lit_llmers.callbacks.teacher_lists import RankingSource, check_share, lists_of, of_all, of_drawn, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
@@ -178,7 +178,8 @@ class RankingTerm(Term):
                 weights[name] = weighing.discrepancy_weights(self._ranks(lists), lists.place, settings.mu) * valid
         if not weights:
             return weighing.combine({"": valid.to(lists.listed.dtype)}, {"": 1.0}, "sum", True)
-        return weighing.combine(weights, settings.weights, settings.combine, settings.normalise)
+        normalise = settings.combine == "sum" if settings.normalise is None else settings.normalise
+        return weighing.combine(weights, settings.weights, settings.combine, normalise)
 
     def _ranks(self, lists: "_Lists") -> Tensor:
         if lists.rank is None:
@@ -290,6 +291,28 @@ class RankingDistillation(Distillation):
     name = "ranking"
     fits = (Backbone, CollaborativeBackbone)
     sources: ClassVar[dict[str, tuple[str, str]]] = {"ranking": ("from", "ranking")}
+    readers: ClassVar[Readers] = (
+        ("loss: bce", lambda own: own.loss == "bce", ("negatives", "dros")),
+        ("loss: bce or softmax", lambda own: own.loss in ("bce", "softmax"), ("weights",)),
+        ("loss: softmax", lambda own: own.loss == "softmax", ("temperature", "over")),
+        ("loss: listwise", lambda own: own.loss == "listwise", ("uninteresting", "underestimated", "overestimated")),
+        ("loss: pairwise", lambda own: own.loss == "pairwise", ("pairs", "groups", "group_power")),
+        ("loss: bce, listwise or softmax", lambda own: own.loss != "pairwise", ("k",)),
+        ("weights", lambda own: bool(own.weights), ("combine", "normalise")),
+        ("the weight position", lambda own: "position" in own.weights, ("steepness",)),
+        ("the weight confidence", lambda own: "confidence" in own.weights, ("raw_confidence",)),
+        ("the weight discrepancy", lambda own: "discrepancy" in own.weights, ("mu",)),
+        ("the weights consistency and discrepancy", lambda own: own.weighs_by_student, ("start_epoch",)),
+        ("sampler: rank and loss: pairwise", lambda own: own.sampler in ("rank", "popularity"), ("rank_temperature",)),
+        ("sampler: discrepancy and underestimated", lambda own: own.draws_by_student, ("epsilon",)),
+        (
+            "sampler: discrepancy, underestimated, and the weights consistency and discrepancy",
+            lambda own: own.draws_by_student or own.weighs_by_student,
+            ("rank_samples",),
+        ),
+        ("negatives", lambda own: own.negatives > 0, ("official_negative_term",)),
+        ("dros", lambda own: own.dros > 0, ("dros_target", "dros_beta", "dros_power", "official_dros_mean")),
+    )
 
     def __init__(
         self,
@@ -330,8 +353,7 @@ class RankingDistillation(Distillation):
         super().__init__(weight, decay_epochs)
         self.ranking, self.popularity = ranking, None if popularity is None else torch.as_tensor(popularity)
         self.loss, self.k, self.weights, self.combine = loss, k, dict(weights or {}), combine
-        self.normalise = combine == "sum" if normalise is None else normalise
-        self.negatives, self.uninteresting = negatives, uninteresting
+        self.normalise, self.negatives, self.uninteresting = normalise, negatives, uninteresting
         self.underestimated, self.overestimated = underestimated, overestimated
         self.pairs, self.groups, self.group_power = pairs, groups, group_power
         self.temperature, self.over, self.steepness, self.mu, self.epsilon = temperature, over, steepness, mu, epsilon
@@ -357,17 +379,7 @@ class RankingDistillation(Distillation):
             _choice("weight", name, WEIGHTS)
             if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
                 raise UserError(f"ranking_distillation: weights.{name} is {factor}. It must be a number above 0, or left out.")
-        if self.weights and self.loss not in ("bce", "softmax"):
-            raise UserError(
-                f"ranking_distillation: weights belong to loss: bce or softmax, not to {self.loss}. Leave them out."
-            )
-        if self.loss != "bce":
-            for key in ("negatives", "dros", "official_negative_term", "official_dros_mean"):
-                if getattr(self, key):
-                    raise UserError(f"ranking_distillation: {key} belongs to loss: bce, not to {self.loss}. Leave it out.")
-        if (self.underestimated or self.overestimated) and self.loss != "listwise":
-            raise UserError("ranking_distillation: underestimated and overestimated belong to loss: listwise. Leave them out.")
-        if bool(self.underestimated) != bool(self.overestimated):
+        if self.loss == "listwise" and bool(self.underestimated) != bool(self.overestimated):
             raise UserError(
                 "ranking_distillation: underestimated stand above overestimated. Set both to 1 or more, or neither."
             )
@@ -391,6 +403,17 @@ class RankingDistillation(Distillation):
             if not getattr(self, key) > 0:
                 raise UserError(f"ranking_distillation: {key} is {getattr(self, key)}. It must be positive.")
         check_share("ranking_distillation", self.share)
+        self.check_read()
+
+    @property
+    def weighs_by_student(self) -> bool:
+        """Whether a weight depends on how the student ranks."""
+        return not OF_STUDENT.isdisjoint(self.weights)
+
+    @property
+    def draws_by_student(self) -> bool:
+        """Whether a draw depends on how the student ranks."""
+        return self.sampler == "discrepancy" or self.underestimated > 0
 
     def build(self, student: Any) -> RankingTerm:
         if self.k is not None and self.k > self.ranking.k:
@@ -415,7 +438,7 @@ def _deepest_rank(settings: RankingDistillation) -> int:
     deepest = [settings.k or k] if "consistency" in settings.weights else [0]
     if "discrepancy" in settings.weights:
         deepest.append(k + math.ceil(_SATURATED / settings.mu))
-    if settings.sampler == "discrepancy" or settings.underestimated:
+    if settings.draws_by_student:
         deepest.append(k + math.ceil(_SATURATED / settings.epsilon))
     return max(deepest)
 

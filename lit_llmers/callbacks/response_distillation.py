@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks import ranking_samples as samples
-from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
 from lit_llmers.callbacks.teacher_lists import RankingSource, check_share, lists_of, of_all, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
@@ -75,12 +75,16 @@ class ResponseDistillation(Distillation):
         weight, decay_epochs: see `Distillation`.
 
     Raises:
-        UserError: a name or a value that is none of these.
+        UserError: a name or a value that is none of these, or a setting that the loss or the sampler does not read.
     """
 
     name = "response"
     fits = (Backbone, CollaborativeBackbone)
     sources: ClassVar[dict[str, tuple[str, str]]] = {"ranking": ("from", "ranking")}
+    readers: ClassVar[Readers] = (
+        ("loss: soft_bce", lambda own: own.loss == "soft_bce", ("offset",)),
+        ("sampler: rank", lambda own: own.sampler == "rank", ("rank_temperature",)),
+    )
 
     def __init__(
         self,
@@ -106,11 +110,10 @@ class ResponseDistillation(Distillation):
         for key, value in {"temperature": temperature, "rank_temperature": rank_temperature}.items():
             if not value > 0:
                 raise UserError(f"response_distillation: {key} is {value}. It must be positive.")
-        if offset and loss == "kl":
-            raise UserError("response_distillation: offset changes nothing in loss: kl. Leave it out.")
         check_share("response_distillation", share)
         self.ranking, self.loss, self.k, self.sampler, self.share = ranking, loss, k, sampler, share
         self.scaled, self.temperature, self.offset, self.rank_temperature = scaled, temperature, offset, rank_temperature
+        self.check_read()
 
     def build(self, student: Any) -> ResponseTerm:
         if self.k is not None and self.k > self.ranking.k:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Term
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import soft_clip
@@ -120,12 +120,13 @@ class SelfDistillation(Distillation):
         decay_epochs: see `Distillation`.
 
     Raises:
-        UserError: an unknown kind, or a number out of its range.
+        UserError: an unknown kind, a number out of its range, or a temperature that `mse` does not read.
     """
 
     name = "self_distillation"
     whole_rows = True
     sources: ClassVar[dict[str, tuple[str, str]]] = {"users": ("from", "users")}
+    readers: ClassVar[Readers] = (("kind: soft_clip", lambda own: own.kind == "soft_clip", ("temperature",)),)
 
     def __init__(
         self,
@@ -158,6 +159,7 @@ class SelfDistillation(Distillation):
         self.users, self.histories = users, histories
         self.neighbours, self.among, self.share, self.length = neighbours, among, share, length
         self.kind, self.temperature = kind, temperature
+        self.check_read()
         self.nearest = torch.empty(0)  # [U, M], found in `build`
 
     @classmethod

@@ -220,7 +220,8 @@ def test_what_a_step_looks_at():
 @pytest.mark.parametrize("make", [sasrec, lambda: CollaborativeRecommender(BPRMF(60, 50, dim=8))])
 def test_training_brings_the_student_nearer_and_reaches_the_maps(kind, make):
     student = make()
-    callback = EmbeddingDistillation(TEXT, kind=kind, experts=3, final_temperature=0.1, weight=5.0)
+    of_experts = {} if kind == "hint" else {"experts": 3, "final_temperature": 0.1}
+    callback = EmbeddingDistillation(TEXT, kind=kind, weight=5.0, **of_experts)
     term = callback.build(student)
     before = [parameter.detach().clone() for parameter in term.parameters()]
     student.distillation["embedding"] = term
@@ -281,6 +282,11 @@ def test_half_precision_is_finite():
         ({"final_temperature": -1.0}, "final_temperature is -1"),
         ({"balance": 2.0}, "balance is 2"),
         ({"share": 0.0}, "share is 0"),
+        ({"kind": "experts", "map": "mlp"}, "map=mlp has no effect: it belongs to kind: hint"),
+        ({"experts": 3}, "experts=3 has no effect: it belongs to kind: experts or topology"),
+        ({"temperature": 2.0}, "temperature=2.0 has no effect"),
+        ({"balance": 0.9}, "balance=0.9 has no effect: it belongs to kind: topology"),
+        ({"kind": "experts", "balance": 0.9}, "balance=0.9 has no effect"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -231,6 +231,8 @@ def test_a_run_that_goes_on_in_mid_epoch_has_the_same_views(tmp_path, arguments)
         ({"ratio": 1.0}, "ratio is 1.0"),
         ({"noise": 0.0}, "noise is 0.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"noise": 0.2}, "noise=0.2 has no effect: it belongs to view: noise"),
+        ({"view": "noise", "ratio": 0.2}, "ratio=0.2 has no effect"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -113,7 +113,7 @@ def test_dcd_is_rrd_and_its_correction(monkeypatch):
     settings = METHODS["dcd"] | {"underestimated": 8, "overestimated": 8, "rank_samples": None}
     dcd = term(**settings)
     both = dcd(output, batch)
-    plain = term(**(settings | {"underestimated": 0, "overestimated": 0}))(
+    plain = term(**(METHODS["dcd"] | {"underestimated": 0, "overestimated": 0}))(
         output, batch | {key: batch[key][:, :4] for key in ("teacher_items", "teacher_scores")}
     )
     correction = term(**(settings | {"uninteresting": 0}))(output, batch)
@@ -328,10 +328,14 @@ def test_bf16_is_finite(tmp_path):
         ({"weights": {"position": "much"}}, "weights.position is much"),
         ({"combine": "mean"}, "Unknown combine"),
         ({"over": "all"}, "Unknown over"),
-        ({"loss": "listwise", "weights": {"position": 1.0}}, "weights belong to loss: bce or softmax"),
-        ({"loss": "softmax", "negatives": 1}, "negatives belongs to loss: bce"),
-        ({"loss": "softmax", "dros": 1.0}, "dros belongs to loss: bce"),
-        ({"overestimated": 3}, "overestimated belong to loss: listwise"),
+        (
+            {"loss": "listwise", "weights": {"position": 1.0}},
+            "belongs to loss: bce or softmax. Leave it out, or set it to null",
+        ),
+        (
+            {"loss": "softmax", "negatives": 1},
+            "negatives=1 has no effect: it belongs to loss: bce. .*or set it to 0",
+        ),
         ({"loss": "listwise", "overestimated": 3}, "Set both to 1 or more, or neither"),
         ({"loss": "listwise", "sampler": "discrepancy"}, "sampler discrepancy does not fit loss listwise. Choose top or rank"),
         ({"loss": "listwise", "uninteresting": 0}, "uninteresting is 0"),
@@ -347,6 +351,45 @@ def test_bf16_is_finite(tmp_path):
 def test_bad_settings_name_the_key_and_the_cure(settings, message):
     with pytest.raises(UserError, match=message):
         RankingDistillation(Lists(1), POPULARITY, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "of"),
+    [
+        ({"temperature": 2.0}, "loss: softmax"),
+        ({"over": "catalogue"}, "loss: softmax"),
+        ({"pairs": 9}, "loss: pairwise"),
+        ({"groups": 3}, "loss: pairwise"),
+        ({"group_power": 1.0}, "loss: pairwise"),
+        ({"uninteresting": 0}, "loss: listwise"),
+        ({"overestimated": 3}, "loss: listwise"),
+        ({"combine": "product"}, "weights"),
+        ({"normalise": False}, "weights"),
+        ({"steepness": 2.0, "weights": {"confidence": 1.0}}, "the weight position"),
+        ({"raw_confidence": True, "weights": {"position": 1.0}}, "the weight confidence"),
+        ({"mu": 1.0, "weights": {"consistency": 1.0}}, "the weight discrepancy"),
+        ({"start_epoch": 1, "weights": {"position": 1.0}}, "the weights consistency and discrepancy"),
+        ({"rank_samples": None, "weights": {"position": 1.0}}, "sampler: discrepancy, underestimated, and"),
+        ({"epsilon": 0.5}, "sampler: discrepancy and underestimated"),
+        ({"rank_temperature": 5.0}, "sampler: rank"),
+        ({"official_negative_term": True}, "negatives"),
+        ({"official_dros_mean": True}, "dros"),
+        ({"dros_target": 1.0}, "dros"),
+        ({"dros_beta": 2.0}, "dros"),
+        ({"loss": "softmax", "dros": 1.0}, "loss: bce"),
+        ({"loss": "pairwise", "k": 5}, "loss: bce, listwise or softmax"),
+        ({"loss": "pairwise", "rank_samples": None}, "sampler: discrepancy"),
+        *(({"loss": "listwise", key: value}, "") for key, value in [("over", "catalogue"), ("temperature", 2.0)]),
+        *(({"loss": "listwise", key: 2.0}, "") for key in ("steepness", "mu")),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(settings, of):
+    with pytest.raises(UserError, match=rf"^ranking_distillation: \w+=.* has no effect: it belongs to {of}.* Leave it out, or"):
+        RankingDistillation(Lists(1), POPULARITY, **settings)
+
+
+def test_a_setting_at_its_default_is_as_one_left_out():
+    RankingDistillation(Lists(1), POPULARITY, over="list", weights={}, combine="sum", normalise=None, rank_samples=100)
 
 
 def test_lists_that_are_too_short():

@@ -120,7 +120,8 @@ def test_every_method_teaches_both_kinds_of_students(method, kind, tmp_path):
         ({"sampler": "ranks"}, "Did you mean 'rank'"),
         ({"k": 0}, "k is 0"),
         ({"temperature": 0}, "temperature is 0. It must be positive"),
-        ({"loss": "kl", "offset": 1.0}, "offset changes nothing"),
+        ({"loss": "kl", "offset": 1.0}, "offset=1.0 has no effect: it belongs to loss: soft_bce"),
+        ({"rank_temperature": 20.0}, "rank_temperature=20.0 has no effect: it belongs to sampler: rank"),
         ({"share": 2.0}, "share is 2.0"),
     ],
 )

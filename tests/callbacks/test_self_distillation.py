@@ -87,10 +87,10 @@ def prepared(student: SequentialRecommender, **arguments) -> tuple[SelfDistillat
     return callback, callback.build(student)
 
 
-@pytest.mark.parametrize("kind", ["mse", "soft_clip"])
-def test_value_by_plain_loops(kind):
+@pytest.mark.parametrize("arguments", [{"kind": "mse"}, {"kind": "soft_clip", "temperature": 1.5}])
+def test_value_by_plain_loops(arguments):
     student = student_of()
-    callback, term = prepared(student, neighbours=3, kind=kind, temperature=1.5)
+    callback, term = prepared(student, neighbours=3, **arguments)
     target = torch.tensor([[0, 4, 5], [0, 0, 6], [7, 8, 9]])
     batch = {"user": torch.tensor([8, 21, 2]), "target": target}
     batch |= callback.retrieve(batch)
@@ -101,7 +101,7 @@ def test_value_by_plain_loops(kind):
         rows = [Histories().inputs(torch.tensor([n])) for n in found[u].tolist() if n % 4]  # user 4k has no history
         means.append(torch.cat([student.encode(*row) for row in rows]).mean(0))
     own, teacher = user[[1, 2, 5]], torch.stack(means).detach()
-    expected = F.mse_loss(own, teacher) if kind == "mse" else soft_clip(own, teacher, temperature=1.5).mean()
+    expected = F.mse_loss(own, teacher) if arguments["kind"] == "mse" else soft_clip(own, teacher, temperature=1.5).mean()
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert user.grad.any(1).tolist() == [False, True, True, False, False, True], "the last target of each row alone"
@@ -199,6 +199,7 @@ def test_a_student_that_reads_one_position_fits_and_one_that_hides_items_does_no
         ({"neighbours": 5, "among": 3}, "among is 3"),
         ({"length": 0}, "length is 0"),
         ({"temperature": 0.0}, "temperature is 0"),
+        ({"temperature": 2.0}, "temperature=2.0 has no effect: it belongs to kind: soft_clip"),
         ({"share": 0.0}, "share is 0"),
         ({"users": USERS[:1]}, "only one user"),
     ],
