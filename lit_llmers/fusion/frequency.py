@@ -43,7 +43,8 @@ class Frequency(Fusion):
         cosine_temperature: items are scored by cosine over this; null: as the backbone does.
 
     Raises:
-        UserError: the text is of other items, the backbone is not causal, or a history is longer than `max_length`.
+        UserError: the text is of other items, the backbone is not causal, there is no expert, or a history is longer than
+            `max_length`.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}
@@ -66,6 +67,8 @@ class Frequency(Fusion):
             raise UserError("frequency trains the next item alone, and this student hides others. Use student=sasrec.")
         if cosine_temperature is not None and not cosine_temperature > 0:
             raise UserError(f"frequency's cosine_temperature is {cosine_temperature}. It must be positive, or null.")
+        if experts < 1:
+            raise UserError(f"frequency's experts is {experts}. It must be at least 1.")
         self.max_length, self.temperature, dim = max_length, cosine_temperature, self.dim
         mixture = Mixture(items.shape[-1], dim, experts, dropout)
         self.text = TextView(items, backbone, mixture)

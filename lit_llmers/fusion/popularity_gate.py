@@ -32,7 +32,8 @@ class PopularityGate(Fusion):
         bins: of popularity.
 
     Raises:
-        UserError: the text or the counts are of other items, another fusion stands inside, or a trained model is another.
+        UserError: the text or the counts are of other items, another fusion stands inside, a trained model is another, or
+            there is no bin.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items"), "start": ("id", "model"), "aligned": ("aligned", "model")}
@@ -52,6 +53,8 @@ class PopularityGate(Fusion):
         super().__init__(backbone)
         if isinstance(backbone, Fusion):
             raise UserError("popularity_gate makes its own text towers around a plain student. Let it stand alone in 'fusion'.")
+        if bins < 1:
+            raise UserError(f"popularity_gate's bins is {bins}. It must be at least 1.")
         self.text = FrozenAdapter(deepcopy(backbone), items, layers, self.dim, "gelu", True, dropout)
         self.aligned = Concat(deepcopy(backbone), items, None, layers, dropout)
         self.text.text.source = self.aligned.text.source  # one table in memory

@@ -120,5 +120,7 @@ def test_wrong_use_is_named():
         Frequency(BERT4Rec(10, 5, dim=8), torch.randn(11, 6), 5)
     with pytest.raises(UserError, match="cosine_temperature is 0"):
         Frequency(SASRec(10, 5, dim=8), torch.randn(11, 6), 5, cosine_temperature=0)
+    with pytest.raises(UserError, match="experts is 0. It must be at least 1"):
+        Frequency(SASRec(10, 5, dim=8), torch.randn(11, 6), 5, experts=0)
     with pytest.raises(UserError, match=r"4 items .* max_length=3"):
         Frequency(SASRec(10, 5, dim=8), torch.randn(11, 6), 3).embed(torch.ones(1, 4, dtype=torch.long))
