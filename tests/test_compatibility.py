@@ -96,6 +96,12 @@ def test_other_targets_are_refused_with_a_cure(overrides, message, tmp_path):
         ("{ranking_distillation:{from:lists,temperature:-1}}", "ranking_distillation: temperature is -1.0. It must be"),
         ("{ranking_distillation:{from:lists,loss:bse}}", "'bse'.*'bce'"),
         ("{response_distillation:{from:lists,temperature:0}}", "response_distillation: temperature is 0"),
+        (
+            "{response_distillation:{from:lists,offset:nan}}",
+            r"callbacks\[0\].response_distillation.offset' is nan",
+        ),
+        ("{ranking_distillation:{from:lists,weight:inf}}", "ranking_distillation.weight' is inf. It must be a finite number"),
+        ("{ranking_distillation:{from:lists,weights:{position:nan}}}", "ranking_distillation.weights.position' is nan"),
         ("{alignment:{from:text,temperature:-1}}", "alignment: temperature is -1"),
         ("{embedding_distillation:{from:text,map:liner}}", "'liner'.*'linear'"),
         ("{self_distillation:{from:text,kind:soft_clip,temperature:0}}", "self_distillation: temperature is 0"),

@@ -351,6 +351,13 @@ BAD = [
     ("t: {fit: sasrec, optimizer: {weight_decay: -1}}", r"optimizer.weight_decay is -1.0. It must be 0 or more"),
     ("t: {fit: sasrec, trainer: {limit_train_batches: 0}}", r"limit_train_batches is 0.* or null for all"),
     ("t: {fit: sasrec, trainer: {gradient_clip_val: -1}}", r"gradient_clip_val is -1.* or null for no limit"),
+    ("t: {fit: sasrec, trainer: {gradient_clip_val: 0}}", r"gradient_clip_val is 0.* must be positive, or null for no limit"),
+    ("t: {fit: sasrec, optimizer: {lr: .inf}}", r"stages.t.optimizer.lr' is inf. It must be a finite number"),
+    ("t: {fit: sasrec, model: {init_std: .nan}}", r"stages.t.model.init_std' is nan"),
+    (
+        "t: {fit: sasrec, callbacks: [{ranking_distillation: {from: t, weights: {position: .nan}}}]}",
+        r"stages.t.callbacks\[0\].ranking_distillation.weights.position' is nan. It must be a finite number",
+    ),
     ("t: {fit: sasrec, model: {dim: 0}}", r"'stages.t.model.dim' is 0. It must be at least 1"),
     ("t: {fit: sasrec, model: {heads: 0}}", r"'stages.t.model.heads' is 0"),
     ("t: {fit: sasrec, model: {dropout: 2}}", r"'stages.t.model.dropout' is 2.0. It is a share"),

@@ -63,6 +63,9 @@ class FeatureDistillation(Distillation):
         decay_epochs: see `Distillation`.
 
     The number of blocks is that of the record; the student's depth must be divisible by it.
+
+    Raises:
+        UserError: a weight below 0.
     """
 
     name = "feature"
@@ -72,6 +75,9 @@ class FeatureDistillation(Distillation):
         self, signals: SignalSource, cosine: float = 1.0, l2: float = 0.1, weight: float = 1.0, decay_epochs: int = 0
     ) -> None:
         super().__init__(weight, decay_epochs)
+        for key, value in {"cosine": cosine, "l2": l2}.items():
+            if not value >= 0:
+                raise UserError(f"feature_distillation: {key} is {value}. It must be 0 (no effect) or more.")
         self.signals, self.cosine, self.l2 = signals, cosine, l2
 
     def build(self, student: SequentialRecommender) -> FeatureTerm:

@@ -161,7 +161,7 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.limit_train_batches is {self.limit_train_batches}. It must be at least 1, or null for all."
             )
-        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             raise UserError(
                 f"trainer.gradient_clip_val is {self.gradient_clip_val}. It must be positive, or null for no limit."
             )

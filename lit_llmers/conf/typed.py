@@ -1,5 +1,6 @@
 """From YAML's mappings to dataclasses, and from these to what names an artefact."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -71,11 +72,13 @@ _NAMES = {
 def checked(value: Any, hint: Any, where: str) -> Any:
     """A value that fits its type hint, as far as YAML has such types; a dataclass is made from a mapping.
 
-    A whole number becomes the float that it is meant for: what means the same is then the same, in fingerprints too.
+    A whole number becomes the float that it is meant for: what means the same is then the same, in fingerprints too. No number
+    in it, however deep inside, may be infinite or none: comparisons with a bound let nan pass, and a loss would become it.
 
     Raises:
         UserError: it names the key, the value and what it must be.
     """
+    _check_finite(value, where)
     kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
     named = [_NAMES.get(_plain(kind)) for kind in kinds]
     if None in named:
@@ -86,6 +89,17 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     if _plain(fitting) in (list, tuple) and (of := get_args(fitting)):
         return type(value)(checked(each, of[0], f"{where}[{place}]") for place, each in enumerate(value))
     return float(value) if fitting is float and type(value) is int else value
+
+
+def _check_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"'{where}' is {value}. It must be a finite number.")
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_finite(each, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, each in enumerate(value):
+            _check_finite(each, f"{where}[{place}]")
 
 
 def _plain(kind: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone
+from lit_llmers.errors import UserError
 from lit_llmers.fusion import Fusion, Sources
 from lit_llmers.fusion.text import TextView
 
@@ -22,13 +23,15 @@ class AddProjected(Fusion):
         epsilon: weight of the text.
 
     Raises:
-        UserError: the text is of other items.
+        UserError: the text is of other items, or its weight is below 0.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}
 
     def __init__(self, backbone: Backbone, items: Tensor, epsilon: float = 0.2) -> None:
         super().__init__(backbone)
+        if not epsilon >= 0:
+            raise UserError(f"add_projected's epsilon is {epsilon}. It must be 0 (no text) or more.")
         self.epsilon = epsilon
         self.text = TextView(items, backbone, nn.Linear(items.shape[-1], self.dim))
 

@@ -110,6 +110,13 @@ def test_a_depth_that_the_blocks_do_not_divide():
         FeatureDistillation(Source(3, 5)).build(Student(4, 5))
 
 
+@pytest.mark.parametrize("key", ["cosine", "l2", "weight"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_weight_below_zero_or_none(key, value):
+    with pytest.raises(UserError, match=f"{key} is {value}. It must be 0"):
+        FeatureDistillation(Source(2, 5), **{key: value})
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")

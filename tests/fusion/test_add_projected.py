@@ -4,6 +4,8 @@ from official import Whole, assert_gradient, assert_value
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_llmers.backbones.sasrec import SASRec
+from lit_llmers.errors import UserError
 from lit_llmers.fusion.add_projected import AddProjected
 
 
@@ -45,3 +47,9 @@ def test_official_gradients_through_a_gru(golden):
     for kind in ("weight", "bias"):
         assert_gradient(getattr(model.text.adapter, kind), z[f"grad.param.fc_4096_64.{kind}"])
     torch.testing.assert_close(model.inner.items.weight.grad[1:], z["grad.param.item_embeddings.weight"][:-1])
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, float("nan")])
+def test_a_weight_of_the_text_below_zero_or_none(epsilon):
+    with pytest.raises(UserError, match=f"epsilon is {epsilon}. It must be 0"):
+        AddProjected(SASRec(10, 5, dim=8), torch.randn(11, 6), epsilon)
