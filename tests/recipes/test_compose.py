@@ -378,6 +378,29 @@ def test_sasrec_at_paper_scale_keeps_nothing_that_was_tuned_here(no_files):
     assert (config.model["init_std"], config.optimizer.lr, config.trainer.gradient_clip_val) == (0.02, 1e-3, None)
 
 
+def test_slmrecs_item_embeddings_at_paper_scale_train_as_a_small_model_and_not_as_the_llm(no_files):
+    planned = by_name(resolve(recipes.compose("slmrec", ["data=ml-1m", "scale=paper"])))
+    (config, llm) = (planned[name].config for name in ("item_embeddings", "teacher"))
+    assert (config.model["heads"], config.model["dim"]) == (1, 128)
+    assert (config.optimizer.lr, config.optimizer.schedule, config.optimizer.warmup_steps) == (1e-4, "constant", 0)
+    assert (config.trainer.max_epochs, config.trainer.patience, config.trainer.precision) == (50, 0, "32-true")
+    assert (llm.optimizer.schedule, llm.optimizer.warmup_steps, llm.trainer.precision) == ("cosine", 100, "bf16-mixed")
+
+
+def test_bigrec_is_tuned_alike_whatever_its_lists_teach(no_files):
+    teachers = [
+        by_name(resolve(recipes.compose(name, ["data=ml-1m", "scale=paper"])))["teacher"].config
+        for name in ("bigrec", "dllm2rec", "soft-top-k")
+    ]
+    assert teachers[0].optimizer.schedule == "linear"
+    assert all((each.optimizer, each.trainer) == (teachers[0].optimizer, teachers[0].trainer) for each in teachers)
+
+
+def test_llmemb_at_paper_scale_aligns_all_targets_of_a_batch(no_files):
+    config = by_name(resolve(recipes.compose("llmemb", ["data=ml-1m", "scale=paper"])))["student"].config
+    assert dict(config.terms)["alignment"]["share"] == 1
+
+
 @pytest.mark.parametrize("name", ["sasrec", "cl4srec", "caser", "srgnn", "bpr-mf", "lightgcn", "sgl", "simgcl", "mixgcf"])
 def test_students_whose_codes_do_not_clip_gradients_do_not(name, no_files):
     assert by_name(resolve(recipes.compose("student", [f"student={name}"])))["student"].config.trainer.gradient_clip_val is None
