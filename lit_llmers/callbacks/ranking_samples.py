@@ -209,6 +209,8 @@ def draw_pairs(group: Tensor, quotas: list[int], temperature: float) -> tuple[Te
     """
     first, second, real = [], [], []
     for number, quota in enumerate(quotas):
+        if not quota:  # there are fewer pairs than groups
+            continue
         member = group == number
         rank = member.cumsum(1)  # 1 for its first
         weight = torch.exp(-rank / temperature) * member

@@ -202,6 +202,17 @@ def test_pairs_stay_within_their_group_and_follow_the_ranks_there():
         assert share == pytest.approx(weight[a] * weight[b] / total, abs=0.01)
 
 
+def test_a_group_without_a_quota_gives_no_pair():
+    popularity = torch.tensor([0, 5, 5, 5, 5])
+    group_of = samples.popularity_groups(popularity, 4)
+    quotas = samples.group_quotas(popularity, group_of, 2, 0.0)
+    assert sorted(quotas) == [0, 0, 1, 1], "two pairs for four groups"
+    group = torch.arange(4).repeat_interleave(2).expand(5, 8)  # two of each group in a list
+    better, worse, _ = samples.draw_pairs(group, quotas, 2.0)
+    assert better.shape == worse.shape == (5, 2)
+    assert set(group[0][better].flatten().tolist()) == {number for number, quota in enumerate(quotas) if quota}
+
+
 @pytest.mark.parametrize("cells", [2**20, 200])
 def test_other_items_are_uniform_and_what_is_taken_does_not_count(monkeypatch, cells):
     monkeypatch.setitem(samples._CELLS, "cpu", cells)
