@@ -208,10 +208,12 @@ def _check_sources(cls: Any, arguments: dict[str, Any], where: str) -> None:
     """What a callback or fusion is made with: stages that it names, and arguments of its own."""
     parameters = inspect.signature(cls).parameters
     for parameter, (key, kind) in cls.sources.items():
-        if arguments.get(key) is None and parameters[parameter].default is inspect.Parameter.empty:
-            verbs = " or ".join(KINDS[kind])
-            what = f"a {verbs} stage (record: {RECORDS[kind]})" if kind in RECORDS else f"a {verbs} stage"
+        given, verbs = arguments.get(key), " or ".join(KINDS[kind])
+        what = f"a {verbs} stage (record: {RECORDS[kind]})" if kind in RECORDS else f"a {verbs} stage"
+        if given is None and parameters[parameter].default is inspect.Parameter.empty:
             raise UserError(f"'{where}.{key}' is missing: name {what} of the recipe.")
+        if given is not None and not isinstance(given, str):
+            raise UserError(f"'{where}.{key}' is {given!r}. It takes the name of one stage: {what} of the recipe.")
     mine = own(cls, arguments)
     _check_arguments(cls, mine, where, {"backbone", *cls.sources})
     arguments |= mine

@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 
-from lit_llmers.backbones import Backbone
+from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, Reference, build_backbone, build_callbacks, build_fusions, find, references
+from lit_llmers.callbacks.distillation import Distillation
 from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.errors import UserError
+from lit_llmers.students.collaborative import CollaborativeRecommender
+from lit_llmers.students.counting import CountingRecommender
+from lit_llmers.students.recommender import Recommender
+from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.base import BaseConfig, load_base, without_weights
 
 log = logging.getLogger(__name__)
@@ -51,8 +56,8 @@ def check_parts(stages: dict[str, Any]) -> None:
     """Check the settings of all students, fusions and callbacks, as each does when it is made, which may be days later.
 
     They are made for one item, of what stands for the work of other stages: vectors of ones, and records without content; and
-    language models without their weights. What cannot be made of that, and models of the hub, have their settings checked when
-    they are made in earnest.
+    language models and loss terms without their weights. What cannot be made of that, and models of the hub, have their
+    settings checked when they are made in earnest.
 
     Args:
         stages: typed settings of all stages, by name.
@@ -65,23 +70,29 @@ def check_parts(stages: dict[str, Any]) -> None:
             _rehearse(name, lambda: load_base(replace(BaseConfig.of(stage.base), prompt=False), layers=1))  # noqa: B023
         if not isinstance(stage, FitStage):
             continue
-        _rehearse(name, lambda: build_callbacks(stage, _sources(stage, stages), _offered(stage, stages)))  # noqa: B023
-        if _at_hand(stage.model.get("base")):
-            _rehearse(name, lambda: _student(stage, stages))  # noqa: B023
+        callbacks = _rehearse(
+            name,
+            lambda: build_callbacks(stage, _sources(stage, stages), _offered(stage, stages)),  # noqa: B023
+        )
         for reference in references(stage):
             if reference.argument.startswith("callbacks."):
                 _check_read(name, stage, reference, stages[reference.stage])
+        if _at_hand(stage.model.get("base")):
+            student = _rehearse(name, lambda: _recommender(stage, stages))  # noqa: B023
+            if student is not None and callbacks:
+                _check_terms(name, stage, stages, callbacks, student)
 
 
-def _rehearse(name: str, make: Callable[[], Any]) -> None:
-    """Make parts of a stage, and pass on what they refuse."""
+def _rehearse(name: str, make: Callable[[], Any]) -> Any:
+    """Make parts of a stage, and pass on what they refuse; None where they cannot be made yet."""
     try:
         with torch.random.fork_rng(devices=[]), without_weights():
-            make()
+            return make()
     except UserError as error:
         raise UserError(f"Stage '{name}': {error}") from error
     except Exception as error:
         log.debug("Parts of '%s' cannot be made before their sources are there: %r", name, error)
+        return None
 
 
 def _at_hand(base: Any) -> bool:
@@ -109,6 +120,19 @@ def _check_read(name: str, stage: FitStage, reference: Reference, source: Any) -
         )
 
 
+def _check_terms(
+    name: str, stage: FitStage, stages: dict[str, Any], callbacks: list[Distillation], student: Recommender
+) -> None:
+    """Student and callbacks must fit together, as far as the vectors that are compared have a width that is known."""
+    for callback, (term, settings) in zip(callbacks, stage.terms, strict=True):
+        compares = callback.compares_as_they_are(settings)
+        read = [each for each in references(stage) if each.kind in ("items", "users")]
+        read = [each for each in read if each.argument.startswith(f"callbacks.{term}.") or (compares and each.where == "items")]
+        if all(_dim(stages[each.stage]) is not None for each in read):
+            with torch.device("meta"):
+                _rehearse(name, lambda: callback.build(student))  # noqa: B023
+
+
 def _dim(stage: Any) -> int | None:
     """Width of a stage's item vectors, where its settings say so."""
     if isinstance(stage, EncodeStage):
@@ -120,8 +144,18 @@ def _dim(stage: Any) -> int | None:
     return stage.model.get("dim", argument.default) if known and argument is not None else None
 
 
+def _recommender(stage: FitStage, stages: dict[str, Any]) -> Recommender:
+    """The stage's model as callbacks find it, for one item."""
+    backbone = _student(stage, stages)
+    if isinstance(backbone, CountingBackbone):
+        return CountingRecommender(backbone)
+    if isinstance(backbone, CollaborativeBackbone):
+        return CollaborativeRecommender(backbone, stage.optimizer, stage.loss)
+    return SequentialRecommender(backbone, stage.optimizer, stage.loss)
+
+
 def _student(stage: FitStage, stages: dict[str, Any]) -> Any:
-    """The stage's model, for one item."""
+    """The stage's backbone and what wraps it, for one item."""
     backbone = build_backbone(stage, 0, offered := _offered(stage, stages))
     sources = _sources(stage, stages)
     return build_fusions(stage, backbone, sources, offered) if isinstance(backbone, Backbone) else backbone

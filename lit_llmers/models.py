@@ -133,11 +133,7 @@ def load_sources(stage: Stage, dataset: Dataset, room: str, models: bool = True)
 def _load_source(source: Stage, kind: str, dataset: Dataset) -> Any:
     if kind == "model":
         return load_model(source, dataset).backbone
-    path = source.folder / (TABLE if kind == "items" else USER_TABLE)
-    if not path.is_file():
-        cure = "Set users: mean, history or profile in that stage." if kind == "users" else "Name another stage."
-        raise UserError(f"Stage '{source.name}' leaves no vectors of {kind}. {cure}")
-    return torch.from_numpy(_load_table(source, path.name))
+    return torch.from_numpy(_load_table(source, TABLE if kind == "items" else USER_TABLE))
 
 
 def _initial_tables(stage: Stage, config: InitialConfig, dataset: Dataset, backbone: Any) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llmers.conf.schema import SECTIONS, SHARDED, RunConfig
-from lit_llmers.conf.stages import EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.stages import USER_VECTORS, EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
 from lit_llmers.conf.typed import build, checked
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import sha256
@@ -222,10 +222,15 @@ def _shares(strategy: str, verb: str, entry: dict[str, Any]) -> bool:
     """Whether the run's strategy is of use to a stage: nothing small is sharded, and what is counted has no gradients."""
     if strategy in SHARDED:
         return verb == "tune" or (verb == "fit" and "base" in (entry.get("model") or {}))
+    return verb != "fit" or not _counts(entry["fit"])
+
+
+def _counts(backbone: str) -> bool:
+    """Whether nothing of it is trained."""
     from lit_llmers.backbones import CountingBackbone
     from lit_llmers.building import find
 
-    return verb != "fit" or not issubclass(find("backbones", entry["fit"]), CountingBackbone)
+    return issubclass(find("backbones", backbone), CountingBackbone)
 
 
 def _needs(verb: str, typed: Any, entries: dict[str, Any]) -> list[str]:
@@ -245,7 +250,7 @@ def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None
     """Each reference must lead to a stage that leaves what is read there.
 
     Raises:
-        UserError: it leads to a stage of another kind.
+        UserError: it leads to a stage of another kind, or to one that leaves no such vectors.
     """
     wanted: list[tuple[str, str, tuple[str, ...]]] = []
     if isinstance(typed, FitStage):
@@ -253,11 +258,21 @@ def _check_needs(name: str, typed: Any, planned: dict[str, list[Stage]]) -> None
 
         for reference in references(typed):
             wanted.append((f"stages.{name}.{reference.where}", reference.stage, KINDS[reference.kind]))
-            record = planned[reference.stage][0].config
-            if isinstance(record, RecordStage) and record.record != RECORDS.get(reference.kind, record.record):
+            source = planned[reference.stage][0].config
+            if isinstance(source, RecordStage) and source.record != RECORDS.get(reference.kind, source.record):
                 raise UserError(
                     f"'stages.{name}.{reference.where}' needs a record of {RECORDS[reference.kind]}, but stage "
-                    f"'{reference.stage}' records {record.record}. Name another stage, or change its 'record'."
+                    f"'{reference.stage}' records {source.record}. Name another stage, or change its 'record'."
+                )
+            if reference.kind == "users" and isinstance(source, EncodeStage) and source.users is None:
+                raise UserError(
+                    f"'stages.{name}.{reference.where}' needs vectors of users, but stage '{reference.stage}' leaves none. Set "
+                    f"stages.{reference.stage}.users to {', '.join(USER_VECTORS[:-1])} or {USER_VECTORS[-1]}."
+                )
+            if reference.kind == "items" and isinstance(source, FitStage) and _counts(source.fit):
+                raise UserError(
+                    f"'stages.{name}.{reference.where}' needs vectors of items, but stage '{reference.stage}' leaves none: "
+                    f"{source.fit} is counted and not trained. Name another stage."
                 )
     elif hasattr(typed, "of"):
         of = [typed.of] if isinstance(typed.of, str) else typed.of

@@ -107,6 +107,8 @@ def test_other_targets_are_refused_with_a_cure(overrides, message, tmp_path):
         ("{self_distillation:{from:text,kind:soft_clip,temperature:0}}", "self_distillation: temperature is 0"),
         ("{sequence_contrast:{temperature:0}}", "sequence_contrast: temperature is 0"),
         ("{deep_supervision:{blocks:2,share:0}}", "deep_supervision: share is 0"),
+        ("{deep_supervision:{blocks:1}}", "Stage 'student': deep_supervision: blocks is 1, so there is no inner block"),
+        ("{alignment:{kind:mmd,projector:none}}", "Stage 'student': alignment: there is nothing to align the items with"),
         (
             "{ranking_distillation:{from:lists,k:9}}",
             "'stages.student.callbacks.ranking_distillation.k' is 9, but the lists of stage 'lists' have 7 items. Lower it, or "
@@ -118,6 +120,56 @@ def test_other_targets_are_refused_with_a_cure(overrides, message, tmp_path):
 def test_a_callback_s_settings_are_refused_before_its_teacher_is_trained(callback, message, tmp_path):
     with pytest.raises(UserError, match=message):
         planned(tmp_path, f"stages.student.callbacks=[{callback}]")
+
+
+def test_what_only_the_student_tells_is_refused_as_early(tmp_path):
+    """A fusion without two views, and signals of two encoders."""
+    fused = ["+stages.student.fusion=[{frozen_adapter:{from:text}}]", "stages.student.callbacks=[{alignment:{kind:mmd}}]"]
+    with pytest.raises(UserError, match="Stage 'student': alignment: there is nothing to align the items with"):
+        planned(tmp_path, *fused)
+    assert planned(tmp_path, fused[0].replace("frozen_adapter", "concat"), fused[1])
+    of_two = ["student=lightgcn", "stages.student.callbacks=[{alignment:{from:teacher,users:text}}]"]
+    with pytest.raises(UserError, match="signals have 12 numbers and the users' 8. Encode both with the same encoder"):
+        planned(tmp_path, *of_two, "stages.teacher.model.dim=12")
+    assert planned(tmp_path, *of_two)
+
+
+def test_a_width_that_nobody_knows_yet_refuses_nothing(tmp_path):
+    wide = ["stages.text.reduce=all", "student.model.dim=12"]
+    assert planned(tmp_path, *wide, "stages.student.callbacks=[{alignment:{from:text,projector:none}}]")
+    callback = "[{alignment:{from:teacher,users:text}}]"
+    assert planned(tmp_path, *wide, "student=lightgcn", f"stages.student.callbacks={callback}")
+
+
+def test_rehearsed_loss_terms_take_no_memory(tmp_path, monkeypatch):
+    built = []
+    plain = EmbeddingDistillation.build
+    monkeypatch.setattr(EmbeddingDistillation, "build", lambda self, student: built.append(plain(self, student)) or built[-1])
+    assert planned(tmp_path, "stages.student.callbacks=[{embedding_distillation:{from:text,kind:topology}}]")
+    assert {weight.device.type for weight in built[0].parameters()} == {"meta"}
+
+
+def test_vectors_that_a_stage_does_not_leave_are_refused_before_it_runs(tmp_path):
+    graph = ["student=lightgcn", "stages.student.callbacks=[{masked_reconstruction:{from:text}}]"]
+    message = (
+        "callbacks.masked_reconstruction.from' needs vectors of users, but stage 'text' leaves none. Set stages.text.users"
+    )
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, *graph, "stages.text.users=null")
+    assert planned(tmp_path, *graph)
+    counted = [
+        "stages.teacher.fit=popularity",
+        "~stages.teacher.model",
+        "stages.student.callbacks=[{alignment:{from:teacher}}]",
+    ]
+    with pytest.raises(UserError, match="callbacks.alignment.from' needs vectors of items, but stage 'teacher' leaves none"):
+        planned(tmp_path, *counted)
+
+
+def test_a_source_is_one_stage_by_its_name(tmp_path):
+    message = r"ranking_distillation.from' is \['lists'\]. It takes the name of one stage: a record stage \(record: ranking\)"
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, "stages.student.callbacks=[{ranking_distillation:{from:[lists]}}]")
 
 
 @pytest.mark.parametrize("view", ["noise", "edge_dropout"])

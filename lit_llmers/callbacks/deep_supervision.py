@@ -62,6 +62,11 @@ class DeepSupervision(Distillation):
 
     def __init__(self, blocks: int = 4, weight: float = 1.0, share: float = 1.0, decay_epochs: int = 0) -> None:
         super().__init__(weight, decay_epochs)
+        if blocks < 2:
+            raise UserError(
+                f"deep_supervision: blocks is {blocks}, so there is no inner block to supervise. Choose 2 or more, or remove "
+                "the callback."
+            )
         if not 0 < share <= 1:
             raise UserError(f"deep_supervision: share is {share}. It must be above 0 and at most 1.")
         self.blocks, self.share = blocks, share
@@ -69,8 +74,6 @@ class DeepSupervision(Distillation):
     def build(self, student: SequentialRecommender) -> DeepSupervisionTerm:
         layers = student.backbone.layers
         width, dim = student.backbone.width, student.backbone.dim
-        if self.blocks < 2:
-            raise UserError("deep_supervision: blocks is 1, so there is no inner block to supervise. Remove the callback.")
         try:
             boundaries = block_boundaries(layers, self.blocks)[:-1]
         except ValueError as error:

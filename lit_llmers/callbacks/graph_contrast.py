@@ -197,7 +197,7 @@ class GraphContrast(Distillation):
         if self.view == "noise":
             views: GraphParts | Noise = Noise(backbone, self.noise)
         else:  # the seed comes from the stage's: nothing is drawn between its seeding and here
-            views = GraphParts(backbone, self.view, self.ratio, seed=int(torch.randint(2**31, ())))
+            views = GraphParts(backbone, self.view, self.ratio, seed=int(torch.randint(2**31, (), device="cpu")))
         return GraphContrastTerm(views, self.against == "all", self.temperature)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

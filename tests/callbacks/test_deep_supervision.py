@@ -101,9 +101,10 @@ def test_a_depth_that_the_blocks_do_not_divide(student, settings):
         DeepSupervision(**settings).build(student)
 
 
-def test_settings_that_supervise_nothing(student):
-    with pytest.raises(UserError, match="no inner block"):
-        DeepSupervision(blocks=1).build(student)
+def test_settings_that_supervise_nothing():
+    for blocks in (1, 0, -2):
+        with pytest.raises(UserError, match=f"blocks is {blocks}, so there is no inner block"):
+            DeepSupervision(blocks=blocks)
     for share in (0.0, 1.5, -1):
         with pytest.raises(UserError, match="share is"):
             DeepSupervision(share=share)
