@@ -19,6 +19,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses import ranking as losses
 from lit_llmers.losses import ranking_weights as weighing
+from lit_llmers.losses.scores import list_scores, shared_scores
 from lit_llmers.students.output import StudentOutput
 
 KEYS = ("teacher_items", "teacher_scores", "teacher_targets")
@@ -151,7 +152,7 @@ class RankingTerm(Term):
         if others:
             taken = torch.cat([lists.items, samples.met_items(batch, drawn)], 1)
             other, lists.free = samples.draw_others(taken, others, len(lists.table) - 1)
-            lists.others = losses.shared_scores(lists.user, lists.table, other)
+            lists.others = shared_scores(lists.user, lists.table, other)
         if settings.sampler == "top":
             lists.cut(number)
         if settings.sampler == "rank":
@@ -208,7 +209,7 @@ class _Lists:
     def score(self) -> None:
         """Ask the student, once."""
         if not hasattr(self, "listed"):
-            self.listed = losses.list_scores(self.user, self.table, self.items)
+            self.listed = list_scores(self.user, self.table, self.items)
 
     def cut(self, number: int) -> None:
         """Only the first so many."""

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lit_llmers.callbacks.teacher_lists import of_drawn
 from lit_llmers.data.loader import Batch
-from lit_llmers.losses.ranking import estimated_rank, in_memory
+from lit_llmers.losses.ranking import estimated_rank
+from lit_llmers.losses.scores import in_memory
 
 _TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
 _CELLS = {"cpu": 2**20, "other": 2**26}  # of a table of draws x items in memory at once

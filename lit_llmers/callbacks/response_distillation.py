@@ -11,9 +11,9 @@ from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Ter
 from lit_llmers.callbacks.teacher_lists import RankingSource, check_share, lists_of, of_all, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
-from lit_llmers.losses.ranking import list_scores
 from lit_llmers.losses.ranking_weights import scaled_distance
 from lit_llmers.losses.response import kl, soft_bce, soft_labels
+from lit_llmers.losses.scores import list_scores
 from lit_llmers.students.output import StudentOutput
 
 KEYS = ("response_items", "response_scores", "response_targets")  # not ranking_distillation's: another teacher's

@@ -11,11 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def look_up(table: Tensor, ids: Tensor, sparse: bool) -> Tensor:
-    """Rows `ids` `[...]` of a table `[n+1, d]`: `[..., d]`; `sparse`: the table's gradient is one of these rows alone."""
-    return F.embedding(ids, table, sparse=True) if sparse else table[ids]
-
-
 def sampled_softmax(
     user: Tensor, item_table: Tensor, target: Tensor, negatives: Tensor, log_q: Tensor, sparse: bool = False
 ) -> Tensor:
@@ -33,13 +28,13 @@ def sampled_softmax(
         target: `[T]` item 1..n.
         negatives: `[K]` items 1..n, drawn independently, with replacement; the same for all rows.
         log_q: `[n+1]` log-probability of each item in one draw.
-        sparse: see `look_up`.
+        sparse: the table's gradient is one of the rows that are read alone.
 
     Returns:
         `[T]`; 0 for a row whose negatives all are its target.
     """
     ids = torch.cat([target, negatives])  # at once: each look-up's gradient is as large as the table, unless it is sparse
-    own, others = look_up(item_table, ids, sparse).split([len(target), len(negatives)])
+    own, others = F.embedding(ids, item_table, sparse=sparse).split([len(target), len(negatives)])
     positive = (user * own).sum(1)
     logits = torch.addmm(-log_q[negatives] - math.log(len(negatives)), user, others.T)  # [T, K]
     logits = logits.masked_fill(negatives == target[:, None], -torch.inf)

@@ -11,6 +11,7 @@ from lit_llmers.backbones import Backbone
 from lit_llmers.conf.schema import LossConfig, OptimizerConfig
 from lit_llmers.data.loader import Batch
 from lit_llmers.losses import sampled
+from lit_llmers.losses.scores import list_scores
 from lit_llmers.losses.task import cross_entropy
 from lit_llmers.ranking import Catalogue
 from lit_llmers.students.negatives import PopularityDraw, UnmetDraw, draw_uniform
@@ -135,9 +136,8 @@ class SequentialRecommender(Recommender):
             negatives = self.unmet(batch["user"].index_select(0, place // columns), self.loss.negatives)  # [T, K]
         else:  # the calibration of gbce is for negatives from all items
             negatives = draw_uniform(target, self.loss.negatives, n_items)
-        own, others = (sampled.look_up(table, ids, self.backbone.sparse) for ids in (target, negatives))
-        positive = (user * own).sum(1)
-        negative = torch.einsum("td,tkd->tk", user, others)
+        scores = list_scores(user, table, torch.cat([target[:, None], negatives], 1), self.backbone.sparse)
+        positive, negative = scores[:, 0], scores[:, 1:]  # [T], [T, K]
         if kind == "gbce":
             return sampled.gbce(positive, negative, n_items, self.loss.t)
         return sampled.binary(positive, negative) if kind == "bce" else sampled.bpr(positive, negative)

@@ -9,8 +9,8 @@ from ranking_lists import METHODS, N_ITEMS, K, case, term
 from torch.nn import functional as F
 
 from lit_llmers.callbacks import ranking_samples as samples
-from lit_llmers.losses import ranking as losses
 from lit_llmers.losses import ranking_weights as weighing
+from lit_llmers.losses.scores import list_scores
 from lit_llmers.students.output import StudentOutput
 
 DRAWS = 40_000
@@ -72,7 +72,7 @@ def test_ranks_exact_and_estimated():
     items = batch["teacher_items"].clamp(min=1)
     user, table = output.user.detach(), output.items.detach()
     order = (user @ table[1:].T).argsort(1, descending=True).argsort(1)
-    listed = losses.list_scores(user, table, items)
+    listed = list_scores(user, table, items)
     exact = samples.student_ranks(user, table, items, listed, None, N_ITEMS)
     assert torch.equal(exact, order.gather(1, items - 1).double())
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_what_was_met_is_in_nobodys_way(monkeypatch):
     user, table = output.user.detach(), output.items.detach()
     met = torch.randint(0, N_ITEMS + 1, (12, 9), generator=torch.Generator().manual_seed(5))
     scores = (user @ table.T).scatter(1, met, -torch.inf)
-    listed = losses.list_scores(user, table, items)
+    listed = list_scores(user, table, items)
     exact = (scores[:, None, 1:] > listed[:, :, None] + 1e-12).sum(2)
     assert torch.equal(samples.student_ranks(user, table, items, listed, None, N_ITEMS, met), exact.double())
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_exact_ranks_end_where_nothing_tells_them_apart_any_more(deepest):
     table[7] = table[9]  # a tie
     scores = user @ table.T
     exact = (scores[:, None, 1:] > scores.gather(1, items)[..., None]).sum(2)
-    rank = samples.student_ranks(user, table, items, losses.list_scores(user, table, items), None, deepest)
+    rank = samples.student_ranks(user, table, items, list_scores(user, table, items), None, deepest)
     assert torch.equal(rank, exact.clamp(max=deepest).double())
 
 
@@ -147,7 +147,7 @@ def test_the_best_are_in_the_groups_that_are_looked_at(n_items, deepest):
     torch.manual_seed(1)
     items = torch.stack([torch.randperm(n_items)[:50] + 1 for _ in range(9)])
     user, table = torch.randn(9, 4), torch.randn(n_items + 1, 4).round()  # with ties
-    listed = losses.list_scores(user, table, items)
+    listed = list_scores(user, table, items)
     scores = user @ table.T
     exact = (scores[:, None, 1:] > scores.gather(1, items)[..., None]).sum(2)
     assert (exact < deepest).sum() > 9

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lit_llmers.losses import ranking
 from lit_llmers.losses import ranking_weights as weighing
 from lit_llmers.losses.sampled import binary
+from lit_llmers.losses.scores import list_scores, shared_scores
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 CLOSE_GRADIENT = {"rtol": 1e-7, "atol": 1e-9}
@@ -23,63 +24,7 @@ def inputs(rows: int = 7, n_items: int = 20, dim: int = 5, k: int = 4):
     return draw(rows, dim), draw(n_items + 1, dim, seed=1), items
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------------
-
-
-def test_scores_and_gradients_equal_the_plain_ones():
-    user, table, items = inputs()
-    items[2] = 3  # a repeat
-    items[5, 2:] = 0
-    cotangent = torch.randn(7, 4, dtype=torch.float64).masked_fill_(items == 0, 0)
-    ours, plain = ranking.list_scores(user, table, items), torch.einsum("td,tkd->tk", user, table[items])
-    torch.testing.assert_close(ours, plain)
-    got, want = (torch.autograd.grad(scores, [user, table], cotangent) for scores in (ours, plain))
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other)
-    assert (got[1][0] == 0).all(), "the padding row"
-
-
-def test_lists_longer_than_the_catalogue():
-    user, table, _ = inputs(n_items=2)
-    items = torch.randint(0, 3, (7, 9))
-    torch.testing.assert_close(ranking.list_scores(user, table, items), torch.einsum("td,tkd->tk", user, table[items]))
-
-
-def test_what_a_cpu_computes_otherwise_is_the_same():
-    user, table, items = inputs()
-    items[2] = 3
-    user, table, weight = user.detach(), table.detach(), draw(*items.shape, seed=3).detach()
-    torch.testing.assert_close(ranking._sampled_on_cpu(user, table, items), ranking._sampled(user, table, items))
-    ours, plain = (by(items, weight, len(table)) for by in (ranking._by_item_on_cpu, ranking._by_item))
-    assert torch.equal(ours[0][ours[1][3] : ours[1][4]].sort().values, plain[0][plain[1][3] : plain[1][4]].sort().values)
-    sums = [
-        F.embedding_bag(row.long(), user, first.long(), per_sample_weights=w, mode="sum") for row, first, w in (ours, plain)
-    ]
-    torch.testing.assert_close(*sums)
-
-
-def test_scores_where_only_one_side_learns_and_in_half_precision():
-    user, table, items = inputs()
-    only_user = torch.autograd.grad(ranking.list_scores(user, table.detach(), items).sum(), user)[0]
-    both = torch.autograd.grad(ranking.list_scores(user, table, items).sum(), [user, table])
-    torch.testing.assert_close(only_user, both[0])
-    only_table = torch.autograd.grad(ranking.list_scores(user.detach(), table, items).sum(), table)[0]
-    torch.testing.assert_close(only_table, both[1])
-    half = user.detach().bfloat16().requires_grad_()
-    scores = ranking.list_scores(half, table.detach().float(), items)
-    assert scores.dtype == torch.float32
-    assert torch.autograd.grad(scores.sum(), half)[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("rows", "draws"), [(7, 2), (6, 3), (5, 1), (20, 2), (33, 3)])
-def test_shared_scores_belong_to_the_row_of_each_target(rows, draws):
-    user, table, _ = inputs(rows)
-    items = torch.randint(1, 21, (draws, 3))
-    of_target = items[torch.arange(rows) // math.ceil(rows / draws)]
-    ours, plain = ranking.shared_scores(user, table, items), ranking.list_scores(user, table, of_target)
-    torch.testing.assert_close(ours, plain)
-    for got, want in zip(*(torch.autograd.grad(x.square().sum(), [user, table]) for x in (ours, plain)), strict=True):
-        torch.testing.assert_close(got, want)
+# ---- ranks -------------------------------------------------------------------------------------------------------------
 
 
 def test_ranks_estimated_from_all_items_are_the_ranks():
@@ -100,7 +45,7 @@ def test_golden_dllm2rec(golden, case):
     k, alpha, beta = int(z["hp.K"]), z["hp.alpha"].item(), z["hp.beta"].item()
     scores = z["in.student_scores"].requires_grad_()
     items, teacher = z["in.teacher_candidates"][:, :k], -z["in.teacher_distances"][:, :k]
-    listed = ranking.list_scores(scores, torch.eye(scores.shape[1], dtype=torch.float64), items)
+    listed = list_scores(scores, torch.eye(scores.shape[1], dtype=torch.float64), items)
     valid = torch.ones_like(items, dtype=torch.bool)
     rank = torch.stack([(scores > scores.gather(1, items[:, r : r + 1])).sum(1) for r in range(k)], 1).double()
     weights = {
@@ -221,9 +166,7 @@ def test_golden_rd_as_unkd_ported_it(golden):
     z = golden("rd/case_a_unkd")
     user, table = z["in.student_user"].requires_grad_(), z["in.student_item"].requires_grad_()
     rows = z["in.users"]
-    listed, drawn = (
-        ranking.list_scores(user[rows], table, z[f"in.{name}"][rows]) for name in ("teacher_topk", "dynamic_items")
-    )
+    listed, drawn = (list_scores(user[rows], table, z[f"in.{name}"][rows]) for name in ("teacher_topk", "dynamic_items"))
     place = torch.arange(listed.shape[1]).expand_as(listed)
     rank = ranking.estimated_rank(listed, drawn, len(table)) + 1  # the port's own; its ranks of the teacher start at 0 too
     weights = {
@@ -281,7 +224,7 @@ def test_listwise_is_stable_at_extreme_scores():
 def test_golden_unkd_pairs(golden):
     z = golden("unkd/case_a")
     user, table, rows = z["in.student_user"].requires_grad_(), z["in.student_item"].requires_grad_(), z["in.users"]
-    better, worse = (ranking.list_scores(user[rows], table, z[f"in.{name}_items"][rows]) for name in ("better", "worse"))
+    better, worse = (list_scores(user[rows], table, z[f"in.{name}_items"][rows]) for name in ("better", "worse"))
     total = ranking.pairwise(better, worse).mean()
     torch.testing.assert_close(total, z["out.total"], rtol=1e-8, atol=1e-9)  # its code adds 1e-10 inside the logarithm
     for name, gradient in zip(("user", "item"), torch.autograd.grad(total, [user, table]), strict=True):
@@ -312,7 +255,7 @@ def test_soft_top_k_of_all_equals_plain_sums():
     items[1, 2:] = 0
     items[4] = 0
     teacher, valid = draw(7, 4, seed=3), items > 0
-    listed = ranking.list_scores(user, table, items)
+    listed = list_scores(user, table, items)
     labels = ranking.soft_targets(teacher, valid, 0.5)
     loss = ranking.soft_top_k_of_all(user, table, items, listed, labels, 0.5)
     full = (user @ table[1:].T / 0.5).log_softmax(1)
@@ -389,15 +332,13 @@ def test_gradients():
     user, table, items = inputs(rows=3, n_items=6)
     valid, weight = items > 2, draw(3, 4, seed=3).detach().abs()
     checks = {
-        "scores": lambda u, w: ranking.list_scores(u, w, items),
-        "bce": lambda u, w: ranking.list_bce(ranking.list_scores(u, w, items), weight, ranking.shared_scores(u, w, items[:2])),
-        "listwise": lambda u, w: ranking.relaxed_listwise(
-            ranking.list_scores(u, w, items), ranking.shared_scores(u, w, items[:1]), valid
-        ),
-        "softmax": lambda u, w: ranking.soft_top_k(ranking.list_scores(u, w, items), weight * valid, valid, 2.0),
-        "all": lambda u, w: ranking.soft_top_k_of_all(u, w, items, ranking.list_scores(u, w, items), weight, 2.0),
+        "scores": lambda u, w: list_scores(u, w, items),
+        "bce": lambda u, w: ranking.list_bce(list_scores(u, w, items), weight, shared_scores(u, w, items[:2])),
+        "listwise": lambda u, w: ranking.relaxed_listwise(list_scores(u, w, items), shared_scores(u, w, items[:1]), valid),
+        "softmax": lambda u, w: ranking.soft_top_k(list_scores(u, w, items), weight * valid, valid, 2.0),
+        "all": lambda u, w: ranking.soft_top_k_of_all(u, w, items, list_scores(u, w, items), weight, 2.0),
         "dros": lambda u, w: ranking.dros(
-            ranking.list_scores(u, w, items), weight, ranking.log_energy(u, w[1:], torch.full((6,), 0.7).double())
+            list_scores(u, w, items), weight, ranking.log_energy(u, w[1:], torch.full((6,), 0.7).double())
         ),
     }
     for name, check in checks.items():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lit_llmers.losses.ranking import list_scores
 from lit_llmers.losses.response import kl, soft_bce, soft_labels
+from lit_llmers.losses.scores import list_scores
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,8 @@ from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.data.pairs import UnmetItems
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
-from lit_llmers.losses import sampled
+from lit_llmers.losses.scores import list_scores
+from lit_llmers.students import sequential
 from lit_llmers.students.negatives import PopularityDraw, UnmetDraw, draw_uniform
 from lit_llmers.students.sequential import SequentialRecommender
 
@@ -56,16 +57,16 @@ def test_what_a_target_competes_with_its_user_has_not_met(monkeypatch, kind, bac
     unmet = UnmetDraw.of(UnmetItems(data.training_pairs, data.users, 40))
     student = SequentialRecommender(made, None, LossConfig(kind, negatives=20), unmet=unmet)
     batch = made.training_view(TrainingBatches(rows, 1, seed=0).collate(np.arange(len(rows))))
-    looked_up: list[torch.Tensor] = []
-    plain = sampled.look_up
-    monkeypatch.setattr(sampled, "look_up", lambda table, ids, sparse: looked_up.append(ids) or plain(table, ids, sparse))
+    scored: list[torch.Tensor] = []
+    monkeypatch.setattr(sequential, "list_scores", lambda *of: scored.append(of[2]) or list_scores(*of))
     output = student(batch)
     student.task_loss(output, batch)
     some = torch.randperm(len(output.user))[:9]
     student.next_item_loss(output.user[some], batch, some)
     met = {tuple(pair) for pair in data.training_pairs.tolist()}
     who = batch["user"][batch["target"].reshape(len(rows), -1).nonzero()[:, 0]]
-    for user, target, negatives in ((who, *looked_up[:2]), (who[some], *looked_up[2:])):
+    for user, ids in zip((who, who[some]), scored, strict=True):
+        target, negatives = ids[:, 0], ids[:, 1:]
         assert negatives.shape == (len(target), 20)
         assert set(zip(user.tolist(), target.tolist(), strict=True)) <= met
         assert not set(zip(user.repeat_interleave(20).tolist(), negatives.flatten().tolist(), strict=True)) & met
