@@ -11,7 +11,7 @@ from lit_llmers.callbacks.distillation import Distillation, Term
 from lit_llmers.callbacks.embedding_distillation import two_layers
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
-from lit_llmers.losses.alignment import info_nce
+from lit_llmers.losses.alignment import info_nce_among
 from lit_llmers.students.collaborative import TableOutput
 from lit_llmers.text.tables import has_vector
 
@@ -48,7 +48,7 @@ class MaskedReconstructionTerm(Term):
         user, item = nodes[nodes < n_users], nodes[nodes >= n_users]
         read = torch.cat([output.users.index_select(0, user), output.items.index_select(0, item - n_users)])
         text = self.signals.index_select(0, torch.cat([user, item]))
-        return info_nce(self.decoder(read), text, temperature=self.temperature).mean()
+        return info_nce_among(self.decoder(read), text, temperature=self.temperature).mean()
 
 
 class MaskedReconstruction(Distillation):

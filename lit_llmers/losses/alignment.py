@@ -16,29 +16,6 @@ from torch.nn import functional as F
 from lit_llmers.losses.task import cross_entropy
 
 
-def info_nce(
-    anchor: Tensor, positive: Tensor, negatives: Tensor | None = None, *, temperature: float | Tensor, cosine: bool = True
-) -> Tensor:
-    """`-log(f(x, y+) / (f(x, y+) + sum over the negatives of f(x, y-)))`.
-
-    Args:
-        anchor: `[B, d]`.
-        positive: `[B, d]`, one for each anchor.
-        negatives: `[N, d]`, shared by all anchors and without their positives; None takes the other rows of `positive`.
-        temperature: divides the similarities.
-        cosine: similarity is the cosine; otherwise the dot product.
-
-    Returns:
-        `[B]`; 0 for a single anchor without negatives.
-    """
-    if negatives is None:
-        return info_nce_among(anchor, positive, temperature=temperature, cosine=cosine)
-    if cosine:
-        anchor, positive, negatives = (F.normalize(x, dim=-1) for x in (anchor, positive, negatives))
-    anchor = anchor / temperature
-    return -F.logsigmoid((anchor * positive).sum(1) - (anchor @ negatives.T).logsumexp(1))
-
-
 def info_nce_among(
     anchor: Tensor,
     candidates: Tensor,
@@ -48,7 +25,7 @@ def info_nce_among(
     temperature: float | Tensor,
     cosine: bool = True,
 ) -> Tensor:
-    """InfoNCE where the positives stand among the candidates: all other candidates are an anchor's negatives.
+    """`-log(f(x, y+) / sum over the candidates of f(x, y))`: all candidates but its positive are an anchor's negatives.
 
     SGL's contrast takes all users (or items) of the other view as candidates, with `own` the users of the batch; CL4SRec's
     takes all views of the batch, and excludes the anchor from its own candidates. Without `excluded` memory does not grow
@@ -63,16 +40,19 @@ def info_nce_among(
         cosine: similarity is the cosine; otherwise the dot product.
 
     Returns:
-        `[B]`.
+        `[B]`, in float32 at least; 0 for a single anchor among itself.
     """
-    if cosine:
-        anchor, candidates = F.normalize(anchor, dim=-1), F.normalize(candidates, dim=-1)
-    anchor = anchor / temperature
-    own = torch.arange(len(anchor), device=anchor.device) if own is None else own
-    if excluded is None:
-        return cross_entropy(anchor, candidates, own)
-    logits = (anchor @ candidates.T).scatter(1, excluded[:, None], -torch.inf)
-    return F.cross_entropy(logits, own, reduction="none")
+    kind = torch.promote_types(torch.promote_types(anchor.dtype, candidates.dtype), torch.float32)
+    with torch.autocast(anchor.device.type, enabled=False):  # over a temperature, half precision would be tenths of nats off
+        anchor, candidates = anchor.to(kind), candidates.to(kind)
+        if cosine:
+            anchor, candidates = F.normalize(anchor, dim=-1), F.normalize(candidates, dim=-1)
+        anchor = anchor / temperature
+        own = torch.arange(len(anchor), device=anchor.device) if own is None else own
+        if excluded is None:
+            return cross_entropy(anchor, candidates, own)
+        logits = (anchor @ candidates.T).scatter(1, excluded[:, None], -torch.inf)
+        return F.cross_entropy(logits, own, reduction="none")
 
 
 def soft_clip(x: Tensor, y: Tensor, *, temperature: float | Tensor) -> Tensor:

@@ -31,14 +31,17 @@ def sampled_softmax(
         sparse: the table's gradient is one of the rows that are read alone.
 
     Returns:
-        `[T]`; 0 for a row whose negatives all are its target.
+        `[T]` in float32 at least; 0 for a row whose negatives all are its target.
     """
+    kind = torch.promote_types(torch.promote_types(user.dtype, item_table.dtype), torch.float32)
     ids = torch.cat([target, negatives])  # at once: each look-up's gradient is as large as the table, unless it is sparse
-    own, others = F.embedding(ids, item_table, sparse=sparse).split([len(target), len(negatives)])
-    positive = (user * own).sum(1)
-    logits = torch.addmm(-log_q[negatives] - math.log(len(negatives)), user, others.T)  # [T, K]
-    logits = logits.masked_fill(negatives == target[:, None], -torch.inf)
-    return -F.logsigmoid(positive - logits.logsumexp(1))
+    own, others = F.embedding(ids, item_table, sparse=sparse).to(kind).split([len(target), len(negatives)])
+    with torch.autocast(user.device.type, enabled=False):  # half precision would be a tenth of a nat off
+        user = user.to(kind)
+        positive = (user * own).sum(1)
+        logits = torch.addmm(-log_q[negatives].to(kind) - math.log(len(negatives)), user, others.T)  # [T, K]
+        logits = logits.masked_fill(negatives == target[:, None], -torch.inf)
+        return -F.logsigmoid(positive - logits.logsumexp(1))
 
 
 def binary(positive: Tensor, negative: Tensor) -> Tensor:

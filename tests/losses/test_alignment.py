@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lit_llmers.losses.alignment import cosine, info_nce, info_nce_among, multi_kernel_mmd, soft_clip
+from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
 from lit_llmers.losses.sampled import bpr
 
 
@@ -21,14 +21,11 @@ def similarity(x: torch.Tensor, y: torch.Tensor, cosine: bool) -> float:
 
 @pytest.mark.parametrize("cosine", [True, False])
 def test_equals_plain_loops(cosine):
-    anchor, positive, negatives = vectors(6, 6, 4)
-    given = info_nce(anchor, positive, negatives, temperature=0.4, cosine=cosine)
-    batch = info_nce(anchor, positive, temperature=0.4, cosine=cosine)
+    anchor, positive = vectors(6, 6)
+    loss = info_nce_among(anchor, positive, temperature=0.4, cosine=cosine)
     for row in range(6):
-        own = math.exp(similarity(anchor[row], positive[row], cosine) / 0.4)
-        others = [[math.exp(similarity(anchor[row], y, cosine) / 0.4) for y in ys] for ys in (negatives, positive)]
-        assert given[row].item() == pytest.approx(-math.log(own / (own + sum(others[0]))))
-        assert batch[row].item() == pytest.approx(-math.log(own / sum(others[1])))
+        each = [math.exp(similarity(anchor[row], y, cosine) / 0.4) for y in positive]
+        assert loss[row].item() == pytest.approx(-math.log(each[row] / sum(each)))
 
 
 def test_views_of_a_batch_without_the_anchor_itself():
@@ -41,40 +38,49 @@ def test_views_of_a_batch_without_the_anchor_itself():
         assert loss[row].item() == pytest.approx((rest.logsumexp(0) - unit[row] @ unit[other[row]] / 0.5).item())
 
 
-def test_positives_among_all_candidates_are_the_same_as_given_apart_from_them():
+@pytest.mark.parametrize("cosine", [True, False])
+def test_positives_anywhere_among_the_candidates(cosine):
     anchor, table = vectors(3, 7)
     own = torch.tensor([4, 0, 6])
-    among = info_nce_among(anchor, table, own, temperature=0.2)
+    among = info_nce_among(anchor, table, own, temperature=0.4, cosine=cosine)
     for row in range(3):
-        others = table[torch.arange(7) != own[row]]
-        apart = info_nce(anchor[row : row + 1], table[own[row]][None], others, temperature=0.2)
-        torch.testing.assert_close(among[row : row + 1], apart)
+        each = [math.exp(similarity(anchor[row], y, cosine) / 0.4) for y in table]
+        assert among[row].item() == pytest.approx(-math.log(each[own[row]] / sum(each)))
 
 
 def test_a_perfect_match_among_orthogonal_ones_goes_to_zero_and_chance_costs_log_n():
     eye = torch.eye(4)
-    assert info_nce(eye, eye, temperature=0.01).max().item() == pytest.approx(0, abs=1e-6)
-    torch.testing.assert_close(info_nce(torch.ones(4, 4), torch.ones(4, 4), temperature=0.1), torch.full((4,), math.log(4)))
-    assert info_nce(eye[:1], eye[1:2], temperature=0.1).item() == 0, "a single anchor has nothing to tell apart"
+    assert info_nce_among(eye, eye, temperature=0.01).max().item() == pytest.approx(0, abs=1e-6)
+    alike = torch.ones(4, 4)
+    torch.testing.assert_close(info_nce_among(alike, alike, temperature=0.1), torch.full((4,), math.log(4)))
+    assert info_nce_among(eye[:1], eye[1:2], temperature=0.1).item() == 0, "a single anchor has nothing to tell apart"
 
 
 def test_large_similarities_do_not_overflow():
-    anchor, positive, negatives = (1000 * x for x in vectors(6, 6, 4))
-    for loss in (
-        info_nce(anchor, positive, temperature=0.1, cosine=False),
-        info_nce(anchor, positive, negatives, temperature=0.1, cosine=False),
-    ):
-        assert loss.isfinite().all()
+    anchor, candidates = (1000 * x for x in vectors(6, 6))
+    other = torch.arange(6).roll(3)
+    for excluded in (None, other):
+        assert info_nce_among(anchor, candidates, None, excluded, temperature=0.1, cosine=False).isfinite().all()
 
 
 @pytest.mark.parametrize("cosine", [True, False])
-def test_gradients(cosine):
-    anchor, positive, negatives = vectors(3, 3, 4)
-    options = {"temperature": 0.7, "cosine": cosine}
-    assert torch.autograd.gradcheck(lambda *x: info_nce(*x, **options), (anchor, positive))
-    assert torch.autograd.gradcheck(lambda *x: info_nce(*x, **options), (anchor, positive, negatives))
-    among = [torch.tensor([2, 0, 1]), torch.tensor([0, 3, 2])]
-    assert torch.autograd.gradcheck(lambda *x: info_nce_among(*x, *among, **options), (anchor, negatives))
+@pytest.mark.parametrize("excluded", [None, torch.tensor([0, 3, 2])])
+def test_gradients(cosine, excluded):
+    own, options = torch.tensor([2, 0, 1]), {"temperature": 0.7, "cosine": cosine}
+    assert torch.autograd.gradcheck(lambda *x: info_nce_among(*x, own, excluded, **options), vectors(3, 4))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cosine", [True, False])
+def test_a_contrast_is_in_full_precision_under_autocast(given, cosine):
+    views = vectors(32, dim=64)[0].detach().to(given)
+    other = torch.arange(32).roll(16)
+    for excluded in (None, torch.arange(32)):
+        exact = info_nce_among(views.double(), views.double(), other, excluded, temperature=0.05, cosine=cosine)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = info_nce_among(views, views, other, excluded, temperature=0.05, cosine=cosine)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_golden_sgl_contrasts_with_all_users_and_all_items_and_its_bpr(golden):
@@ -248,7 +254,7 @@ def test_golden_rlmrec_con(golden):
     contrast = info_nce_among(users[z["in.users"]], of_users, z["in.users"], temperature=tau).mean()
     for side in ("pos", "neg"):
         index = z[f"in.items_{side}"]
-        contrast = contrast + info_nce(items[index], of_items[index], temperature=tau).mean()
+        contrast = contrast + info_nce_among(items[index], of_items[index], temperature=tau).mean()
     contrast = contrast * z["hp.kd_weight"]
     torch.testing.assert_close(contrast, z["out.kd_loss"], rtol=1e-6, atol=1e-10)
     total = rlmrec(z, users, items) + contrast
@@ -267,7 +273,7 @@ def test_golden_rlmrec_gen(golden):
     torch.testing.assert_close(read, z["out.final_embeddings"], rtol=1e-9, atol=1e-10)
     text = torch.cat([z["in.user_semantic"], z["in.item_semantic"]])[hidden]
     decoded = perceptron(z, read[hidden])
-    recovered = info_nce(decoded, text, temperature=z["hp.re_temperature"].item()).mean() * z["hp.recon_weight"]
+    recovered = info_nce_among(decoded, text, temperature=z["hp.re_temperature"].item()).mean() * z["hp.recon_weight"]
     torch.testing.assert_close(recovered, z["out.recon_loss"], rtol=1e-6, atol=1e-10)
     total = rlmrec(z, *read.split([7, 9])) + recovered
     torch.testing.assert_close(total, z["out.total"], rtol=1e-6, atol=1e-10)

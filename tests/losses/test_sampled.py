@@ -76,6 +76,18 @@ def test_a_row_whose_negatives_are_all_its_target_costs_nothing():
     assert (gradient[0][0] == 0).all()
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_sampled_softmax_is_in_full_precision_under_autocast(given):
+    user, table, target = (x.detach() for x in inputs(dim=64))
+    user, table, log_q = user.to(given), table.to(given), torch.randn(21).log_softmax(0)
+    negatives = torch.arange(1, 21)
+    exact = sampled_softmax(user.double(), table.double(), target, negatives, log_q.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sampled_softmax(user, table, target, negatives, log_q)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_sampled_softmax_gradients():
     user, table, target = inputs(rows=4)
     negatives, log_q = torch.tensor([1, 7, 7, int(target[0])]), torch.randn(21, dtype=torch.float64)
