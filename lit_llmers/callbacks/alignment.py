@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
-from lit_llmers.callbacks.embedding_distillation import check_share, distinct, drawn, item_sets, two_layers, with_signal
+from lit_llmers.callbacks.embedding_distillation import (
+    check_share,
+    distinct,
+    drawn,
+    item_sets,
+    number_of_targets,
+    two_layers,
+    with_signal,
+)
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
@@ -167,7 +175,7 @@ class AlignmentTerm(Term):
             known: Any = self.known_users
             index, found = with_signal(batch["user"], known.mask)
             parts["user"] = found * self._aligned(output.users, self.users, index, known, "all")  # type: ignore[attr-defined]
-        targets = int((batch["target"] > 0).sum())
+        targets = number_of_targets(output, batch)
         parts = {name: self.reduce(value.expand(targets), batch) for name, value in parts.items()}
         self.parts = {name: value.detach() for name, value in parts.items()}
         if self.log_temperature is not None:

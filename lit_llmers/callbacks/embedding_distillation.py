@@ -65,6 +65,12 @@ def item_sets(batch: Batch, known: Tensor, uniform: bool = False) -> list[tuple[
     return [with_signal(each, known) for each in sets]
 
 
+def number_of_targets(output: StudentOutput, batch: Batch) -> int:
+    """T, which an accelerator is not asked for: the step would wait for it."""
+    target = batch["target"]
+    return len(target) if target.dim() == 1 else len(output.user)
+
+
 def distinct(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """The different numbers in `[K]`, each once and in order: `[M]`, and the share of the K that each has.
 
@@ -176,7 +182,7 @@ class EmbeddingTerm(Term):
             counted = [(*distinct(each, len(self.items)), found) for each, found in sets]
             values = [(self._distance(output, ids), weight, found) for ids, weight, found in counted]
             value = torch.stack([distance.dot(weight.to(distance)) * found for distance, weight, found in values]).mean()
-        return self.reduce(value.expand(int((batch["target"] > 0).sum())), batch)
+        return self.reduce(value.expand(number_of_targets(output, batch)), batch)
 
     def _distance(self, output: StudentOutput, ids: Tensor) -> Tensor:
         values = self.distance(output.items.index_select(0, ids), self.items.index_select(0, ids))

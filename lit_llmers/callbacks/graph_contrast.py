@@ -56,7 +56,8 @@ class GraphContrastTerm(Term):
         count = ones.new_zeros(len(first)).scatter_add(0, index, ones)
         ids = count.nonzero().squeeze(1)  # each once, however often it is in the batch: the same value for less
         if not self.every_node:
-            return info_nce_among(first[ids], second[ids], temperature=self.temperature).mean()
+            losses = info_nce_among(first[ids], second[ids], temperature=self.temperature)
+            return losses.sum() / len(ids)  # not their mean: see `cross_entropy`
         losses = info_nce_among(first[ids], second[padding:], ids - padding, temperature=self.temperature)
         return losses.dot(count[ids].to(losses)) / len(index)
 

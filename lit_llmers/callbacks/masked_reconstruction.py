@@ -48,7 +48,8 @@ class MaskedReconstructionTerm(Term):
         user, item = nodes[nodes < n_users], nodes[nodes >= n_users]
         read = torch.cat([output.users.index_select(0, user), output.items.index_select(0, item - n_users)])
         text = self.signals.index_select(0, torch.cat([user, item]))
-        return info_nce_among(self.decoder(read), text, temperature=self.temperature).mean()
+        losses = info_nce_among(self.decoder(read), text, temperature=self.temperature)
+        return losses.sum() / len(losses)  # not their mean: see `cross_entropy`
 
 
 class MaskedReconstruction(Distillation):

@@ -13,7 +13,8 @@ def cross_entropy(user: Tensor, item_table: Tensor, target: Tensor, weight: Tens
 
     With scores `s = user @ item_table.T` the loss of a row is `logsumexp(s) - s[target]`. The logits exist only for a
     chunk of rows at a time: the gradients of a chunk are made while its logits are in memory and nothing of size rows x
-    items is kept, so that memory does not grow with batch x catalogue.
+    items is kept, so that memory does not grow with batch x catalogue. Reduce the losses by a sum, divided by what you like:
+    after a mean of torch's an accelerator makes the table's gradient a second time.
 
     Args:
         user: `[T, d]` user vectors.
@@ -39,8 +40,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forward makes the gradients: with p the softmax, d user = p @ W - W[target], d W = p.T @ user - scatter(user).
 
     With a weight they are those of the weighted losses. They hold for a unit cotangent in every row; backward scales `d user`
-    by row. The table's gradient sums over rows, so it is made for a uniform cotangent, which is what a sum or a mean over rows
-    sends back; anything else is recomputed.
+    by row. The table's gradient sums over rows, so it is made for a uniform cotangent, which is what a sum over rows sends
+    back; anything else is recomputed. What an accelerator computes is never looked at, for the step would wait for it.
     """
 
     @staticmethod
@@ -52,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = user.new_empty(min(_CHUNK, len(user)), len(item_table))
         ones = user.new_ones(len(item_table))
         # no logit exceeds |u| |w|: where that is small, the row's maximum need not be found and taken off
-        safe = bool(user.norm(dim=1).max() * item_table.norm(dim=1).max() < _SAFE)
+        safe = user.device.type == "cpu" and bool(user.norm(dim=1).max() * item_table.norm(dim=1).max() < _SAFE)
         for start in range(0, len(user), _CHUNK):
             rows = slice(start, start + _CHUNK)
             logits = torch.mm(user[rows], item_table.T, out=buffer[: len(user[rows])])  # [c, n]
@@ -83,13 +84,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, cotangent: Tensor):
         user, item_table, target, weight, d_user, d_table = ctx.saved_tensors
         if d_table is not None:
-            if bool((cotangent == cotangent[0]).all()):
+            if _is_uniform(cotangent):
                 d_table = d_table * cotangent[0]
             else:
                 d_table = _table_gradient(user, item_table, target, cotangent if weight is None else cotangent * weight)
         if d_user is not None:
             d_user = d_user * cotangent[:, None]
         return d_user, d_table, None, None
+
+
+def _is_uniform(cotangent: Tensor) -> bool:
+    """Whether all rows `[T]` are known to have one cotangent: what a sum sends back is one number in memory."""
+    return cotangent.stride(0) == 0 or (cotangent.device.type == "cpu" and bool((cotangent == cotangent[0]).all()))
 
 
 def _table_gradient(user: Tensor, item_table: Tensor, target: Tensor, cotangent: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lit_llmers.callbacks.embedding_distillation import (
     distinct,
     drawn,
     item_sets,
+    number_of_targets,
     two_layers,
 )
 from lit_llmers.conf.schema import SequenceConfig
@@ -197,6 +198,12 @@ def test_a_share_estimates_the_same(kind):
     with torch.no_grad():
         means = [np.mean([term(output_of(items, 0), batch).item() for _ in range(200)]) for term in (whole, part)]
     assert means[1] == pytest.approx(means[0], rel=0.03)
+
+
+def test_targets_are_counted_without_a_look_at_them():
+    output = output_of(torch.empty(5, 2, device="meta"), 3)
+    assert number_of_targets(output, {"target": torch.empty(2, 4, device="meta")}) == 3
+    assert number_of_targets(output, {"target": torch.empty(7, device="meta")}) == 7
 
 
 def test_what_a_step_looks_at():

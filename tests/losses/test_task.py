@@ -15,6 +15,11 @@ def inputs(rows=37, items=50, dim=8, scale=1.0):
     return user.requires_grad_(), table.requires_grad_(), target
 
 
+def on_meta():
+    user, table, target = (x.detach().to("meta") for x in inputs())
+    return user.requires_grad_(), table.requires_grad_(), target
+
+
 @pytest.mark.parametrize("scale", [1.0, 300.0])  # 300: logits in the thousands, where exp alone would overflow
 @pytest.mark.parametrize("cotangent", ["uniform", "by row"])
 def test_equals_plain_cross_entropy(monkeypatch, scale, cotangent):
@@ -91,3 +96,19 @@ def test_without_gradient_the_same_value():
     with torch.no_grad():
         value = task.cross_entropy(user, table, target)
     torch.testing.assert_close(value, task.cross_entropy(user, table, target).detach())
+
+
+@pytest.mark.parametrize("reduced", ["sum", "by row"])
+def test_what_an_accelerator_computes_is_not_looked_at(reduced):
+    """On the meta device there is nothing to look at."""
+    user, table, target = on_meta()
+    loss = task._ChunkedCrossEntropy.apply(user, table, target, torch.empty(37, device="meta"))
+    (loss.sum() / 37 if reduced == "sum" else loss.square().sum()).backward()
+    assert user.grad.shape == user.shape
+    assert table.grad.shape == table.shape
+
+
+def test_after_a_sum_an_accelerator_makes_the_table_s_gradient_once(monkeypatch):
+    monkeypatch.setattr(task, "_table_gradient", lambda *_: pytest.fail("made again"))
+    user, table, target = on_meta()
+    (3 * task._ChunkedCrossEntropy.apply(user, table, target, None).sum() / 37 + 1).backward()
