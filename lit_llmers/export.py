@@ -61,11 +61,11 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset, fitted = load_dataset(stage), stage.need(config.of)
     model = load_model(fitted, dataset)
     max_length = fitted.config.sequences.max_length
-    asked = real_users(dataset) if "user" in served(model).inputs else real_histories(dataset, max_length)
+    asked = real_users(dataset) if "user" in served(model, max_length).inputs else real_histories(dataset, max_length)
     difference: dict[str, float] = {}
-    before = scores_of(model, asked)
+    before = scores_of(model, max_length, asked)
     if change := make_standalone(model):
-        difference[change], relative = compare(scores_of(model, asked), before)
+        difference[change], relative = compare(scores_of(model, max_length, asked), before)
         if change == "lora_merge":
             _check_merge(difference[change], relative, str(innermost(model.backbone).base.dtype).removeprefix("torch."))
     description = {
@@ -150,7 +150,7 @@ def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, A
         "format": FORMAT,
         "backbone": {"name": fitted.config.fit, "arguments": arguments, "dim": backbone.dim},
         "fusion": [_fusion(name, arguments, fitted) for name, arguments in fitted.config.fusions],
-        "inputs": list(served(model).inputs),
+        "inputs": list(served(model, fitted.config.sequences.max_length).inputs),
         "n_items": dataset.n_items,
         "n_users": dataset.n_users,
         "max_length": fitted.config.sequences.max_length,
@@ -204,13 +204,17 @@ def write_users(dataset: Dataset, folder: Path) -> None:
 
 
 def real_histories(dataset: Dataset, max_length: int) -> list[np.ndarray]:
-    """Left-padded batches `[B, L]` int64: the shortest history, the longest, all together, and all padded further."""
+    """Left-padded batches `[B, L]` int64: the shortest history, the longest, all together, and all padded further.
+
+    The last one is longer than what is read: the longest over and over.
+    """
     rows = EvaluationRows(dataset, "test", max_length)
     order = np.argsort(rows.lengths, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, CHECKED).astype(int))]
     batches = EvaluationBatches(rows, CHECKED, mask_history=False)
     made = [batches.collate(index)["items"].numpy() for index in (chosen[:1], chosen[-1:], chosen)]
-    return [*made, np.pad(made[-1], ((0, 0), (max_length - made[-1].shape[1], 0)))]
+    padded = np.pad(made[-1], ((0, 0), (max_length - made[-1].shape[1], 0)))
+    return [*made, padded, np.resize(made[1], (1, 2 * max_length))]
 
 
 def real_users(dataset: Dataset) -> list[np.ndarray]:
@@ -220,11 +224,11 @@ def real_users(dataset: Dataset) -> list[np.ndarray]:
     return [chosen[:1], chosen[-1:], chosen]
 
 
-def scores_of(model: Recommender, asked: list[np.ndarray]) -> list[np.ndarray]:
+def scores_of(model: Recommender, max_length: int, asked: list[np.ndarray]) -> list[np.ndarray]:
     """Scores `[B, n+1]` of the trained model for each batch."""
     with torch.inference_mode():
         tensors = [[torch.from_numpy(value) for value in inputs_of(batch).values()] for batch in asked]
-        return [score_catalogue(model, *inputs).float().numpy() for inputs in tensors]
+        return [score_catalogue(model, max_length, *inputs).float().numpy() for inputs in tensors]
 
 
 def compare(got: list[np.ndarray], expected: list[np.ndarray]) -> tuple[float, float]:
@@ -251,13 +255,14 @@ def write_safetensors(model: Recommender, folder: Path, description: dict[str, A
     """
     from safetensors.torch import load_file, save_file
 
+    length = description["max_length"]
     with atomic_write(folder / WEIGHTS) as temporary:
         save_file(weights_of(model), temporary)
         temporary.chmod((folder / ITEMS).stat().st_mode)  # safetensors would keep it from other users
         again = rebuild(json.loads(json.dumps(description)), load_file(temporary))
         read, written = weights_of(again), weights_of(model)
         same = read.keys() == written.keys() and all(torch.equal(read[name], written[name]) for name in read)
-        difference, relative = compare(scores_of(again, asked), scores_of(model, asked))
+        difference, relative = compare(scores_of(again, length, asked), scores_of(model, length, asked))
         if not (same and relative <= REREAD_TOLERANCE):
             raise UserError(
                 f"{WEIGHTS}, read back, is not the trained model: its scores differ by up to {difference:.3g}; it was "
@@ -269,8 +274,8 @@ def write_safetensors(model: Recommender, folder: Path, description: dict[str, A
 def write_onnx(model: Recommender, folder: Path, max_length: int, asked: list[np.ndarray]) -> float:
     """Write the model as one ONNX graph, in float32; the model itself is changed into what can be exported.
 
-    Inputs `items [batch, length]` int64, left-padded with 0, `length` up to `max_length`, and `mask [batch, length]`
-    bool, or `user [batch]` int64, 0..U-1; output `scores [batch, n+1]` float32, `-inf` for item 0.
+    Inputs `items [batch, length]` int64, left-padded with 0, of which the latest `max_length` are read, and `mask
+    [batch, length]` bool, or `user [batch]` int64, 0..U-1; output `scores [batch, n+1]` float32, `-inf` for item 0.
 
     Returns:
         the largest difference between its scores and PyTorch's in float32.
@@ -279,7 +284,7 @@ def write_onnx(model: Recommender, folder: Path, max_length: int, asked: list[np
         UserError: a difference above `TOLERANCE`; the file is not kept.
     """
     model.float()
-    expected = scores_of(model, asked)
+    expected = scores_of(model, max_length, asked)
 
     def check(path: Path) -> float:
         scorer = OnnxScorer(path)

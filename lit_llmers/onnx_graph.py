@@ -33,8 +33,8 @@ def trace(model: Recommender, max_length: int) -> "ONNXProgram":
     for module in backbone.modules():
         if isinstance(module, Fusion | TextView):
             module.settle()  # the graph holds the table that text became, and not how
-    scorer = served(model)
-    example = scorer.example(min(max_length, 3))
+    scorer = served(model, max_length)
+    example = scorer.example()
     axes = tuple(dict(enumerate(("batch", "length")[: tensor.dim()])) for tensor in example)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(

@@ -28,27 +28,37 @@ from lit_llmers.students.sequential import SequentialRecommender
 class Served(nn.Module):
     """A module from the tensors that `inputs` names to scores `[B, n+1]`; `-inf` for item 0, which is padding.
 
+    Args:
+        model: a recommender of the kind.
+        max_length: items of a history that are read, the latest ones; those before are cut off, however many there are.
+
     Attributes:
         inputs: `items [B, L]` int64, left-padded with 0, and `mask [B, L]` bool; or `user [B]` int64, 0..U-1.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("items", "mask")
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, max_length: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.max_length = model, max_length
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.scores(*inputs).index_fill(1, inputs[0].new_zeros(1), float("-inf"))
+        return self.scores(*map(self._latest, inputs)).index_fill(1, inputs[0].new_zeros(1), float("-inf"))
+
+    def _latest(self, value: Tensor) -> Tensor:
+        """What is read of `[B, L]`, its last columns; users `[B]` as they are."""
+        if value.dim() == 1:
+            return value
+        read = torch.sym_min(value.shape[1], self.max_length)  # a negative index says too little of the length to the exporter
+        return value.narrow(1, value.shape[1] - read, read)
 
     def scores(self, *inputs: Tensor) -> Tensor:
         """Scores `[B, n+1]`, of item 0 too."""
         raise NotImplementedError
 
-    def example(self, length: int) -> tuple[Tensor, ...]:
-        """Inputs of some rows, whose histories have at most `length` items."""
-        items = torch.ones(5, length, dtype=torch.int64)
-        items[1:3, 0] = 0
+    def example(self) -> tuple[Tensor, ...]:
+        """Inputs of some rows."""
+        items = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]])
         return items, items > 0
 
 
@@ -80,16 +90,16 @@ class ServedTables(Served):
         users, items = self.model.backbone()
         return users[inputs[0]] @ items.T
 
-    def example(self, length: int) -> tuple[Tensor, ...]:
+    def example(self) -> tuple[Tensor, ...]:
         return (torch.zeros(5, dtype=torch.int64),)
 
 
 KINDS = {SequentialRecommender: ServedSequence, CollaborativeRecommender: ServedTables, CountingRecommender: ServedCounts}
 
 
-def served(model: Recommender) -> Served:
-    """The model as an export serves it."""
-    return next(kind(model) for trained, kind in KINDS.items() if isinstance(model, trained))
+def served(model: Recommender, max_length: int) -> Served:
+    """The model as an export serves it, with no more of a history than it was trained to read."""
+    return next(kind(model, max_length) for trained, kind in KINDS.items() if isinstance(model, trained))
 
 
 class FinalTables(CollaborativeBackbone):

@@ -95,29 +95,31 @@ def load_exported(folder: Path) -> "Recommender":
     return rebuild(config, weights)
 
 
-def score_catalogue(model: "Recommender", *inputs: "Tensor") -> "Tensor":
+def score_catalogue(model: "Recommender", max_length: int, *inputs: "Tensor") -> "Tensor":
     """Scores `[B, n+1]` of all items; `-inf` for item 0, which is padding.
 
     Args:
+        max_length: items of a history that are read, the latest ones.
         inputs: `items [B, L]` int64 and `mask [B, L]` bool; for a collaborative model `user [B]` int64.
     """
     from lit_llmers.served import served
 
-    return served(model)(*inputs)
+    return served(model, max_length)(*inputs)
 
 
 class TorchScorer:
     """Scores for users with PyTorch, on the CPU."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = load_exported(folder)
+        self.model, self.max_length = load_exported(folder), read_config(folder)["max_length"]
 
     def __call__(self, asked: np.ndarray) -> np.ndarray:
         """Scores `[B, n+1]` float32 for histories `[B, L]` int64, left-padded with 0, or for users `[B]` int64, 0..U-1."""
         import torch
 
         with torch.inference_mode():
-            return score_catalogue(self.model, *map(torch.from_numpy, inputs_of(asked).values())).float().numpy()
+            inputs = map(torch.from_numpy, inputs_of(asked).values())
+            return score_catalogue(self.model, self.max_length, *inputs).float().numpy()
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------------------

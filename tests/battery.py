@@ -174,17 +174,22 @@ def check_compiled_equals_eager(backbone: Backbone, items: Tensor, noisy: bool =
 
 
 def check_onnx_scores_as_pytorch_does(backbone: Backbone, folder: Path) -> None:
-    """At any number of histories of any length."""
+    """At any number of histories of any length: of those that are too long both read the latest items alone."""
     model = SequentialRecommender(backbone).eval()
     random = np.random.default_rng(0)
     batches = []
-    for rows, length in [(1, 1), (1, MAX_LENGTH), (7, 2), (3, MAX_LENGTH - 1), (2, MAX_LENGTH)]:
+    for rows, length in [(1, 1), (1, MAX_LENGTH), (7, 2), *((3, MAX_LENGTH + more) for more in (-1, 0, 1, 2, 2 * MAX_LENGTH))]:
         drawn = random.integers(1, N_ITEMS + 1, (rows, length))
         for row in range(1, rows):
             drawn[row, : random.integers(0, length)] = 0
         batches.append(drawn)
     with torch.inference_mode():
-        expected = [score_catalogue(model, torch.from_numpy(rows), torch.from_numpy(rows > 0)).numpy() for rows in batches]
+        asked = [torch.from_numpy(rows) for rows in batches]
+        whole = [score_catalogue(model, MAX_LENGTH, rows, rows > 0).numpy() for rows in asked]
+        latest = [rows[:, -MAX_LENGTH:] for rows in asked]
+        expected = [(model.encode(rows, rows > 0) @ model.item_table().T).numpy() for rows in latest]
+    for got, scores in zip(whole, expected, strict=True):
+        np.testing.assert_array_equal(got[:, 1:], scores[:, 1:])
 
     def check(path: Path) -> float:
         scorer = OnnxScorer(path)

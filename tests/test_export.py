@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_export import DIM, MAX_LENGTH, N_ITEMS, dataset, export_stage, finish
 
 from lit_llmers import export, onnx_graph
+from lit_llmers.backbones.item_knn import ItemKNN
 from lit_llmers.conf.stages import ExportStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_model
 from lit_llmers.serving import OnnxScorer, TorchScorer, inputs_of, load_exported, score_catalogue
+from lit_llmers.students.counting import CountingRecommender
 
 SIZES = {
     "vocab_size": 3,
@@ -56,7 +58,8 @@ def users() -> list[np.ndarray]:
 def histories(random: np.random.Generator) -> list[np.ndarray]:
     """Left-padded batches of other shapes than any that the export saw."""
     made = []
-    for rows, length in [(1, 1), (1, MAX_LENGTH), (7, 2), (3, MAX_LENGTH - 1), (2, MAX_LENGTH)]:
+    longer = [(3, MAX_LENGTH + 1), (3, MAX_LENGTH + 2), (3, 3 * MAX_LENGTH)]
+    for rows, length in [(1, 1), (1, MAX_LENGTH), (7, 2), (3, MAX_LENGTH - 1), (2, MAX_LENGTH), *longer]:
         items = random.integers(1, N_ITEMS + 1, (rows, length))
         for row in range(1, rows):
             items[row, : random.integers(0, length)] = 0
@@ -72,9 +75,10 @@ def assert_same_scores(got: np.ndarray, expected: np.ndarray, atol: float) -> No
 
 
 def trained_scores(stage, asked: np.ndarray) -> np.ndarray:
-    model = load_model(stage.need("student"), dataset())
+    """Of the latest items, where there are more than it was trained to read."""
+    model, asked = load_model(stage.need("student"), dataset()), asked[:, -MAX_LENGTH:] if asked.ndim > 1 else asked
     with torch.inference_mode():
-        return score_catalogue(model, *map(torch.from_numpy, inputs_of(asked).values())).numpy()
+        return score_catalogue(model, MAX_LENGTH, *map(torch.from_numpy, inputs_of(asked).values())).numpy()
 
 
 def moved(stage, place):
@@ -123,6 +127,23 @@ def test_the_scores_of_a_table_are_dot_products_and_those_of_neighbours_sums(tmp
     for item in (3, 9, 3):
         np.add.at(expected, tables["nearest"][item], tables["weight"][item])
     np.testing.assert_allclose(TorchScorer(stage.folder)(np.array([[0, 3, 9, 3]]))[0, 1:], expected[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_graph_that_reads_one_item_or_two_takes_any_history(length, tmp_path):
+    counted = ItemKNN(N_ITEMS, 20, dataset().training_pairs, neighbours=5, shrink=1.0)
+    program = onnx_graph.trace(CountingRecommender(counted), length)
+    items = np.array([[0, 0, 3, 9, 3], [1, 4, 5, 2, 8]])
+
+    def check(path):
+        for rows in (items, items[:, -length:], items[:1]):
+            got = OnnxScorer(path)(rows)
+            assert_same_scores(got, expected[: len(got)], atol=1e-5)
+        return 0.0
+
+    latest = torch.from_numpy(items[:, -length:])
+    expected = counted.scores(latest, latest > 0).index_fill(1, torch.tensor([0]), float("-inf")).numpy()
+    onnx_graph.save_onnx(program, tmp_path, check)
 
 
 def test_the_users_file_names_all_that_each_has_met(tmp_path):

@@ -132,11 +132,11 @@ def test_a_settled_model_is_served_without_its_text(fusion, tmp_path):
     student = SequentialRecommender(make(fusion, "sasrec", layers=1)).eval()
     items = torch.tensor([[0, 3, 9], [1, 2, 3]])
     with torch.no_grad():
-        expected = score_catalogue(student, items, items > 0)
+        expected = score_catalogue(student, MAX_LENGTH, items, items > 0)
         for module in student.modules():
             if hasattr(module, "settle"):
                 module.settle()
-        torch.testing.assert_close(score_catalogue(student, items, items > 0), expected)
+        torch.testing.assert_close(score_catalogue(student, MAX_LENGTH, items, items > 0), expected)
     program = trace(student, MAX_LENGTH)
     shapes = [tuple(value.shape) for value in program.model.graph.initializers.values()]
     assert (N_ITEMS + 1, DIM) in shapes
