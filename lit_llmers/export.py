@@ -63,6 +63,7 @@ def run(stage: Stage) -> dict[str, Any]:
     max_length = fitted.config.sequences.max_length
     asked = real_users(dataset) if "user" in served(model, max_length).inputs else real_histories(dataset, max_length)
     difference: dict[str, float] = {}
+    make_portable(model)
     before = scores_of(model, max_length, asked)
     if change := make_standalone(model):
         difference[change], relative = compare(scores_of(model, max_length, asked), before)
@@ -90,11 +91,18 @@ def run(stage: Stage) -> dict[str, Any]:
 # ---- what is exported ------------------------------------------------------------------------------------------------
 
 
+def make_portable(model: Recommender) -> None:
+    """Give an LLM decoder, in place, an attention that runs anywhere: a training GPU's kernels cannot score here."""
+    backbone = innermost(model.backbone)
+    if isinstance(backbone, LLMDecoder) and backbone.base.config._attn_implementation not in ("eager", "sdpa"):
+        backbone.base.set_attn_implementation("sdpa")
+
+
 def make_standalone(model: Recommender) -> str:
     """Free the model, in place, from what serving has not.
 
     A collaborative model becomes its final tables, without the graph they come from. An LLM decoder loses its adapters,
-    which are merged into the base and rounded to its precision, and attention kernels of a training GPU.
+    which are merged into the base and rounded to its precision.
 
     Returns:
         the change that scores are to be compared across, `tables` or `lora_merge`; empty if there is none.
@@ -104,13 +112,11 @@ def make_standalone(model: Recommender) -> str:
             model.backbone = FinalTables(*model.backbone())
         return "tables"
     backbone = innermost(model.backbone)
-    return "lora_merge" if isinstance(backbone, LLMDecoder) and _make_plain(backbone) else ""
+    return "lora_merge" if isinstance(backbone, LLMDecoder) and _merge_adapters(backbone) else ""
 
 
-def _make_plain(backbone: LLMDecoder) -> bool:
-    """Merge adapters and choose an attention that runs anywhere; whether there were adapters."""
-    if backbone.base.config._attn_implementation not in ("eager", "sdpa"):
-        backbone.base.set_attn_implementation("sdpa")
+def _merge_adapters(backbone: LLMDecoder) -> bool:
+    """Whether there were adapters to merge."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [(name, module) for name, module in backbone.base.named_modules() if isinstance(module, BaseTunerLayer)]

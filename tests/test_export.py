@@ -201,18 +201,40 @@ def test_a_prompted_base_with_adapters_is_merged_and_needs_no_hub(base_folder, t
 
 @pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.001), ("float16", 1.1), ("bfloat16", 1.5), ("bfloat16", np.nan)])
 def test_a_merge_that_scores_otherwise_is_not_exported(tmp_path, monkeypatch, dtype, factor):
-    def make_plain(backbone):
+    def merge_adapters(backbone):
         backbone.score.weight.data *= factor
-        return plain(backbone)
+        return merge(backbone)
 
-    plain = export._make_plain
+    merge = export._merge_adapters
     stage = export_stage(tmp_path / "run", "llm_decoder", llm("llama", dtype=dtype, lora=LORA), ["safetensors"])
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_make_plain", make_plain)
+        patch.setattr(export, "_merge_adapters", merge_adapters)
         with pytest.raises(UserError, match=rf"merged into the base, in {dtype}, .* not exported\. Train it with"):
             export.run(stage)
     assert not list(stage.folder.iterdir())
     assert "lora_merge" in export.run(stage)["max_difference"]
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_a_model_that_trained_with_an_attention_of_gpus_alone_is_exported(tmp_path, monkeypatch, lora):
+    from transformers import AttentionInterface
+
+    def load_with_kernels(*arguments):
+        model = load_model(*arguments)
+        model.backbone.base.config._attn_implementation = "kernels"
+        return model
+
+    def kernels(*_, **__):
+        raise RuntimeError("FlashAttention only supports GPUs")
+
+    AttentionInterface.register("kernels", kernels)
+    stage = export_stage(tmp_path / "run", "llm_decoder", llm("llama", lora=lora), ["safetensors"])
+    items = histories(np.random.default_rng(0))[-1]
+    expected = trained_scores(stage, items)
+    monkeypatch.setattr(export, "load_model", load_with_kernels)
+    finish(stage)
+    assert json.loads((stage.folder / "config.json").read_text())["backbone"]["arguments"]["base"]["attention"] == "sdpa"
+    assert_same_scores(TorchScorer(stage.folder)(items), expected, atol=1e-5)
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
