@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_llmers.errors import UserError, nearest, unknown
-from lit_llmers.exported import GRAPH, ITEMS, USERS
+from lit_llmers.exported import CONFIG, GRAPH, ITEMS, USERS
 from lit_llmers.serving import OnnxScorer, TorchScorer, find_export, read_config
 
 if TYPE_CHECKING:
@@ -99,17 +99,17 @@ class Recommender:
             runtime: `onnx` or `torch`; by default ONNX where it was exported.
 
         Raises:
-            UserError: there is no finished export, a file is missing or damaged, or the runtime is unknown.
+            UserError: there is no finished export, a file is missing, damaged or of another export, or the runtime is unknown.
         """
         export = find_export(Path(folder))
         config = read_config(export)
         runtime = runtime or ("onnx" if (export / GRAPH).is_file() else "torch")
         if runtime not in RUNTIMES:
             raise unknown("runtime (as)", runtime, RUNTIMES)
-        items = _read(export / ITEMS).to_pydict()
+        items = _read(export / ITEMS, config["n_items"]).to_pydict()
         users = None
         if "user" in config.get("inputs", []):  # exports from before there were such students do not name their inputs
-            table = _read(export / USERS)
+            table = _read(export / USERS, config["n_users"])
             users = Users(table["user_id"].to_pylist(), lambda row: table["items"][row].as_py())
         scorer = OnnxScorer(export / GRAPH) if runtime == "onnx" else TorchScorer(export)
         return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer, users)
@@ -231,14 +231,20 @@ def _index(names: Iterable[str]) -> dict[str, list[int]]:
     return found
 
 
-def _read(path: Path) -> "Table":
+def _read(path: Path, rows: int) -> "Table":
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
     try:
-        return read_table(path)
+        table = read_table(path)
     except (OSError, ArrowException) as error:
         raise UserError(f"{path} cannot be read ({error}). Copy the export again and completely.") from error
+    if len(table) != rows:
+        raise UserError(
+            f"{path} is not of the model in {CONFIG}: it has {len(table)} rows, and the model {rows} {path.stem}. Copy the "
+            "export again and completely."
+        )
+    return table
 
 
 def table(recommender: Recommender, history: list[int], ranked: list[tuple[int, float]], user: str | None = None) -> str:

@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from pyarrow import concat_tables
+from pyarrow.parquet import read_table, write_table
 from tiny_export import DIM, FIRST, MAX_LENGTH, N_ITEMS, TITLES, dataset, export_stage, finish
 
 from lit_llmers.errors import UserError
@@ -272,6 +274,17 @@ def test_a_damaged_catalogue(run, tmp_path, capsys):
     alone = shutil.copytree(next(run.glob("export-*")), tmp_path / "alone")
     (alone / "items.parquet").write_bytes(b"PAR1")
     assert "items.parquet cannot be read" in command(capsys, f"run={alone}", "history=Aladdin")[2]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("items.parquet", N_ITEMS), ("users.parquet", 20)])
+@pytest.mark.parametrize("change", [1, -1])
+def test_a_table_of_another_export(tables, tmp_path, capsys, name, rows, change):
+    alone = shutil.copytree(tables, tmp_path / "alone")
+    table = read_table(alone / name)
+    write_table(concat_tables([table, table[:1]]) if change > 0 else table[:change], alone / name)
+    status, out, err = command(capsys, f"run={alone}", "user=u1")
+    assert (status, out) == (2, "")
+    assert f"{name} is not of the model in config.json: it has {rows + change} rows, and the model {rows} {name[:5]}" in err
 
 
 def test_help(capsys):
