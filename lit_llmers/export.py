@@ -160,6 +160,7 @@ def describe(model: Recommender, fitted: Stage, dataset: Dataset) -> dict[str, A
         "n_items": dataset.n_items,
         "n_users": dataset.n_users,
         "max_length": fitted.config.sequences.max_length,
+        "mask_history": fitted.config.mask_history,
         "dim": model.backbone.dim,
         "parameters": summary["parameters"],
         "trained": {

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pyarrow import Table
 
 RUNTIMES = ("onnx", "torch")
-KEYS = ("run", "user", "history", "history_ids", "top", "as")
+KEYS = ("run", "user", "history", "history_ids", "top", "repeats", "as")
+REPEATS = {"true": True, "false": False}
 WIDTH = 60  # characters of a title in the table
 LAST = 3  # titles that a known user met, named above the table
 USAGE = """usage: python -m lit_llmers.recommend run=FOLDER history="TITLE; TITLE" [key=value ...]
@@ -30,8 +31,10 @@ Prints the titles that an exported student would show next, best first, with the
   history="TITLE; TITLE"     what the user chose so far, oldest first; a part of a title does if no other has it
   history_ids="ID; ID"       the same by item id
   user=ID                    whom to recommend for, for a student that knows each user (bpr-mf, lightgcn, ...): a user of the
-                             data it was trained on; all that user met is left out, and what history= names too
+                             data it was trained on; what history= names counts as met too
   top=10                     how many titles
+  repeats=true|false         whether titles that the user met may come again; by default as the student was evaluated: false,
+                             unless its run was given evaluation.mask_history=false
   as=onnx|torch              what runs the student; by default ONNX Runtime, where model.onnx was exported
 """
 
@@ -71,6 +74,7 @@ class Recommender:
         max_length: items of history that the student reads, the latest ones.
         scorer: from histories `[B, L]` int64, left-padded with 0, to scores `[B, n+1]`; with `users` from their rows `[B]`.
         users: those that a student knows which reads no history.
+        repeats: recommend what the user has met too.
     """
 
     def __init__(
@@ -81,22 +85,24 @@ class Recommender:
         max_length: int,
         scorer: Callable[[np.ndarray], np.ndarray],
         users: Users | None = None,
+        repeats: bool = False,
     ) -> None:
         self.item_ids, self.categories = ["", *item_ids], ["", *categories]
         self.titles = ["", *(title or item_id for title, item_id in zip(titles, item_ids, strict=True))]
-        self.max_length, self.scorer, self.users = max_length, scorer, users
+        self.max_length, self.scorer, self.users, self.repeats = max_length, scorer, users, repeats
         self._plain = [_plain(title) for title in self.titles]
         self._exact = _index(self._plain)
         self._short = _index(map(_short, self._plain))
         self._ids = {item_id: index for index, item_id in enumerate(self.item_ids) if index}
 
     @classmethod
-    def load(cls, folder: Path | str, runtime: str | None = None) -> "Recommender":
+    def load(cls, folder: Path | str, runtime: str | None = None, repeats: bool | None = None) -> "Recommender":
         """Open the export of a run, or an export folder.
 
         Args:
             folder: of the run or of the export.
             runtime: `onnx` or `torch`; by default ONNX where it was exported.
+            repeats: recommend what the user has met too; by default as the student was evaluated.
 
         Raises:
             UserError: there is no finished export, a file is missing, damaged or of another export, or the runtime is unknown.
@@ -112,7 +118,9 @@ class Recommender:
             table = _read(export / USERS, config["n_users"])
             users = Users(table["user_id"].to_pylist(), lambda row: table["items"][row].as_py())
         scorer = OnnxScorer(export / GRAPH) if runtime == "onnx" else TorchScorer(export)
-        return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer, users)
+        if repeats is None:
+            repeats = not config.get("mask_history", True)  # older exports do not say how they were evaluated
+        return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer, users, repeats)
 
     def recommend(self, history: list[str], top: int = 10, user: str | None = None) -> list[tuple[str, float]]:
         """The `top` best titles for a history of titles, oldest first, or for a user, with their scores, best first.
@@ -124,8 +132,8 @@ class Recommender:
         return [(self.titles[index], score) for index, score in ranked]
 
     def rank(self, history: list[int], top: int, user: str | None = None) -> list[tuple[int, float]]:
-        """The `top` best items for a history of item indices, or for a user; those of the history and all that the user met
-        are left out.
+        """The `top` best items for a history of item indices, or for a user; without `repeats` those of the history and all
+        that the user met are left out.
 
         Raises:
             UserError: the student reads the other of the two, the history is empty, the user is unknown, or `top` is not
@@ -148,8 +156,9 @@ class Recommender:
             row = self.users.find(user)
             asked, history = np.array([row], np.int64), [*self.users.met(row), *history]
         scores = self.scorer(asked)[0]
-        scores[[0, *history]] = -np.inf
-        order = np.argsort(-scores, kind="stable")[: min(top, len(scores) - 1 - len(set(history)))]
+        out = [0] if self.repeats else [0, *history]
+        scores[out] = -np.inf
+        order = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(set(out)))]
         return [(int(index), float(scores[index])) for index in order]
 
     # ---- from words to items ----------------------------------------------------------------------------------------
@@ -279,7 +288,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("No run given. Add run=FOLDER, such as run=runs/slmrec/default.")
         if not given["top"].isdecimal():
             raise UserError(f"top={given['top']} is not a number.")
-        recommender = Recommender.load(given["run"], given.get("as"))
+        if given.get("repeats", "true") not in REPEATS:
+            raise unknown("value of repeats", given["repeats"], REPEATS)
+        recommender = Recommender.load(given["run"], given.get("as"), REPEATS.get(given.get("repeats", "")))
         history = [recommender.find(title) for title in recommender.split(given.get("history", ""))]
         history += [recommender.find_id(item_id) for item_id in recommender.split_ids(given.get("history_ids", ""))]
         user = given.get("user")

@@ -121,6 +121,14 @@ def test_a_known_user_without_what_it_met_and_without_the_history(recommender):
     assert recommender.rank([], top=1, user="ann") == [(30, 30.0)]
 
 
+def test_with_repeats_the_history_comes_again(recommender):
+    recommender.repeats = True
+    assert recommender.recommend(["Film number 29"], top=2) == [("Film number 30", 30.0), ("Film number 29", 29.0)]
+    assert [index for index, _ in recommender.rank([1, 30], top=100)] == list(range(N_ITEMS, 0, -1))  # but no padding
+    recommender.users = Users(["ann"], lambda row: [30])
+    assert recommender.rank([28], top=3, user="ann") == [(30, 30.0), (29, 29.0), (28, 28.0)]
+
+
 # ---- the command, on a real export ----------------------------------------------------------------------------------
 
 
@@ -164,6 +172,22 @@ def test_both_runtimes_and_an_export_folder_answer_alike(run, capsys):
     ]
     assert len(set(answers)) == 1
     assert answers[0][0] == 0
+
+
+def test_what_was_met_comes_again_where_the_student_was_evaluated_so(tmp_path, capsys):
+    def top(*arguments):
+        out = command(capsys, f"run={alone}", "history_ids=i4,i9", f"top={N_ITEMS}", *arguments)[1]
+        return len(out.splitlines()) - 3
+
+    for mask_history, expected in ((True, N_ITEMS - 2), (False, N_ITEMS)):
+        stage = export_stage(tmp_path / str(mask_history), "popularity", {}, ["safetensors"], mask_history)
+        finish(stage)
+        alone = stage.folder
+        assert (top(), top("repeats=true"), top("repeats=false")) == (expected, N_ITEMS, N_ITEMS - 2)
+    config = json.loads((alone / "config.json").read_text())
+    del config["mask_history"]  # as in older exports
+    (alone / "config.json").write_text(json.dumps(config))
+    assert top() == N_ITEMS - 2
 
 
 def test_onnx_needs_neither_torch_nor_the_run(run, tmp_path):
@@ -240,6 +264,7 @@ def test_without_a_graph_torch_answers(run, tmp_path, capsys):
         (["run={run}", "history=;"], "The history is empty"),
         (["run={run}", "history=Aladdin", "top=many"], "top=many is not a number"),
         (["run={run}", "history=Aladdin", "as=onx"], "Did you mean 'onnx'"),
+        (["run={run}", "history=Aladdin", "repeats=yes"], "Unknown value of repeats 'yes'. There is: false, true."),
         (["run={run}", "histroy=Aladdin"], "Unknown key 'histroy'. Did you mean 'history'"),
         (["run={run}", "history=Toy", "Story"], "'Story' is not key=value. Put titles in quotes"),
         (["run={run}", "history=Aladdin", "user=u1"], "reads histories and knows no users"),

@@ -43,7 +43,7 @@ def dataset() -> Dataset:
     )
 
 
-def export_stage(folder: Path, fit: str, model: dict, formats: list[str]) -> Stage:
+def export_stage(folder: Path, fit: str, model: dict, formats: list[str], mask_history: bool = True) -> Stage:
     """An export stage, not run yet, whose needs are done: the data, an item table and a model with random weights."""
     run = Run(folder, "tiny", "default", {})
     data = Stage("prepare", "prepare", DataConfig(), 0, [], run)
@@ -59,6 +59,7 @@ def export_stage(folder: Path, fit: str, model: dict, formats: list[str]) -> Sta
         LossConfig(kind="bpr", negatives=1) if pairwise else LossConfig(),
         items=["table"] if fit == "llm_decoder" else [],
         sequences=SequenceConfig(max_length=MAX_LENGTH),
+        mask_history=mask_history,
     )
     student = Stage("student", "fit", config, 3, [data, vectors], run, repeated=True)
     student.folder.mkdir()
