@@ -3,8 +3,8 @@
 `model.safetensors` holds the weights as they were trained, adapters merged into their base. `model.onnx` is the whole
 model in float32, from histories to the scores of the whole catalogue: a server needs nothing beside it, the item table
 is in it once and serves both ends, and every runtime can take the best of a row. Both are checked against the
-trained model on real users before they are kept. A collaborative model is exported as its two final tables, and its
-users and what they have met as `users.parquet`.
+trained model on real users before they are kept, and `README.md` says how to ask them. A collaborative model is exported
+as its two final tables, and its users and what they have met as `users.parquet`.
 """
 
 if __name__ == "__main__":
@@ -30,8 +30,9 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
-from lit_llmers.exported import CONFIG, GRAPH, ITEMS, USERS, WEIGHTS
+from lit_llmers.exported import CONFIG, GRAPH, GUIDE, ITEMS, USERS, WEIGHTS
 from lit_llmers.files import atomic_write, write_json
+from lit_llmers.guide import explain, readme
 from lit_llmers.models import TABLE, load_dataset, load_model
 from lit_llmers.onnx_graph import save_onnx, trace
 from lit_llmers.served import FinalTables, innermost, rebuild, served, weights_of
@@ -79,9 +80,11 @@ def run(stage: Stage) -> dict[str, Any]:
     if "safetensors" in config.export:
         difference["safetensors"] = write_safetensors(model, stage.folder, description, asked)
     if "onnx" in config.export:
-        difference["onnx"] = write_onnx(model, stage.folder, max_length, asked)
+        difference["onnx"] = write_onnx(model, stage.folder, description, asked)
+    with atomic_write(stage.folder / GUIDE) as temporary:
+        temporary.write_text(readme(description, stage.folder))
     write_json(stage.folder / CONFIG, description)
-    names = [CONFIG, ITEMS, USERS, WEIGHTS, GRAPH, f"{GRAPH}.data"]
+    names = [CONFIG, GUIDE, ITEMS, USERS, WEIGHTS, GRAPH, f"{GRAPH}.data"]
     size = {name: path.stat().st_size for name in names if (path := stage.folder / name).is_file()}
     for name, value in difference.items():
         log.info("%-24s %s: largest difference of a score %.1e", stage.label, name, value)
@@ -278,7 +281,7 @@ def write_safetensors(model: Recommender, folder: Path, description: dict[str, A
     return difference
 
 
-def write_onnx(model: Recommender, folder: Path, max_length: int, asked: list[np.ndarray]) -> float:
+def write_onnx(model: Recommender, folder: Path, description: dict[str, Any], asked: list[np.ndarray]) -> float:
     """Write the model as one ONNX graph, in float32; the model itself is changed into what can be exported.
 
     Inputs `items [batch, length]` int64, left-padded with 0, of which the latest `max_length` are read, and `mask
@@ -291,6 +294,7 @@ def write_onnx(model: Recommender, folder: Path, max_length: int, asked: list[np
         UserError: a difference above `TOLERANCE`; the file is not kept.
     """
     model.float()
+    max_length = description["max_length"]
     expected = scores_of(model, max_length, asked)
 
     def check(path: Path) -> float:
@@ -303,4 +307,6 @@ def write_onnx(model: Recommender, folder: Path, max_length: int, asked: list[np
             )
         return difference
 
-    return save_onnx(trace(model, max_length), folder, check)
+    program = trace(model, max_length)
+    explain(program.model, description)
+    return save_onnx(program, folder, check)

@@ -2,7 +2,8 @@
 
 An export is `config.json` (how to build the model, and where it comes from), `items.parquet` (the catalogue),
 `model.safetensors` (the weights) and `model.onnx` (the whole model as one graph). A student that knows its users by
-themselves and not by their histories has `users.parquet` beside them: who they are and what they have met.
+themselves and not by their histories has `users.parquet` beside them: who they are and what they have met. `README.md` says
+how to ask the graph without this project.
 """
 
 from pathlib import Path

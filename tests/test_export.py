@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file, save_file
-from tiny_export import DIM, MAX_LENGTH, N_ITEMS, dataset, export_stage, finish
+from tiny_export import DIM, MAX_LENGTH, N_ITEMS, TITLES, dataset, export_stage, finish
 
 from lit_llmers import export, onnx_graph
 from lit_llmers.backbones.item_knn import ItemKNN
 from lit_llmers.conf.stages import ExportStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_model
+from lit_llmers.recommend import Recommender
 from lit_llmers.serving import OnnxScorer, TorchScorer, inputs_of, load_exported, score_catalogue
 from lit_llmers.students.counting import CountingRecommender
 
@@ -95,7 +98,7 @@ def test_both_files_score_as_the_trained_model(name, tmp_path):
     assert summary["max_difference"]["safetensors"] == 0.0
     assert summary["max_difference"]["onnx"] < 1e-4
     collaborative = ["users.parquet"] if name in COLLABORATIVE else []
-    assert summary["files"] == ["config.json", "items.parquet", *collaborative, "model.safetensors", "model.onnx"]
+    assert summary["files"] == ["config.json", "README.md", "items.parquet", *collaborative, "model.safetensors", "model.onnx"]
     assert all((stage.folder / file).stat().st_size == size for file, size in summary["bytes"].items())
     batches = users() if collaborative else histories(np.random.default_rng(0))
     expected = [trained_scores(stage, asked) for asked in batches]
@@ -110,6 +113,40 @@ def test_both_files_score_as_the_trained_model(name, tmp_path):
         assert_same_scores(scorers[1](items), scores, atol=1e-4)
     assert not any(name.startswith("distillation") for name in load_file(folder / "model.safetensors"))
     assert b"lit_llmers/" not in (folder / "model.onnx").read_bytes()  # no paths of the machine that exported
+
+
+def printed_by_the_readme(folder) -> list[str]:
+    """By its own example, run where the export lies."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("mask_history", [True, False])
+@pytest.mark.parametrize("name", ["popularity", "bpr-mf"])
+def test_an_export_explains_itself(name, mask_history, tmp_path):
+    stage = export_stage(tmp_path / "run", *MODELS[name], ["safetensors", "onnx"], mask_history)
+    finish(stage)
+    folder = moved(stage, tmp_path / "moved")
+    session = OnnxScorer(folder / "model.onnx").session
+    readme, words = (folder / "README.md").read_text(), session.get_modelmeta()
+    for value in (*session.get_inputs(), *session.get_outputs()):
+        kind = value.type.removeprefix("tensor(").removesuffix(")").replace("float", "float32")
+        shape = ", ".join(map(str, value.shape))
+        assert f"| `{value.name}` | {kind} `[{shape}]` | " in readme
+        assert f"{value.name} [{shape}] {kind}: " in words.graph_description
+    facts = {"n_items": str(N_ITEMS), "n_users": "20", "max_length": str(MAX_LENGTH), "mask_history": str(mask_history)}
+    assert words.custom_metadata_map == facts
+    said = ["Column 0 is padding", "`items.parquet`", "leave them out" if mask_history else "compete with the others"]
+    history = ["padded with 0 on the left", f"more than max_length = {MAX_LENGTH} items"]
+    said += ["Users 0 to 19: rows of `users.parquet`"] if name == "bpr-mf" else history
+    assert all(phrase in readme for phrase in said)
+    assert ("users.parquet" in readme) == (folder / "users.parquet").is_file() == (name == "bpr-mf")
+
+    met, question = ([1, 2], {}) if name == "popularity" else (dataset().items[: dataset().offsets[1]].tolist(), {"user": "u0"})
+    ranked = Recommender.load(folder).rank([] if question else met, 10, **question)
+    assert printed_by_the_readme(folder) == [f"i{item} {TITLES[item - 1]} {np.float32(score)!s}" for item, score in ranked]
+    assert bool({item for item, _ in ranked} & set(met)) <= (not mask_history)
 
 
 def test_the_scores_of_a_table_are_dot_products_and_those_of_neighbours_sums(tmp_path):
@@ -241,7 +278,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "LARGE", 100)
     stage = export_stage(tmp_path / "run", *MODELS["sasrec"], ["onnx"])
     summary = finish(stage)
-    assert summary["files"] == ["config.json", "items.parquet", "model.onnx", "model.onnx.data"]
+    assert summary["files"] == ["config.json", "README.md", "items.parquet", "model.onnx", "model.onnx.data"]
     items = histories(np.random.default_rng(0))[-1]
     expected = trained_scores(stage, items)
     folder = moved(stage, tmp_path / "moved")
