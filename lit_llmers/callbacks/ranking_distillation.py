@@ -96,7 +96,7 @@ class RankingTerm(Term):
         if not self.settings.dros_target:
             return loss
         target = of_drawn(batch["target"][batch["target"] > 0], drawn)[:, None]
-        score = losses.list_scores(lists.user, lists.table, target).to(lists.listed.dtype)
+        score = list_scores(lists.user, lists.table, target).to(lists.listed.dtype)
         lists.parts["dros_target"] = losses.dros(score, shares[target], energy, beta)[:, 0]
         return loss + self.settings.dros_target * lists.parts["dros_target"]
 
