@@ -65,6 +65,7 @@ class Concat(Fusion):
     def item_table(self) -> Tensor:
         return self._table()
 
+    @torch.compiler.disable
     def _table(self, anew: bool = False) -> Tensor:
         weights = [self.id_table(), *self.text.parameters(), *self.fuse.parameters()]
         return self._kept.get(self._fused, weights, anew)

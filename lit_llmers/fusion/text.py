@@ -21,7 +21,8 @@ class Kept:
 
     That is until the weights change, or a gradient came back through it (which frees its graph). So a step makes it once for
     all its readers, and an evaluation once for all its batches. It is no part of a copy or of a file, and nothing is kept while
-    a graph is compiled or exported.
+    a graph is exported. A compiled graph takes it as an input: who asks for it there must be left out of the compilation, or
+    what is read and what scores would be made apart, each with a dropout of its own.
     """
 
     def __init__(self) -> None:
@@ -174,6 +175,7 @@ class TextView(nn.Module):
         real = self.source.vectors[has_vector(self.source.vectors)]
         return real[:: max(1, len(real) // _SAMPLE)]
 
+    @torch.compiler.disable
     def table(self, anew: bool = False) -> Tensor:
         """The view of all items, `[n+1, d]`; see `Kept.get` for `anew`."""
         weights = list(self.adapter.parameters())

@@ -122,6 +122,23 @@ def test_compiled_equals_eager(pair, items):
     check_compiled_equals_eager(make(*pair, dropout=0.0), items, noisy=pair[0] == "frequency")
 
 
+@pytest.mark.parametrize("fusion", [Concat, FrozenAdapter, PopularityGate])
+def test_a_compiled_step_reads_the_table_that_scores(fusion, items):
+    """With the dropout that was drawn once for both: eager's numbers follow from one table."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    own = {"popularity": POPULARITY} if fusion is PopularityGate else {}
+    model = fusion(BACKBONES["sasrec"](dropout=0.0), torch.randn(N_ITEMS + 1, TEXT), layers=3, dropout=0.5, **own).double()
+    results = []
+    for student in (model, torch.compile(model, backend="eager", dynamic=True)):
+        torch.manual_seed(1)
+        model.zero_grad()
+        made = [*student(items, items > 0, True), model.item_table()]
+        sum(each.square().sum() for each in made).backward()
+        results.append([*made, *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    assert_same(*results, tolerance=1e-9)
+
+
 @pytest.mark.parametrize("pair", EXPORTED, ids="-".join)
 def test_onnx_scores_as_pytorch_does_at_any_size(pair, tmp_path):
     check_onnx_scores_as_pytorch_does(make(*pair, **({} if pair[1] == "caser" else {"layers": 1})), tmp_path)
