@@ -200,10 +200,10 @@ class TrainerConfig:
     def trains_in_float32(self) -> bool:
         """Whether weights in half precision become float32 to be trained.
 
-        DeepSpeed keeps float32 copies of its own beside them, which others would double, and `bf16-true` or `16-true` asks for
-        half precision throughout.
+        DeepSpeed keeps float32 copies of its own beside them, which others would double, and `bf16-true` asks for half
+        precision throughout.
         """
-        return not self.strategy.startswith("zero") and self.precision not in ("bf16-true", "16-true")
+        return not self.strategy.startswith("zero") and self.precision != "bf16-true"
 
 
 @dataclass(frozen=True)
