@@ -120,6 +120,16 @@ def test_a_rehearsal_counts_what_a_linear_layer_keeps() -> None:
     assert step.flops == 2 * 32 * (64 * 128 + 128 * 8) * 2 + 2 * 32 * 128 * 8  # forward, weights' and inputs' gradients
 
 
+def test_gradients_of_a_sparse_table_are_the_rows_of_a_batch() -> None:
+    with pretending():
+        model = nn.ModuleList([nn.Embedding(1000, 8, sparse=True), nn.Linear(8, 4, bias=False)])
+        step = rehearse_training(model, lambda: model[1](model[0](torch.ones(16, dtype=torch.long))).sum())
+        held = shares(sizes_of(model), "auto", 1)
+    assert step.gradients == held.gradients == 4 * 8 * 4
+    assert 4 * 16 * 8 < step.backward - step.gradients < 4 * 1000 * 8
+    assert held.optimizer == 2 * (4 * 8 * 4 + 4 * 1000 * 8), "its moments are of the whole table"
+
+
 def test_recomputed_layers_keep_less_and_compute_more() -> None:
     teacher = of(planned("recipe=slmrec", *SMALL), "teacher")
     recomputed = of(planned("recipe=slmrec", "teacher.gradient_checkpointing=true", *SMALL), "teacher")
@@ -136,8 +146,12 @@ def test_a_step_in_the_rows_of_its_batch_is_planned(student: str, kind: str) -> 
     loss = [f"student.loss.kind={kind}", "trainer.gradient_clip_val=null"]
     sparse = "student.model.sparse=true" if student == "bpr-mf" else "+student.model.sparse=true"
     dense = of(planned("recipe=student", f"student={student}", *loss), "student")
-    rows = of(planned("recipe=student", f"student={student}", *loss, sparse), "student")
+    found = planned("recipe=student", f"student={student}", *loss, sparse)
+    rows, data = of(found, "student"), found["data"]
     assert rows["memory"]["weights"] == dense["memory"]["weights"]
+    tables = 4 * 64 * (data["items"] + 1 + (data["users"] if student == "bpr-mf" else 0))
+    assert rows["memory"]["gradients"] == dense["memory"]["gradients"] - tables
+    assert rows["memory"]["optimizer"] == dense["memory"]["optimizer"]
     assert rows["memory"]["activations"] > 0
     if kind == "sampled_softmax":  # the others' dense scores are no matrix products: see `list_scores`, `pair_dots`
         assert rows["flops"] == pytest.approx(dense["flops"], rel=0.01)

@@ -57,6 +57,8 @@ def rehearse_training(
 ) -> Rehearsal:
     """A step after the first: the last step's gradients live until the forward pass has ended, as Lightning has it.
 
+    Of tables with gradients in rows those of the last step are left out: the backward pass makes as many.
+
     Args:
         model: as `faked` gave it.
         loss: makes a scalar; what it takes from outside is fake too.
@@ -64,10 +66,11 @@ def rehearse_training(
         accumulate: gradients stay through the backward pass.
     """
     model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained, in_rows = [parameter for parameter in model.parameters() if parameter.requires_grad], tables_in_rows(model)
     with _counting(model) as live, _autocast(autocast):
         for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
+            if parameter not in in_rows:
+                parameter.grad = torch.empty_like(parameter)
         gradients = live.now
         value = loss()
         kept, forward, live.peak = live.now - gradients, live.peak, live.now
@@ -79,6 +82,11 @@ def rehearse_training(
     for parameter in trained:
         parameter.grad = None
     return Rehearsal(kept, forward, live.peak, gradients, live.flops, live.kernels)
+
+
+def tables_in_rows(model: nn.Module) -> set[nn.Parameter]:
+    """The tables whose gradients are of the rows that a batch reads alone."""
+    return {part.weight for part in model.modules() if isinstance(part, nn.Embedding) and part.sparse}
 
 
 def rehearse_inference(model: nn.Module, ask: Callable[[], Any], autocast: torch.dtype | None = None) -> Rehearsal:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lit_llmers.conf.schema import TrainerConfig
-from lit_llmers.planning.rehearsal import Rehearsal
+from lit_llmers.planning.rehearsal import Rehearsal, tables_in_rows
 
 BUCKET = 500_000_000  # elements of a DeepSpeed buffer that gradients are reduced in
 LIVE = 1_000_000_000  # parameters that ZeRO-3 keeps gathered at most
@@ -24,6 +24,7 @@ class Sizes:
     Attributes:
         base, base_trained: of the base; trained: of its trained part.
         rest, rest_trained: of all else, buffers included.
+        in_rows: of the trained rest, tables whose gradients are of a batch's rows alone.
         trained: trained parameters, their number.
         block: of the base's largest layer.
         live: of so many of the base's parameters as ZeRO-3 keeps gathered.
@@ -33,6 +34,7 @@ class Sizes:
     base_trained: int = 0
     rest: int = 0
     rest_trained: int = 0
+    in_rows: int = 0
     trained: int = 0
     block: int = 0
     live: int = 0
@@ -42,9 +44,14 @@ class Sizes:
         return self.base + self.rest
 
     @property
-    def gradients(self) -> int:
-        """Gradients have the type of their weights."""
+    def stepped(self) -> int:
+        """Of what the optimiser steps."""
         return self.base_trained + self.rest_trained
+
+    @property
+    def gradients(self) -> int:
+        """Gradients have the type of their weights; those in rows come and go with the backward pass."""
+        return self.stepped - self.in_rows
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,10 @@ def shares(sizes: Sizes, strategy: str, world: int, fused: bool = True, mixed: b
         fused: AdamW works in place; else its temporaries are as large as the trained weights.
         mixed: under `fsdp2`, layers are gathered in half the bytes of float32.
     """
-    element = sizes.gradients // sizes.trained if sizes.trained else 2
+    element = sizes.stepped // sizes.trained if sizes.trained else 2
     if strategy in ("auto", "ddp"):
         step = 0 if fused else sizes.gradients
-        return Shares(sizes.weights, sizes.gradients, 2 * sizes.gradients, step=step)
+        return Shares(sizes.weights, sizes.gradients, 2 * sizes.stepped, step=step)
     if strategy == "fsdp2":
         gradients = sizes.rest_trained + -(-sizes.base_trained // world)
         weights = sizes.rest + -(-sizes.base // world)
@@ -138,7 +145,7 @@ def sizes_of(model: nn.Module) -> Sizes:
     """The sizes of a model as it trains."""
     base = base_of(model)
     inside = {id(each) for each in base.parameters()} if base is not None else set()
-    total: dict[str, int] = dict.fromkeys(("base", "base_trained", "rest", "rest_trained", "trained"), 0)
+    total: dict[str, int] = dict.fromkeys(("base", "base_trained", "rest", "rest_trained", "in_rows", "trained"), 0)
     elements = 0
     for parameter in model.parameters():
         part = "base" if id(parameter) in inside else "rest"
@@ -149,6 +156,7 @@ def sizes_of(model: nn.Module) -> Sizes:
             total[f"{part}_trained"] += _bytes(parameter)
             total["trained"] += parameter.numel()
     total["rest"] += sum(_bytes(buffer) for buffer in model.buffers())
+    total["in_rows"] = sum(_bytes(table) for table in tables_in_rows(model) if table.requires_grad)
     lists = [each for each in base.modules() if isinstance(each, nn.ModuleList)] if base is not None else []
     blocks = [sum(map(_bytes, layer.parameters())) for each in lists for layer in each]
     live = total["base"] * min(LIVE, elements) // elements if elements else 0

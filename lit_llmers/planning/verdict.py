@@ -73,4 +73,4 @@ def _cures(stage: Stage, estimate: Estimate, card: Card) -> list[str]:
 def _elements(training: Training) -> int:
     """Trained parameters of the base."""
     sizes = training.sizes
-    return sizes.trained * sizes.base_trained // max(1, sizes.gradients)
+    return sizes.trained * sizes.base_trained // max(1, sizes.stepped)
