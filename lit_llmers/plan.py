@@ -223,7 +223,7 @@ def accelerated(stage: "Stage") -> bool:
         return bool(stage.config.encode != "tfidf")
     if stage.verb == "evaluate":
         return any(accelerated(need) for need in stage.needs)
-    if stage.verb not in ("fit", "tune", "record"):
+    if stage.verb not in ("fit", "tune", "record") or (stage.verb == "record" and stage.config.online):
         return False
     if stage.verb == "fit":
         from lit_llmers.backbones import CountingBackbone

@@ -129,7 +129,12 @@ class Stage:
 
     @property
     def trainer(self) -> TrainerConfig | None:
-        """Where and how it trains; of a record, where and how its teacher did; None for what does neither."""
+        """Where and how it trains; of a record, where and how its teacher did; None for what does neither.
+
+        Nor does a record whose teacher answers its student's own batches.
+        """
+        if self.verb == "record" and self.config.online:
+            return None
         config = self.need(self.config.of).config if self.verb == "record" else self.config
         return getattr(config, "trainer", None)
 

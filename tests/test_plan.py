@@ -193,6 +193,44 @@ def test_a_batch_is_divided_among_processes() -> None:
     assert four["flops"] == pytest.approx(one["flops"], rel=0.1)
 
 
+def test_an_online_teacher_is_on_its_students_device() -> None:
+    shallow = ["stages.student.model.layers=4", "trainer.batch_size=64", *SMALL]
+    recorded = planned("recipe=slmrec", "signals.dtype=float32", *shallow)
+    online = planned("recipe=slmrec", "signals.online=true", *shallow)
+    teacher, record, student = of(recorded, "signals"), of(online, "signals"), of(online, "student")
+    weights = teacher["memory"]["weights"]
+    assert student["memory"]["weights"] - of(recorded, "student")["memory"]["weights"] == weights
+    assert student["memory"]["peak"] - of(recorded, "student")["memory"]["peak"] == weights
+    asked = student["flops"] - of(recorded, "student")["flops"]
+    rows = student["epochs"] * student["steps"] * 64 / online["data"]["users"]  # for each that is recorded
+    assert asked == pytest.approx(rows * teacher["flops"])
+    assert student["hours"] > of(recorded, "student")["hours"]
+    assert (record["accelerated"], record["processes"], record["hours"], record["disk"]) == (False, 1, None, None)
+    assert "signals" not in online["totals"]["unknown"]
+
+
+def test_a_teacher_that_takes_more_than_its_student_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CARDS, "tiny", Card(4, 100, 10, 100, "none"))
+    small = ["stages.student.model.layers=1", "stages.student.callbacks=[{feature_distillation:{from:signals}}]"]
+    wide = [*small, "stages.signals.blocks=1", "teacher.gradient_checkpointing=true", *SMALL]
+    recorded = planned("recipe=slmrec", "scale=paper", *wide)
+    online = of(planned("recipe=slmrec", "scale=paper", "signals.online=true", "gpu=tiny", *wide), "student")
+    assert "signals.online=false" in online["verdict"]
+    beyond = online["memory"]["peak"] - of(recorded, "student")["memory"]["peak"]
+    assert beyond >= of(recorded, "signals")["memory"]["weights"]
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("cd", "lists"), ("slmrec", "signals")])
+def test_a_record_reads_out_every_position(recipe: str, stage: str) -> None:
+    plans = [planned(f"recipe={recipe}", f"sequences.examples={which}", *SMALL) for which in ("sequence", "last")]
+    every, last = (of(found, stage) for found in plans)
+    written = every["disk"]["kept"] - last["disk"]["kept"]
+    assert every["memory"]["buffers"] - last["memory"]["buffers"] > 2 * written, "states are halved, and items too"
+    assert every["flops"] > last["flops"]
+    if stage == "lists":
+        assert every["flops"] - last["flops"] > written / (8 * 100) * 2 * 64 * plans[0]["data"]["items"], "all items are scored"
+
+
 # ---- the verdict -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,17 @@
 """From a planned stage to figures: memory of each process, work, time and disk. All of it goes inside `pretending`."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
-from lit_llmers.building import find
+from lit_llmers.building import RECORDS, find, references
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.conf.stages import EncodeStage, EvaluateStage, FitStage, RecordStage, TuneStage
 from lit_llmers.data.pairs import PairRows
@@ -22,11 +24,12 @@ from lit_llmers.planning.data import Known
 from lit_llmers.planning.models import Paper, Papers, parameters
 from lit_llmers.planning.rehearsal import Rehearsal
 from lit_llmers.planning.sharing import held_by, inference_memory, sizes_of, training_memory
-from lit_llmers.planning.steps import Training
+from lit_llmers.planning.steps import Online, Training
 from lit_llmers.planning.texts import Lengths
 from lit_llmers.stages import Stage
-from lit_llmers.teachers.base import BaseConfig
+from lit_llmers.teachers.base import DTYPES, BaseConfig
 
+Question = Callable[[Any, int, int], Rehearsal]  # of a model, rows and their length
 UNKNOWN_TEXTS = "texts are taken to be as long as max_tokens: they are not known"
 
 
@@ -69,7 +72,6 @@ class Estimator:
     def __init__(self, known: Known, card: Card, utilisation: float) -> None:
         self.known, self.data, self.card, self.utilisation = known, known.dataset, card, utilisation
         self.papers = Papers(known)
-        self.asked: dict[tuple[str, int], Rehearsal] = {}
 
     def __call__(self, stage: Stage) -> Estimate:
         """The estimate of one stage; what is not known is None there, with a note."""
@@ -127,6 +129,7 @@ class Estimator:
         held_out = len(EvaluationRows(self.data, "valid", config.sequences.max_length, config.validation_users))
         size = min(held_out, 512 if in_pairs else max(trainer.batch_size, 256))
         ranking = steps.ranking_step(model, _local(size, trainer), longest, trainer)
+        training.teacher = None if in_pairs else self._beside(stage, rows, local)
         self._trained(out, training, trainer, ranking)
         validations = (out.epochs or 0) // trainer.validate_every
         number = -(-held_out // size) * validations * trainer.processes
@@ -185,18 +188,25 @@ class Estimator:
     def _record(self, stage: Stage, out: Estimate) -> None:
         config: RecordStage = stage.config
         teacher = stage.need(config.of)
-        per_user = config.record == "ranking" and config.per == "user"
-        asked = self._asked_rows(teacher)
-        out.rows = self.data.n_users if per_user else asked.targets
-        if config.record == "ranking":
-            row = 8 * config.k  # an item and its score
-        elif config.signals.online:
+        targets = TrainingRows(self.data, teacher.config.sequences) if config.of_targets else None
+        out.rows = self.data.n_users if targets is None else targets.targets
+        if config.online:
             out.notes.append("nothing is recorded: the teacher runs beside the student (signals.online)")
             return
+        if config.record == "ranking":
+            row = 8 * config.k  # an item and its score
         else:
-            row = config.blocks * self.papers.of(teacher).model.backbone.width * (2 if config.signals.dtype == "float16" else 4)
+            row = config.blocks * self.papers.of(teacher).model.backbone.width * DTYPES[config.signals.dtype].itemsize
         out.disk = _disk(out.rows * row)
-        self._ask(teacher, self.data.n_users if per_user else len(asked), config.batch_size, stage.processes, out)
+
+        def question(model: Any, rows: int, longest: int) -> Rehearsal:
+            batch = steps.histories(rows, longest, targets is not None and targets.every_position)
+            if config.record == "block_states":
+                return steps.states_step(model, batch, config.blocks)
+            return steps.lists_step(model, batch, config.k, config.of_targets, self._met(targets))
+
+        asked = self.data.n_users if targets is None else len(targets)
+        self._ask(teacher, asked, config.batch_size, stage.processes, out, question)
 
     def _evaluate(self, stage: Stage, out: Estimate) -> None:
         config: EvaluateStage = stage.config
@@ -215,8 +225,10 @@ class Estimator:
         if out.memory is None:
             out.flops = out.seconds = None
 
-    def _ask(self, stage: Stage, rows: int, size: int, processes: int, out: Estimate) -> None:
-        """A trained model about rows, so many at a time on each process."""
+    def _ask(
+        self, stage: Stage, rows: int, size: int, processes: int, out: Estimate, question: Question = steps.ranking_step
+    ) -> None:
+        """A trained model about rows, so many at a time on each process; `question` rehearses one batch."""
         paper = self.papers.of(stage)
         if stage.verb == "tune":
             self._generate(stage, out)
@@ -226,10 +238,21 @@ class Estimator:
             return
         in_pairs = issubclass(find("backbones", stage.config.fit), CollaborativeBackbone)
         longest, share = (1, 1.0) if in_pairs else self._lengths(stage, TrainingRows(self.data, stage.config.sequences))
-        key = (stage.name, min(size, rows))
-        ranking = self.asked[key] = self.asked.get(key) or steps.ranking_step(paper.model, min(size, rows), longest)
-        out.memory = inference_memory(sizes_of(paper.model), ranking)
-        self._add(out, ranking, share, -(-rows // min(size, rows)), steps.precision(paper.model), processes)
+        asked = question(paper.model, min(size, rows), longest)
+        out.memory = inference_memory(sizes_of(paper.model), asked)
+        self._add(out, asked, share, -(-rows // min(size, rows)), steps.precision(paper.model), processes)
+
+    def _beside(self, stage: Stage, rows: TrainingRows, local: int) -> Online | None:
+        """The teacher that a student asks while it trains, about its own batches; None where it reads what is recorded."""
+        recorded = [stage.need(each.stage) for each in references(stage.config) if each.kind in RECORDS]
+        online = next((record for record in recorded if record.config.online), None)
+        if online is None:
+            return None
+        teacher = online.need(online.config.of)
+        model, (longest, share) = self.papers.of(teacher).model, self._lengths(teacher, rows)
+        batch = steps.histories(local, longest, rows.every_position)
+        asked = steps.states_step(model, batch, online.config.blocks, recorded=False)
+        return Online(sizes_of(model).weights, asked, share, steps.precision(model))
 
     def _generate(self, stage: Stage, out: Estimate) -> None:
         """A tuned model says titles by beam search: its cache of keys and values counts, its time is unknown."""
@@ -254,9 +277,12 @@ class Estimator:
         longest = int(rows.lengths.max()) + prompt
         return longest, (float(rows.lengths.mean()) + prompt) / longest
 
-    def _asked_rows(self, teacher: Stage) -> Any:
-        in_pairs = teacher.verb == "fit" and issubclass(find("backbones", teacher.config.fit), CollaborativeBackbone)
-        return PairRows(self.data) if in_pairs else TrainingRows(self.data, teacher.config.sequences)
+    def _met(self, targets: TrainingRows | None) -> int:
+        """Items that a user has met before a target, or before all that is held out: the mean."""
+        if targets is None:
+            return len(self.data.training_pairs) // self.data.n_users
+        user, at = targets.places(np.arange(targets.targets))
+        return round(float((at - self.data.offsets[user]).mean()))
 
     @staticmethod
     def _epochs(out: Estimate, rows: int, trainer: TrainerConfig) -> None:
@@ -267,16 +293,19 @@ class Estimator:
     def _trained(self, out: Estimate, training: Training, trainer: TrainerConfig, ranking: Rehearsal | None = None) -> None:
         """Memory of each process while it trains, what its checkpoints take, and its time."""
         out.training = training
-        held = held_by(training.sizes, trainer)
-        out.memory = training_memory(held, training.step, ranking)
+        held, teacher = held_by(training.sizes, trainer), training.teacher
+        beside = (training.beside, None if teacher is None else teacher.step)
+        out.memory = training_memory(held, training.step, ranking, *beside)
         if training.other is not None:
             checkpointed, plain = sorted((training.step.kept, training.other.kept))
             out.memory |= {"activations_checkpointed": checkpointed, "activations_plain": plain}
-            out.memory["peak_otherwise"] = training_memory(held, training.other, ranking)["peak"]
+            out.memory["peak_otherwise"] = training_memory(held, training.other, ranking, *beside)["peak"]
         checkpoint = 3 * 4 * training.sizes.trained  # weights and AdamW's two moments
         out.disk = _disk((out.disk or {"kept": 0})["kept"] + checkpoint, checkpoint)
         number = (out.steps or 0) * (out.epochs or 0) * trainer.processes
         self._add(out, training.step, training.share, number, training.precision, trainer.processes)
+        if teacher is not None:
+            self._add(out, teacher.step, teacher.share, number, teacher.precision, trainer.processes)
 
     def _add(self, out: Estimate, step: Rehearsal, share: float, number: int, precision: str, processes: int = 1) -> None:
         """The work and the time of so many steps, divided among processes.

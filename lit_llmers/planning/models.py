@@ -1,5 +1,6 @@
 """The models of a recipe's stages as they will be built, and their parameters. All of it goes inside `pretending`."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lit_llmers.conf.typed import build
 from lit_llmers.data.histories import Histories
 from lit_llmers.planning.bases import on_paper
 from lit_llmers.planning.data import Known
+from lit_llmers.planning.sharing import dtype_of
 from lit_llmers.stages import Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
@@ -42,13 +44,13 @@ class Paper:
 
 
 class FakeStates:
-    """Stands for a teacher's recorded states."""
+    """Stands for a teacher's states, recorded or said."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
 
     def read(self, batch: dict[str, Tensor]) -> Tensor:
-        return torch.empty(batch["target"].numel(), *self.shape, dtype=torch.float16)
+        return torch.empty(batch["target"].numel(), *self.shape, dtype=self.dtype)
 
 
 class FakeLists:
@@ -106,6 +108,8 @@ class Papers:
         sources = {reference.argument: self._source(stage, reference) for reference in references(config) if reference.argument}
         sources = {name: make() for name, make in sources.items()}
         backbone: Any = build_backbone(config, stage.seed, offered)
+        if "base" in config.model:
+            _keeps_states(backbone.base)
         of_fusions = {name: value for name, value in sources.items() if name.startswith("fusion.")}
         if config.fusion:
             backbone = build_fusions(config, backbone, of_fusions, offered)
@@ -155,8 +159,9 @@ class Papers:
             asked: RecordStage = source.config
             if asked.record == "ranking":
                 return lambda: FakeLists(asked.k)
-            shape = (asked.blocks, self.of(source.need(asked.of)).model.backbone.width)
-            return lambda: FakeStates(shape)
+            teacher = self.of(source.need(asked.of)).model
+            dtype = dtype_of(teacher) if asked.online else DTYPES[asked.signals.dtype]
+            return lambda: FakeStates((asked.blocks, teacher.backbone.width), dtype)
         width = self.width(source)
         return lambda: torch.ones(self.dataset.n_users if reference.kind == "users" else rows, width)
 
@@ -190,6 +195,22 @@ class Papers:
             return Paper(said_learner(model, self.dataset.n_items, config.dim), table=config.dim)
         model = encoder(base, config.contrast, f"{stage.name}.contrast.lora")
         return Paper(model, table=config.reduce if isinstance(config.reduce, int) else model.config.hidden_size)
+
+
+class _Enough(Exception):
+    """What was to happen before the first layer has happened."""
+
+
+def _keeps_states(base: Any) -> None:
+    """Have every layer give its states away: transformers sees to it at the first call, when layers may be cut off."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    hook = base.layers[0].register_forward_pre_hook(stop)
+    with suppress(_Enough):
+        base(inputs_embeds=torch.ones(1, 1, base.config.hidden_size, dtype=base.dtype), output_hidden_states=True)
+    hook.remove()
 
 
 def causal(base: BaseConfig, vocabulary: int, lora: LoraConfig | None) -> Any:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from lit_llmers import ranking
 from lit_llmers.backbones import mixgcf, rows
 from lit_llmers.backbones.dropout import Dropout
 
@@ -84,7 +85,7 @@ def rehearse_training(
     return Rehearsal(kept, forward, live.peak, gradients, live.flops, live.kernels)
 
 
-def tables_in_rows(model: nn.Module) -> set[nn.Parameter]:
+def tables_in_rows(model: nn.Module) -> set[Tensor]:
     """The tables whose gradients are of the rows that a batch reads alone."""
     return {part.weight for part in model.modules() if isinstance(part, nn.Embedding) and part.sparse}
 
@@ -105,14 +106,16 @@ def pretending(accelerated: bool = True) -> Iterator[None]:
     What is made in one `pretending` is of no use in another.
 
     Args:
-        accelerated: the backbones' own short cuts on a CPU are not taken.
+        accelerated: the backbones' own short cuts on a CPU are not taken, and items are ranked in blocks as large as a GPU's.
     """
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.utils, "swap_tensors", _take))
+        stack.enter_context(patch.object(torch, "inference_mode", _without_gradients))
         if accelerated:
             stack.enter_context(patch.object(Dropout, "_plain", lambda self, x: True))
             for module in (rows, mixgcf):
                 stack.enter_context(patch.object(module, "pair_dots", _pair_dots))
+            stack.enter_context(patch.dict(ranking._BLOCK, cpu=ranking._BLOCK["other"]))
         stack.enter_context(_Mode(allow_non_fake_inputs=True))
         stack.enter_context(_MadeUp())
         stack.enter_context(_RealStaysReal())
@@ -122,6 +125,11 @@ def pretending(accelerated: bool = True) -> Iterator[None]:
 def _pair_dots(users: Tensor, items: Tensor, user: Tensor, item: Tensor) -> Tensor:
     """As `lit_llmers.backbones.rows.pair_dots` does it on a GPU."""
     return torch.einsum("bd,bkd->bk", nn.functional.embedding(user, users), nn.functional.embedding(item, items))
+
+
+def _without_gradients(mode: bool = True) -> Any:
+    """In place of inference mode, in which a product is not seen as such."""
+    return torch.no_grad() if mode else nullcontext()
 
 
 def _take(tensor: Tensor, other: Tensor) -> None:
@@ -229,6 +237,8 @@ class _RealStaysReal(TorchFunctionMode):
             return np.ones(tuple(args[0].shape), str(args[0].dtype).removeprefix("torch."))
         if func is Tensor.tolist:
             return np.ones(tuple(args[0].shape), str(args[0].dtype).removeprefix("torch.")).tolist()
+        if func is torch.tensor_split and isinstance(args[1], Tensor):  # nobody knows where it is cut: evenly
+            return func(args[0], len(args[1]) + 1)
         if func is nn.functional.scaled_dot_product_attention and kwargs.get("dropout_p"):
             kwargs["dropout_p"] = 0.0  # kernels on a GPU keep a seed of it, and no mask
         return func(*args, **kwargs)

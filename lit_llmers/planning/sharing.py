@@ -7,6 +7,7 @@ Activations are not in it: see `lit_llmers.planning.rehearsal`. Sizes of DeepSpe
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_llmers.conf.schema import TrainerConfig
@@ -110,15 +111,20 @@ def held_by(sizes: Sizes, trainer: TrainerConfig, strategy: str | None = None, w
     return shares(sizes, strategy or trainer.strategy, world or trainer.processes, fused, mixed)
 
 
-def training_memory(held: Shares, step: Rehearsal, ranking: Rehearsal | None) -> dict[str, int]:
+def training_memory(
+    held: Shares, step: Rehearsal, ranking: Rehearsal | None, beside: int = 0, asked: Rehearsal | None = None
+) -> dict[str, int]:
     """Bytes of each process, by what they are for; `peak` is the most at any time, while it trains or validates.
 
     `activations` wait for the backward pass, `buffers` are what comes and goes beside them, `host` is in the host's memory.
+
+    Args:
+        beside: bytes of the weights of a teacher that is `asked` before each step.
     """
-    beyond = step.peak - step.gradients
+    beyond = max(step.peak - step.gradients, 0 if asked is None else asked.peak)
     validation = 0 if ranking is None else ranking.peak
     return {
-        "weights": held.weights,
+        "weights": held.weights + beside,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
         "gathered": held.gathered,
@@ -126,7 +132,7 @@ def training_memory(held: Shares, step: Rehearsal, ranking: Rehearsal | None) ->
         "buffers": beyond - step.kept,
         "validation": validation,
         "host": held.host,
-        "peak": held.total + max(beyond, validation, held.step),
+        "peak": held.total + beside + max(beyond, validation, held.step),
     }
 
 
@@ -139,6 +145,12 @@ def inference_memory(sizes: Sizes, step: Rehearsal, cache: int = 0) -> dict[str,
 def base_of(model: nn.Module) -> nn.Module | None:
     """The large language model inside, PEFT's wrapper around it included; None where there is none."""
     return next((each for each in model.modules() if hasattr(each, "get_input_embeddings") and hasattr(each, "config")), None)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the type of the language model's weights, or float32."""
+    base = base_of(model)
+    return torch.float32 if base is None else next(base.parameters()).dtype
 
 
 def sizes_of(model: nn.Module) -> Sizes:

@@ -11,13 +11,33 @@ from torch import Tensor, nn
 from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.callbacks.float32 import HALVES
 from lit_llmers.conf.schema import TrainerConfig
+from lit_llmers.losses.feature import block_boundaries
 from lit_llmers.planning.rehearsal import Rehearsal, faked, rehearse_inference, rehearse_training
-from lit_llmers.planning.sharing import Sizes, base_of, sizes_of
+from lit_llmers.planning.sharing import Sizes, base_of, dtype_of, sizes_of
+from lit_llmers.ranking import Catalogue, top_items
+from lit_llmers.record import block_states
 from lit_llmers.students.recommender import Recommender
+from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.base import checkpoint_activations
 
 HALF = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 FEW, SOME = 2, 3  # layers that stand for those of a deep language model, all of which are alike
+
+
+@dataclass(frozen=True)
+class Online:
+    """A frozen teacher beside a student that trains, whole on every process.
+
+    Attributes:
+        weights: bytes.
+        step: what it says of a full batch of the longest rows.
+        share, precision: as `Training` has them.
+    """
+
+    weights: int
+    step: Rehearsal
+    share: float
+    precision: str
 
 
 @dataclass
@@ -31,6 +51,7 @@ class Training:
         own: of the weights as they are stored, and frozen.
         precision: that its products are computed in.
         other: the step with layers recomputed, or not, whichever it does not do; None where there is no choice.
+        teacher: that runs beside it; None where there is none.
     """
 
     step: Rehearsal
@@ -39,6 +60,12 @@ class Training:
     own: Sizes
     precision: str
     other: Rehearsal | None = None
+    teacher: Online | None = None
+
+    @property
+    def beside(self) -> int:
+        """Bytes of the teacher's weights."""
+        return 0 if self.teacher is None else self.teacher.weights
 
 
 def training_step(model: Any, loss: Callable[[], Tensor], trainer: TrainerConfig, share: float) -> Training:
@@ -74,8 +101,39 @@ def ranking_step(model: Recommender, rows: int, length: int, trainer: TrainerCon
         return _deep(model, lambda: rehearse_inference(model, ask, types(trainer)[0] if trainer else None))
 
 
+def states_step(model: SequentialRecommender, batch: dict[str, Tensor], blocks: int, recorded: bool = True) -> Rehearsal:
+    """One batch of a teacher's block states: read by its student, or `recorded`, while those of the batch before are there."""
+    boundaries, targets = block_boundaries(model.backbone.layers, blocks), batch["target"].numel()
+
+    def ask() -> Any:
+        before = torch.empty(targets if recorded else 0, blocks, model.backbone.width, dtype=dtype_of(model))
+        return before, block_states(model, batch, boundaries)
+
+    return rehearse_inference(faked(model), ask)
+
+
+def lists_step(model: Recommender, batch: dict[str, Tensor], k: int, of_targets: bool, met: int) -> Rehearsal:
+    """One batch of a teacher's lists that are recorded, while those of the batch before are there.
+
+    Args:
+        of_targets: at each target of the batch, else after each whole history.
+        met: items that are left out of a list.
+    """
+    lists = batch["target"].numel() if of_targets else len(batch["user"])
+
+    def ask() -> Any:
+        tables, seen = model.tables(), torch.ones(lists * met, dtype=torch.long)
+        before = torch.empty(lists, k, dtype=torch.long), torch.empty(2, lists, k)  # items, items in 32 bits, scores
+        if of_targets:
+            catalogue, user = Catalogue(model.item_table()), model(batch).user  # type: ignore[arg-type]
+            return tables, before, top_items(user, catalogue, k, seen, seen.clone())
+        return tables, before, model.top_items(batch | {"seen_row": seen, "seen_item": seen.clone()}, k, tables)
+
+    return reading_step(model, ask)
+
+
 def reading_step(model: Any, read: Callable[[], Any]) -> Rehearsal:
-    """One batch of texts without gradients."""
+    """One batch without gradients."""
     faked(model)
     return _deep(model, lambda: rehearse_inference(model, read))
 
@@ -111,10 +169,8 @@ def types(trainer: TrainerConfig) -> tuple[torch.dtype | None, torch.dtype | Non
 
 def precision(model: nn.Module, trainer: TrainerConfig | None = None) -> str:
     """What most products are computed in: the type of a language model's weights, or the trainer's; without either float32."""
-    base = base_of(model)
-    weights = next(base.parameters()).dtype if base is not None else torch.float32
     halves = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}
-    return halves.get(weights, "32-true" if trainer is None else trainer.precision)
+    return halves.get(dtype_of(model), "32-true" if trainer is None else trainer.precision)
 
 
 # ---- deep models -------------------------------------------------------------------------------------------------------------

@@ -41,29 +41,32 @@ def _cures(stage: Stage, estimate: Estimate, card: Card) -> list[str]:
             return []
         return [f"a batch_size of {int(size * room / memory['buffers'])} instead of {size}"]
     sizes, out = training.sizes, []
-    beyond = memory["peak"] - held_by(sizes, trainer).total
+    beside = training.beside
+    beyond = memory["peak"] - beside - held_by(sizes, trainer).total
     copied = "mixed" in trainer.precision and training.own.base < sizes.base
     copies = training.own.base if copied else 0  # in half, which mixed precision makes of float32 weights that train
     states, validation = memory["activations"] + memory["buffers"] - copies, memory["validation"] - copies
     otherwise = memory.get("peak_otherwise", memory["peak"])
+    if beside and memory["peak"] - beside <= card.usable:
+        out.append(f"signals.online=false ({(memory['peak'] - beside) / GIB:.1f} GiB)")
     if otherwise < memory["peak"] and otherwise <= card.usable:
         of = "contrast" if stage.verb == "encode" and stage.config.contrast else "base"
         out.append(f"gradient_checkpointing=true of its {of} ({otherwise / GIB:.1f} GiB)")
     if sizes.base_trained > 0.5 * sizes.base:
         adapters = replace(training.own, base_trained=0, trained=max(1, sizes.trained - _elements(training)))
         held = held_by(adapters, trainer)
-        peak = held.total + max(states, validation, held.step)
+        peak = held.total + beside + max(states, validation, held.step)
         if peak <= card.usable:
             out.append(f"LoRA adapters on its base ({peak / GIB:.1f} GiB)")
     if sizes.base and stage.verb != "encode":  # which trains on copies alone
         worlds = [2**power for power in range(1, 7) if 2**power > trainer.processes and trainer.batch_size % 2**power == 0]
         for world in worlds:
             held = held_by(training.own, trainer, "zero3", world)
-            peak = held.total + max(states * trainer.processes // world, validation, held.step)
+            peak = held.total + beside + max(states * trainer.processes // world, validation, held.step)
             if peak <= card.usable:
                 out.append(f"trainer=zero3 on {world} processes ({peak / GIB:.1f} GiB)")
                 break
-    room = card.usable - held_by(sizes, trainer).total
+    room = card.usable - beside - held_by(sizes, trainer).total
     rows = int(trainer.batch_size * room / beyond) // trainer.processes * trainer.processes
     if rows >= trainer.processes and memory["validation"] <= room:
         out.append(f"trainer.batch_size={rows} instead of {trainer.batch_size}, with accumulate_grad_batches for the rest")
