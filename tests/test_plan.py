@@ -220,6 +220,19 @@ def test_a_teacher_that_takes_more_than_its_student_is_the_peak(monkeypatch: pyt
     assert beyond >= of(recorded, "signals")["memory"]["weights"]
 
 
+def test_titles_and_the_base_that_embeds_them_stand_beside_a_tuned_model() -> None:
+    def beside(embedder: str, *overrides: str) -> tuple[int, int, int]:
+        found = planned("recipe=bigrec", "stage=lists", f"stages.teacher.generation.embedder={embedder}", *overrides, *SMALL)
+        model = 4 * of(found, "teacher")["parameters"]["total"]
+        return of(found, "lists")["memory"]["weights"] - model, model, found["data"]["items"]
+
+    tables, model, items = beside("tuned")
+    assert tables > 8 * (items + 1) * (64 + 2), "in 64 bits"
+    assert beside("base")[0] == pytest.approx(tables + model, rel=0.01)
+    adapters = "teacher.lora={rank:4,alpha:8,dropout:0.0,targets:[q_proj]}"
+    assert beside("base", adapters)[0] == pytest.approx(tables, rel=0.01), "which are turned off"
+
+
 @pytest.mark.parametrize(("recipe", "stage"), [("cd", "lists"), ("slmrec", "signals")])
 def test_a_record_reads_out_every_position(recipe: str, stage: str) -> None:
     plans = [planned(f"recipe={recipe}", f"sequences.examples={which}", *SMALL) for which in ("sequence", "last")]

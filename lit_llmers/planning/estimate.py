@@ -178,7 +178,7 @@ class Estimator:
             self._trained(out, steps.training_step(paper.model, loss, config.trainer, share), config.trainer)
         if config.encode == "transformer":
             reading = steps.reading_step(paper.model, lambda: steps.states(paper.model, config.batch_size, longest))
-            out.memory = _larger(out.memory, inference_memory(sizes_of(paper.model), reading))
+            out.memory = _larger(out.memory, inference_memory(sizes_of(paper.model).weights, reading.peak))
             self._add(out, reading, share, -(-vectors // config.batch_size), steps.precision(paper.model), stage.processes)
             if config.users in ("history", "profile"):
                 out.notes.append("texts of users are taken to be as long as those of items")
@@ -239,7 +239,7 @@ class Estimator:
         in_pairs = issubclass(find("backbones", stage.config.fit), CollaborativeBackbone)
         longest, share = (1, 1.0) if in_pairs else self._lengths(stage, TrainingRows(self.data, stage.config.sequences))
         asked = question(paper.model, min(size, rows), longest)
-        out.memory = inference_memory(sizes_of(paper.model), asked)
+        out.memory = inference_memory(sizes_of(paper.model).weights, asked.peak)
         self._add(out, asked, share, -(-rows // min(size, rows)), steps.precision(paper.model), processes)
 
     def _beside(self, stage: Stage, rows: TrainingRows, local: int) -> Online | None:
@@ -255,7 +255,10 @@ class Estimator:
         return Online(sizes_of(model).weights, asked, share, steps.precision(model))
 
     def _generate(self, stage: Stage, out: Estimate) -> None:
-        """A tuned model says titles by beam search: its cache of keys and values counts, its time is unknown."""
+        """A tuned model says titles by beam search: its cache of keys and values counts, its time is unknown.
+
+        Beside it stand the vectors of all titles, and its base where that embeds them and cannot be had of it.
+        """
         model, config = self.papers.of(stage).model, stage.config
         rows, asked = config.generation.batch_size, config.generation
         lengths = texts.example_lengths(self.known, config)
@@ -265,7 +268,10 @@ class Estimator:
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
         cache = 2 * own.num_hidden_layers * heads * width * tokens * rows * asked.num_beams * model.dtype.itemsize
-        out.memory = inference_memory(sizes_of(model), reading, cache)
+        weights, titles = sizes_of(model).weights, steps.titles_step(self.data.n_items, own.hidden_size, model.dtype)
+        bases = 1 + (asked.embedder == "base" and BaseConfig.of(config.base).lora is None)
+        buffers = max(reading.peak + cache, titles.peak - titles.kept)
+        out.memory = inference_memory(bases * weights + titles.kept, buffers)
         out.notes.append(f"how long {stage.name} takes to say titles is not estimated")
 
     # ---- figures -----------------------------------------------------------------------------------------------------------

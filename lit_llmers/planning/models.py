@@ -1,7 +1,10 @@
 """The models of a recipe's stages as they will be built, and their parameters. All of it goes inside `pretending`."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from lit_llmers.students.negatives import UnmetDraw
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.base import DTYPES, BaseConfig, _architecture, _attention, checkpoint_activations
+from lit_llmers.teachers.grounding import GroundedRecommender
 from lit_llmers.teachers.lora import LoraConfig, with_lora
 from lit_llmers.teachers.wording import INSTRUCTION, title_tokenizer
 
@@ -62,6 +66,20 @@ class FakeLists:
     def read(self, batch: dict[str, Tensor], drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
         targets = batch["target"].numel() if drawn is None else len(drawn)
         return torch.ones(targets, self.k, dtype=torch.long), torch.empty(targets, self.k)
+
+
+class FakeGrounded(GroundedRecommender):
+    """Stands for a tuned language model whose items all have titles, no two alike."""
+
+    def __init__(self, items: int, width: int, dtype: torch.dtype) -> None:
+        Recommender.__init__(self, nn.Identity())
+        self.titles = [(item,) for item in range(items)]
+        self.wording: Any = SimpleNamespace(titles=[None, *self.titles])
+        self.empty = partial(torch.empty, items, width, dtype=dtype)
+
+    def embed(self, texts: Sequence[tuple[int, ...]]) -> Tensor:
+        self.states = self.empty()  # remembered
+        return self.empty().double()
 
 
 class FakeHistories(Histories):

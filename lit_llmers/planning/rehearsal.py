@@ -34,7 +34,7 @@ class Rehearsal:
     """What one step takes besides the weights, in bytes; the optimiser's state is not in it.
 
     Attributes:
-        kept: what lives when the forward pass has ended, for the backward pass: the activations.
+        kept: what lives when the forward pass has ended: the activations, for the backward pass; without gradients the answer.
         forward, backward: the most that lives in each pass, gradients of trained weights included.
         gradients: bytes of the gradients.
         flops: floating-point operations of matrix products, forward and backward.
@@ -95,8 +95,9 @@ def rehearse_inference(model: nn.Module, ask: Callable[[], Any], autocast: torch
     model.eval()
     with torch.no_grad(), _counting(model) as live, _autocast(autocast):
         answer = ask()
+    kept = live.now
     del answer
-    return Rehearsal(0, live.peak, 0, 0, live.flops, live.kernels)
+    return Rehearsal(kept, live.peak, 0, 0, live.flops, live.kernels)
 
 
 @contextmanager

@@ -136,10 +136,10 @@ def training_memory(
     }
 
 
-def inference_memory(sizes: Sizes, step: Rehearsal, cache: int = 0) -> dict[str, int]:
-    """Bytes of a process that asks a model, by what they are for."""
+def inference_memory(weights: int, buffers: int) -> dict[str, int]:
+    """Bytes of a process that asks a model, by what they are for: what stays, and the most that comes and goes."""
     zero = dict.fromkeys(("gradients", "optimizer", "gathered", "activations", "validation", "host"), 0)
-    return {"weights": sizes.weights, **zero, "buffers": step.peak + cache, "peak": sizes.weights + step.peak + cache}
+    return {"weights": weights, **zero, "buffers": buffers, "peak": weights + buffers}
 
 
 def base_of(model: nn.Module) -> nn.Module | None:

@@ -12,6 +12,7 @@ from lit_llmers.backbones import CollaborativeBackbone
 from lit_llmers.callbacks.float32 import HALVES
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.losses.feature import block_boundaries
+from lit_llmers.planning.models import FakeGrounded
 from lit_llmers.planning.rehearsal import Rehearsal, faked, rehearse_inference, rehearse_training
 from lit_llmers.planning.sharing import Sizes, base_of, dtype_of, sizes_of
 from lit_llmers.ranking import Catalogue, top_items
@@ -130,6 +131,12 @@ def lists_step(model: Recommender, batch: dict[str, Tensor], k: int, of_targets:
         return tables, before, model.top_items(batch | {"seen_row": seen, "seen_item": seen.clone()}, k, tables)
 
     return reading_step(model, ask)
+
+
+def titles_step(items: int, width: int, dtype: torch.dtype) -> Rehearsal:
+    """The vectors of all titles, which stay while a tuned language model is asked."""
+    grounded = FakeGrounded(items, width, dtype)
+    return rehearse_inference(grounded, grounded.tables)
 
 
 def reading_step(model: Any, read: Callable[[], Any]) -> Rehearsal:
