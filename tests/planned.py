@@ -33,11 +33,20 @@ def _compare(stage: Stage, planned: Estimate) -> None:
         assert counts == stage.summary["parameters"], stage.label
         counted = stage.verb == "fit" and issubclass(find("backbones", stage.config.fit), CountingBackbone)
         assert counted or planned.memory, stage.label
+    if stage.verb in ("fit", "tune", "export"):
+        assert planned.disk is not None
+        written = sum(path.stat().st_size for path in _weights(stage.folder))
+        assert abs(written - planned.disk["kept"]) < 0.02 * written + 64 * 2**10, f"{stage.label}: {written}, {planned.disk}"
     if stage.verb == "record":
         assert planned.disk is not None
         written = sum(path.stat().st_size for path in _shards(stage.folder))
         header = 128  # bytes of an npy file
         assert 0 <= written - planned.disk["kept"] <= header * len(_shards(stage.folder)), stage.label
+
+
+def _weights(folder: Path) -> list[Path]:
+    names = ("best.ckpt", "item_table.npy", "*.safetensors", "model.onnx*")
+    return [path for name in names for path in folder.rglob(name)]
 
 
 def _shards(folder: Path) -> list[Path]:

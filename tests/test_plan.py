@@ -16,7 +16,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.planning.cards import CARDS, USABLE, Card
 from lit_llmers.planning.data import stand_in
 from lit_llmers.planning.rehearsal import pretending, rehearse_training
-from lit_llmers.planning.sharing import BUCKET, Sizes, shares, sizes_of
+from lit_llmers.planning.sharing import BUCKET, Sizes, checkpoints, shares, sizes_of
 
 SMALL = ["data.generator.users=120", "data.generator.items=80", "logger=csv"]
 STRUCTURE = {"name", "verb", "seeds", "repeated", "folders", "needs", "processes", "devices", "num_nodes", "strategy"}
@@ -107,6 +107,14 @@ def test_copies_are_whole_and_fsdp_divides_what_is_of_the_base() -> None:
 def test_adapters_leave_gradients_and_state_of_the_base_out() -> None:
     sizes = Sizes(base=14_000, base_trained=80, rest=100, rest_trained=20, trained=25)
     assert shares(sizes, "auto", 1).total == 14_100 + 100 + 200
+
+
+@pytest.mark.parametrize(
+    ("strategy", "best", "last"),  # GB of 7 B parameters in 16 bits, as files of DeepSpeed and Lightning have them
+    [("auto", 42, 42), ("ddp", 42, 42), ("fsdp2", 14, 42), ("zero2", 14, 98), ("zero3", 14, 84), ("zero3-offload", 14, 84)],
+)
+def test_a_sharded_model_leaves_its_weights_alone(strategy: str, best: int, last: int) -> None:
+    assert checkpoints(SIZES, strategy) == (best * 10**9, last * 10**9)
 
 
 def test_a_rehearsal_counts_what_a_linear_layer_keeps() -> None:
@@ -242,6 +250,33 @@ def test_a_record_reads_out_every_position(recipe: str, stage: str) -> None:
     assert every["flops"] > last["flops"]
     if stage == "lists":
         assert every["flops"] - last["flops"] > written / (8 * 100) * 2 * 64 * plans[0]["data"]["items"], "all items are scored"
+
+
+# ---- disk ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_in_half_precision_takes_half_the_disk() -> None:
+    half = ["teacher.dtype=bfloat16", "stages.export.of=teacher", *SMALL]
+    one, both = (
+        planned("recipe=slmrec", f"stages.export.export={formats}", *half) for formats in ("[onnx]", "[safetensors,onnx]")
+    )
+    counts = of(one, "teacher")["parameters"]
+    rest = counts["item_table"] + (128 * 64 + 64) + 64 * 128
+    assert of(one, "export")["disk"]["kept"] == 4 * counts["total"]
+    assert of(both, "export")["disk"]["kept"] == 4 * counts["total"] + 2 * (counts["total"] - rest) + 4 * rest
+    whole = of(planned("recipe=slmrec", "trainer=zero3", "trainer.precision=bf16-mixed", *half), "teacher")["disk"]
+    table = 4 * counts["item_table"]
+    assert whole["kept"] == table + 2 * counts["trainable"]
+    assert whole["checkpoint"] == 12 * counts["trainable"]
+    assert of(one, "teacher")["disk"]["kept"] == table + 12 * counts["trainable"], "what trains is float32"
+
+
+@pytest.mark.parametrize("lora", ["null", "{rank:4,alpha:8,dropout:0.0,targets:[q_proj]}"])
+def test_a_tuned_model_is_saved_beside_its_checkpoint(lora: str) -> None:
+    teacher = of(planned("recipe=bigrec", "stage=teacher", f"teacher.lora={lora}", *SMALL), "teacher")
+    counts = teacher["parameters"]
+    assert teacher["disk"]["checkpoint"] == 12 * counts["trainable"]
+    assert teacher["disk"]["kept"] == 12 * counts["trainable"] + 4 * counts["total"], "with the base, which is drawn"
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------------------

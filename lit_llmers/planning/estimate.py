@@ -21,9 +21,9 @@ from lit_llmers.planning import steps, texts
 from lit_llmers.planning.bases import Missing, prompt_tokens
 from lit_llmers.planning.cards import KERNEL, Card
 from lit_llmers.planning.data import Known
-from lit_llmers.planning.models import Paper, Papers, parameters
+from lit_llmers.planning.models import Paper, Papers, exported, parameters
 from lit_llmers.planning.rehearsal import Rehearsal
-from lit_llmers.planning.sharing import held_by, inference_memory, sizes_of, training_memory
+from lit_llmers.planning.sharing import checkpoints, held_by, inference_memory, sizes_of, training_memory
 from lit_llmers.planning.steps import Online, Training
 from lit_llmers.planning.texts import Lengths
 from lit_llmers.stages import Stage
@@ -41,7 +41,7 @@ class Estimate:
         parameters: total, trainable and item_table.
         memory: bytes of each process by what they are for, see `lit_llmers.planning.sharing`; where layers can be recomputed
             also `activations_checkpointed`, `activations_plain` and `peak_otherwise`, the peak with the other choice.
-        disk: bytes that are `kept`, and a `checkpoint` while it trains.
+        disk: bytes that are `kept`, and the last `checkpoint`, which is there while it trains.
         rows, steps, epochs: rows of an epoch, steps of it, epochs at most.
         flops: of all processes together.
         seconds: of each process.
@@ -94,9 +94,8 @@ class Estimator:
         out.disk = _disk(5 * len(self.data.items) + 8 * (self.data.n_users + 1) + int(written))
 
     def _export(self, stage: Stage, out: Estimate) -> None:
-        out.parameters = parameters(self.papers.of(next(need for need in stage.needs if need.verb == "fit")))
-        if out.parameters:
-            out.disk = _disk(4 * out.parameters["total"] * len(stage.config.export))
+        paper = self.papers.of(next(need for need in stage.needs if need.verb == "fit"))
+        out.parameters, out.disk = parameters(paper), _disk(exported(paper.model, stage.config.export))
 
     # ---- what trains -----------------------------------------------------------------------------------------------------
 
@@ -130,6 +129,8 @@ class Estimator:
         size = min(held_out, 512 if in_pairs else max(trainer.batch_size, 256))
         ranking = steps.ranking_step(model, _local(size, trainer), longest, trainer)
         training.teacher = None if in_pairs else self._beside(stage, rows, local)
+        best, last = checkpoints(training.sizes, trainer.strategy)
+        out.disk = _disk(out.disk["kept"] + best, last)
         self._trained(out, training, trainer, ranking)
         validations = (out.epochs or 0) // trainer.validate_every
         number = -(-held_out // size) * validations * trainer.processes
@@ -155,6 +156,9 @@ class Estimator:
             return F.cross_entropy(logits[learnt].float(), labels, reduction="none").mean()
 
         training = steps.training_step(paper.model, loss, trainer, lengths.mean / longest)
+        best, last = checkpoints(training.sizes, trainer.strategy)
+        saved = training.own.base_trained if config.base.get("path") else training.own.base  # with adapters, beside them
+        out.disk = _disk(best + saved, last)
         self._trained(out, training, trainer)
 
     def _encode(self, stage: Stage, out: Estimate) -> None:
@@ -175,7 +179,10 @@ class Estimator:
             self._epochs(out, self.data.n_items, config.trainer)
             local = _local(config.trainer.batch_size, config.trainer)
             loss = _saying(paper, local, longest) if config.encode == "said" else _views(paper, local, longest)
-            self._trained(out, steps.training_step(paper.model, loss, config.trainer, share), config.trainer)
+            training = steps.training_step(paper.model, loss, config.trainer, share)
+            saved = training.own.base_trained if config.contrast else 0
+            out.disk = _disk(out.disk["kept"] + saved, checkpoints(training.sizes, config.trainer.strategy)[1])
+            self._trained(out, training, config.trainer)
         if config.encode == "transformer":
             reading = steps.reading_step(paper.model, lambda: steps.states(paper.model, config.batch_size, longest))
             out.memory = _larger(out.memory, inference_memory(sizes_of(paper.model).weights, reading.peak))
@@ -297,7 +304,7 @@ class Estimator:
             out.steps = min(out.steps, trainer.limit_train_batches)
 
     def _trained(self, out: Estimate, training: Training, trainer: TrainerConfig, ranking: Rehearsal | None = None) -> None:
-        """Memory of each process while it trains, what its checkpoints take, and its time."""
+        """Memory of each process while it trains, and its time."""
         out.training = training
         held, teacher = held_by(training.sizes, trainer), training.teacher
         beside = (training.beside, None if teacher is None else teacher.step)
@@ -306,8 +313,6 @@ class Estimator:
             checkpointed, plain = sorted((training.step.kept, training.other.kept))
             out.memory |= {"activations_checkpointed": checkpointed, "activations_plain": plain}
             out.memory["peak_otherwise"] = training_memory(held, training.other, ranking, *beside)["peak"]
-        checkpoint = 3 * 4 * training.sizes.trained  # weights and AdamW's two moments
-        out.disk = _disk((out.disk or {"kept": 0})["kept"] + checkpoint, checkpoint)
         number = (out.steps or 0) * (out.epochs or 0) * trainer.processes
         self._add(out, training.step, training.share, number, training.precision, trainer.processes)
         if teacher is not None:

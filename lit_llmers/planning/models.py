@@ -20,6 +20,7 @@ from lit_llmers.data.histories import Histories
 from lit_llmers.planning.bases import on_paper
 from lit_llmers.planning.data import Known
 from lit_llmers.planning.sharing import dtype_of
+from lit_llmers.served import weights_of
 from lit_llmers.stages import Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
@@ -267,6 +268,17 @@ def said_learner(model: Any, n_items: int, dim: int) -> nn.Module:
     learner.model, learner.items = model, item_embedding(n_items, dim, 0.01)
     learner.projector = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width))
     return learner
+
+
+def exported(model: Recommender, formats: Sequence[str]) -> int:
+    """Bytes of an export's weights: in their own types, or in float32 in a graph. Adapters are merged into their base."""
+    held: Any = weights_of(model)
+    if isinstance(model, CollaborativeRecommender):
+        held = dict(zip(("users", "items"), model.backbone(), strict=True))
+    tensors = [tensor for name, tensor in held.items() if ".lora_" not in name]
+    sizes = {"safetensors": [tensor.element_size() for tensor in tensors]}
+    sizes["onnx"] = [4 if tensor.is_floating_point() else tensor.element_size() for tensor in tensors]
+    return sum(tensor.numel() * size for each in formats for tensor, size in zip(tensors, sizes[each], strict=True))
 
 
 def parameters(paper: Paper) -> dict[str, int] | None:

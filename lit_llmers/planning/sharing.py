@@ -111,6 +111,16 @@ def held_by(sizes: Sizes, trainer: TrainerConfig, strategy: str | None = None, w
     return shares(sizes, strategy or trainer.strategy, world or trainer.processes, fused, mixed)
 
 
+def checkpoints(sizes: Sizes, strategy: str) -> tuple[int, int]:
+    """Bytes of `best.ckpt` and `last.ckpt`. What was cut up is put together in the first, without the optimiser's state."""
+    whole = 3 * sizes.stepped  # the weights, and AdamW's two moments in their type
+    if strategy in ("auto", "ddp"):
+        return whole, whole
+    if strategy == "fsdp2":
+        return sizes.stepped, whole
+    return sizes.stepped, (MASTER + MOMENTS) * sizes.trained + (sizes.stepped if strategy == "zero2" else 0)
+
+
 def training_memory(
     held: Shares, step: Rehearsal, ranking: Rehearsal | None, beside: int = 0, asked: Rehearsal | None = None
 ) -> dict[str, int]:
