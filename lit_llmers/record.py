@@ -260,8 +260,10 @@ def run(stage: Stage) -> dict[str, Any]:
                 inside = (number >= rows.start) & (number < rows.stop)
                 for name, values in answers.items():
                     shards[name].write(number[inside], values.cpu()[inside])
-                stop_if_asked()
+                if not all(shard.written.all() for shard in shards.values()):  # a whole one is kept first
+                    stop_if_asked()
         log.info("%-24s %d of %d rows", stage.label, rows.stop, question.rows)
+        stop_if_asked()
     if not mine.first:
         return {}
     mine.wait(stage.folder, lambda: not _missing(writers, Processes()), "the shards of the others")

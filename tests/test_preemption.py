@@ -190,7 +190,7 @@ def test_asked_between_two_stages_the_next_one_is_not_begun(tmp_path, asked):
     assert not by_name(planned)["text"].folder.exists()
 
 
-def test_a_record_stops_after_the_shard_at_hand(tmp_path, monkeypatch, asked):
+def test_a_record_that_is_asked_to_stop_keeps_the_shard_that_is_whole(tmp_path, monkeypatch, asked):
     from lit_llmers import record
 
     planned = small(tmp_path, "trainer.max_epochs=1", "signals.shard_rows=300")
