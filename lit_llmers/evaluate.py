@@ -19,7 +19,7 @@ from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
-from lit_llmers.files import atomic_write, read_json, write_json
+from lit_llmers.files import atomic_write, read_json, readable, write_json
 from lit_llmers.metrics import Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.preemption import stop_if_asked
@@ -136,7 +136,7 @@ def rank_all(
     batches = EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history and candidates is None)
     ranks, before = np.full(len(rows), np.nan), 0.0
     if begun is not None and begun.is_file():
-        with np.load(begun, allow_pickle=False) as earlier:
+        with readable(begun, begun.parent), np.load(begun, allow_pickle=False) as earlier:
             ranks, before = earlier["ranks"], float(earlier["seconds"])
     if not isinstance(model, GroundedRecommender):  # which remembers what it said
         model.ranks(_on(device, next(iter(batches))), tables)  # warm up

@@ -471,6 +471,21 @@ def test_command(good, capsys):
         Results(good / "nowhere")
 
 
+def test_stages_name_their_device_where_several_machines_took_part(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.2, "student": 2.0, "control": 1.6, "sasrec": 1.2})
+
+    def table() -> str:
+        return section(write_report(Results(run)).read_text(), "## To do it again")
+
+    assert "| device |" not in table()
+    for name, device in (("teacher", "NVIDIA H100"), ("evaluate", "AMD EPYC, 2 cores")):
+        for done in run.glob(f"{name}*/DONE"):
+            done.write_text(json.dumps(json.loads(done.read_text()) | {"device": device}))
+    (of_teacher,) = [line for line in table().splitlines() if line.startswith("| teacher |")]
+    assert "| device |" in table()
+    assert of_teacher.endswith("| NVIDIA H100 |")
+
+
 def test_the_command_waits_for_a_run_that_writes_its_own_report(good, capsys, monkeypatch):
     monkeypatch.setattr(report, "PATIENCE", 0)
     with alone(good, deep=False), atomic_write(good / "report.md") as temporary:

@@ -276,7 +276,7 @@ class SignalsConfig:
         if self.dtype not in SIGNAL_DTYPES:
             raise unknown("dtype (signals.dtype)", self.dtype, SIGNAL_DTYPES)
         if self.shard_rows is not None and self.shard_rows < 1:
-            raise UserError(f"signals.shard_rows is {self.shard_rows}. It must be at least 1, or null for about 128 MB.")
+            raise UserError(f"signals.shard_rows is {self.shard_rows}. It must be at least 1, or null.")
 
 
 @dataclass(frozen=True)
