@@ -189,13 +189,13 @@ class AlignmentTerm(Term):
             return (student.sum() + signal.sum()) / self.temperature
         ids, weight = distinct(drawn(index, self.share, DRAWN), len(signals))
         if self.kind == "info_nce" and negatives == "all":
-            values = self._against_all(known.rows(table), known.rows(signals), known.place[ids])
+            values = self._against_all(known.rows(table), known.rows(signals), known.place[ids], weight)
         else:
             student, signal = self._promoted(table.index_select(0, ids), signals.index_select(0, ids))
             if self.kind == "mmd":
                 return multi_kernel_mmd(student, signal)
-            values = self._among_themselves(student, signal, ids, negatives)
-        return values.dot(weight.to(values))
+            values = self._among_themselves(student, signal, ids, weight, negatives)
+        return values.sum()
 
     def _promoted(self, student: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """Both after their projectors."""
@@ -203,28 +203,26 @@ class AlignmentTerm(Term):
         kind = torch.promote_types(torch.promote_types(student.dtype, signal.dtype), torch.float32)
         return student.to(kind), signal.to(kind)
 
-    def _against_all(self, table: Tensor, signals: Tensor, own: Tensor) -> Tensor:
-        """`[M]` losses of the rows `own` `[M]` against all rows of the other side."""
+    def _against_all(self, table: Tensor, signals: Tensor, own: Tensor, weight: Tensor) -> Tensor:
+        """`[M]` losses of the rows `own` `[M]` against all rows of the other side, times the weights `[M]`."""
         student, signal = self._promoted(table if self.symmetric else table.index_select(0, own), signals)
-        forth = student.index_select(0, own) if self.symmetric else student
-        values = info_nce_among(forth, signal, own, temperature=self.temperature)
-        if not self.symmetric:
-            return values
-        return (values + info_nce_among(signal.index_select(0, own), student, own, temperature=self.temperature)) / 2
+        settings: Any = {"temperature": self.temperature, "weight": weight}
+        values = info_nce_among(student.index_select(0, own) if self.symmetric else student, signal, own, **settings)
+        return (values + info_nce_among(signal.index_select(0, own), student, own, **settings)) / 2 if self.symmetric else values
 
-    def _among_themselves(self, student: Tensor, signal: Tensor, ids: Tensor, negatives: str) -> Tensor:
-        """`[M]` losses of M different entities."""
+    def _among_themselves(self, student: Tensor, signal: Tensor, ids: Tensor, weight: Tensor, negatives: str) -> Tensor:
+        """`[M]` losses of M different entities, times the weights `[M]`."""
         if self.kind == "cosine":
-            return cosine(student, signal)
+            return cosine(student, signal) * weight
         if self.kind == "soft_clip":
-            return soft_clip(signal, student, temperature=self.temperature)
+            return soft_clip(signal, student, temperature=self.temperature) * weight
         pairs = [(student, signal), (signal, student)] if self.symmetric else [(student, signal)]
         values = []
         for side, (anchor, candidates) in enumerate(pairs):
             if negatives == "bank":
                 bank: Any = self.banks[side]
                 candidates = torch.cat([candidates, bank.exchange(ids, candidates)])
-            values.append(info_nce_among(anchor, candidates, temperature=self.temperature))
+            values.append(info_nce_among(anchor, candidates, temperature=self.temperature, weight=weight))
         return torch.stack(values).mean(0)
 
 

@@ -58,8 +58,9 @@ class GraphContrastTerm(Term):
         if not self.every_node:
             losses = info_nce_among(first[ids], second[ids], temperature=self.temperature)
             return losses.sum() / len(ids)  # not their mean: see `cross_entropy`
-        losses = info_nce_among(first[ids], second[padding:], ids - padding, temperature=self.temperature)
-        return losses.dot(count[ids].to(losses)) / len(index)
+        weight = count[ids]
+        losses = info_nce_among(first[ids], second[padding:], ids - padding, temperature=self.temperature, weight=weight)
+        return losses.sum() / len(index)
 
 
 class GraphParts:
