@@ -104,7 +104,7 @@ def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):
     student, exporting = by_name(stages)["student"], by_name(stages)["export"]
     data = load_dataset(student)
     before, served = load_model(student, data), load_exported(exporting.folder)
-    for name in ("identity", "aligned"):
+    for name in ("control", "aligned"):
         shutil.rmtree(by_name(stages)[name].folder)
     shutil.rmtree(exporting.folder)
     assert_equal_weights(load_model(student, data).state_dict(), before.state_dict())
