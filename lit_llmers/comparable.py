@@ -28,12 +28,17 @@ ELSEWHERE = {  # arguments of `lit_llmers.fit` that have no place here, and what
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for; `students` is empty where each recipe keeps its own."""
+    """What the command line asks for; `students` is empty where each recipe keeps its own.
+
+    Attributes:
+        jobs: how many stages may be at work at once.
+    """
 
     recipes: list[str]
     students: list[str]
     reference: str | None
     overrides: list[str]
+    jobs: int = 1
 
 
 def parse(arguments: Sequence[str]) -> Asked:
@@ -48,7 +53,7 @@ def parse(arguments: Sequence[str]) -> Asked:
         key, _, value = argument.partition("=")
         if key in ELSEWHERE:
             raise UserError(f"'{argument}' belongs to lit_llmers.fit. {ELSEWHERE[key]}")
-        if key in ("recipes", "students", "reference"):
+        if key in ("recipes", "students", "reference", "jobs"):
             given[key] = value
         else:
             overrides.append(argument)
@@ -65,7 +70,10 @@ def parse(arguments: Sequence[str]) -> Asked:
     names = _list("recipes", given["recipes"]) if "recipes" in given else ["student"]
     for name in names:
         recipes.find(name)
-    return Asked(names, students, given.get("reference"), overrides)
+    jobs = given.get("jobs", "1")
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise UserError(f"jobs={jobs}: it is how many stages are at work at once, a whole number from 1, as jobs=2.")
+    return Asked(names, students, given.get("reference"), overrides, int(jobs))
 
 
 def _list(key: str, text: str) -> list[str]:

@@ -2,31 +2,26 @@
 
 Every student, recipe, or both, is a run of its own under `<run.dir>/compare/<run.name>/`, in a process of its own: what is
 done is skipped, what failed is named at the end and takes nothing else along, and no run's memory or caches change the
-figures of the next.
+figures of the next. With `jobs=N` the stages of all runs are N processes at a time.
 """
 
-import ctypes
 import logging
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lit_llmers import fit, preemption, recipes
+from lit_llmers import fit, jobs, preemption, recipes
 from lit_llmers.comparable import Asked, PlannedRun, labels, parse, planned_runs
 from lit_llmers.errors import UserError, unknown
+from lit_llmers.jobs import Job
 
 if TYPE_CHECKING:
     from lit_llmers.reporting.comparison import Comparison
-
-TAIL = 8192  # bytes of a run's messages that are searched for its error
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +69,7 @@ def help_text() -> str:
             "  data=ml-1m seeds=[0,1,2]         as in lit_llmers.fit; every override holds for every run",
             "  trainer.max_epochs=N             at most N epochs in every training stage",
             "  reference=NAME                   what all are tested against; by default their control, else the best",
+            "  jobs=N                           N stages at a time, each with its GPU or its share of the cores",
             "  run.name=NAME run.dir=FOLDER     where the results go (runs/compare/<name>; the name is else the data set's)",
             "",
             "The same command given again skips what is done, goes on where it was stopped, and retries what failed.",
@@ -97,22 +93,10 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
     called = labels(runs)
     if asked.reference is not None and asked.reference not in called.values():
         raise unknown("reference", asked.reference, set(called.values()))
-    failed: dict[str, str] = {}
+    jobs.check(runs, asked.jobs)
     worked = not all(run.done for run in runs)
     with alone(root, deep=False):  # each run cleans its own folder, which somebody else may hold
-        for number, run in enumerate(runs, start=1):
-            where = f"[{number}/{len(runs)}] {run.label:<16}"
-            if run.done:
-                log.info("%s done before, skipped (%s)", where, run.folder)
-                continue
-            log.info("%s starts (%s)", where, run.folder)
-            preemption.stop_if_asked()
-            share(run, root)
-            started = time.monotonic()
-            error = start(run.arguments)
-            if error:
-                failed[run.label] = error
-            log.info("%s %s after %.1f s", where, "failed" if error else "done", time.monotonic() - started)
+        failed = run_all(runs, root, asked.jobs)
         comparison = gather(runs, called, asked.reference)
         if comparison is None:
             return failed
@@ -124,6 +108,52 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
         finish_loggers(loggers)
     print(f"\n{summary_table(comparison)}\n\nReport: {report}")
     return failed
+
+
+def run_all(runs: Sequence[PlannedRun], root: Path, number: int) -> dict[str, str]:
+    """Do what is not done: run after run, or the stages of all, `number` at a time; the errors of those that failed.
+
+    Raises:
+        Stopped: this process or one of the runs was asked to stop.
+    """
+    failed: dict[str, str] = {}
+    began: dict[str, float] = {}
+    for run in runs:
+        if run.done:
+            log.info("%s done before, skipped (%s)", _place(run, runs), run.folder)
+    todo = [run for run in runs if not run.done]
+    working: dict[Future[str | None], tuple[int, Job]] = {}
+    with jobs.InTurn() if number == 1 else ThreadPoolExecutor(number) as executor:
+        while todo or working:
+            for slot in sorted(set(range(number)) - {slot for slot, _ in working.values()}):
+                preemption.stop_if_asked()
+                if job := _next(todo, root, [job.name for _, job in working.values()], whole=number == 1):
+                    if began.setdefault(job.run.label, now := time.monotonic()) == now:
+                        log.info("%s starts (%s)", _place(job.run, runs), job.run.folder)
+                    share, label = jobs.share_of_machine(slot, number), "" if number == 1 else f"{job.run.label:<16}"
+                    working[executor.submit(jobs.start, job.arguments, share, label)] = slot, job
+            for future in wait(working, return_when=FIRST_COMPLETED).done:
+                _, job = working.pop(future)
+                if error := future.result():
+                    failed[job.run.label] = error
+                if job.run in todo and (error or job.stage is None or job.run.done):
+                    todo.remove(job.run)
+                    seconds = time.monotonic() - began[job.run.label]
+                    log.info("%s %s after %.1f s", _place(job.run, runs), "failed" if error else "done", seconds)
+    return failed
+
+
+def _next(todo: Sequence[PlannedRun], root: Path, busy: Sequence[str], whole: bool) -> Job | None:
+    """What to begin with: the first run that has not to wait for another one's stages, or a stage of it."""
+    for run in todo:
+        share(run, root)
+        if job := Job(run) if whole else jobs.next_job(run, busy):
+            return job
+    return None
+
+
+def _place(run: PlannedRun, runs: Sequence[PlannedRun]) -> str:
+    return f"[{runs.index(run) + 1}/{len(runs)}] {run.label:<16}"
 
 
 def gather(runs: Sequence[PlannedRun], called: dict[tuple[str, str], str], reference: str | None) -> "Comparison | None":
@@ -160,46 +190,6 @@ def share(run: PlannedRun, root: Path) -> None:
             if twin is not None:
                 stage.folder.parent.mkdir(parents=True, exist_ok=True)
                 stage.folder.symlink_to(os.path.relpath(twin, stage.folder.parent.resolve()), target_is_directory=True)
-
-
-def start(arguments: Sequence[str]) -> str | None:
-    """Run `lit_llmers.fit` in a process of its own, with its messages passed on; return its error, None when it is done.
-
-    What asks this process to stop asks that one, and this one stops after it.
-
-    Raises:
-        Stopped: the run was stopped.
-    """
-    command = [sys.executable, "-m", "lit_llmers.fit", *arguments]
-    tail = b""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=_die_with_parent()) as process:
-        assert process.stderr is not None
-        with preemption.passing_on_to(process.pid):
-            while chunk := os.read(process.stderr.fileno(), 65536):
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.flush()
-                tail = (tail + chunk)[-TAIL:]
-    if (by := preemption.by_status(process.returncode)) is not None:
-        raise preemption.Stopped(by)
-    return _error(process.returncode, tail.decode(errors="replace")) if process.returncode else None
-
-
-def _die_with_parent() -> Callable[[], Any] | None:
-    """Has Linux kill a run whose comparison was killed, so that the same command finds nobody at work."""
-    if sys.platform != "linux":
-        return None
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    return partial(ctypes.CDLL(None).prctl, set_death_signal, signal.SIGKILL)
-
-
-def _error(status: int, messages: str) -> str:
-    """The line that says why a run failed."""
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"killed by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
-    lines = [line.strip() for line in re.split(r"[\r\n]+", messages) if line.strip()]
-    marked = [line for line in lines if re.match(r"error: " if status == 2 else r"[\w.]*(Error|Exception)\b", line)]
-    return next(reversed(marked or lines), f"exit status {status}, without a word").removeprefix("error: ")
 
 
 if __name__ == "__main__":

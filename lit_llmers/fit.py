@@ -145,7 +145,7 @@ def help_text() -> str:
             "  data=local data.path=FOLDER      your own interactions.parquet and items.parquet",
             "  seeds=[0,1,2]                    repeat the student and its control, with a paired test",
             "  stage=NAME                       stop after this stage",
-            "  only=NAME                        this stage alone; what it needs must be done",
+            "  only=NAME                        this stage alone (NAME-seed1: for one seed); what it needs must be done",
             "  trainer.max_epochs=N             at most N epochs in every training stage",
             "  stages.NAME.trainer.max_epochs=N in this one, whatever is said of all",
             "  scale=paper                      the settings of the paper, for a cluster",

@@ -32,7 +32,7 @@ def run(stages: list[Stage], until: str | None, only: str | None = None, argumen
 
     Args:
         until: name of the stage to stop after.
-        only: name of the stage to run alone, for all its seeds; what it needs must be done.
+        only: name of the stage to run alone, for all its seeds, or its label, for one; what it needs must be done.
         arguments: of the command, which processes are started with for a stage that needs several.
 
     Returns:
@@ -89,13 +89,14 @@ def check_machine(stages: list[Stage]) -> None:
 def select(stages: list[Stage], until: str | None, only: str | None = None) -> list[Stage]:
     """The stages that `run` runs or finds done."""
     names = list(dict.fromkeys(stage.name for stage in stages))
+    labels = {stage.label for stage in stages}
     if until is not None and only is not None:
         raise UserError(f"stage={until} stops after a stage and only={only} runs one alone. Leave one of them out.")
-    for name in (until, only):
-        if name is not None and name not in names:
+    for name, known in ((until, set(names)), (only, labels.union(names))):
+        if name is not None and name not in known:
             raise unknown("stage", name, names)
     if only is not None:
-        return [stage for stage in stages if stage.name == only]
+        return [stage for stage in stages if only in (stage.name, stage.label)]
     return stages if until is None else [stage for stage in stages if names.index(stage.name) <= names.index(until)]
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from test_fit import HEAVY
 from test_report import best_epoch, make_run
 from tiny import arguments
 
-from lit_llmers import comparable, compare, fit, recipes
+from lit_llmers import comparable, compare, fit, jobs, recipes
 from lit_llmers.errors import UserError
 from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
@@ -227,21 +226,21 @@ def started(monkeypatch) -> list[str]:
     """Runs go on in this process, and their names are noted."""
     names: list[str] = []
 
-    def start(given: list[str]) -> str | None:
+    def start(given: list[str], *_: object) -> str | None:
         names.append(given[-1].removeprefix("run.name="))
         with contextlib.redirect_stdout(None):
             return "it failed" if fit.main(given) else None
 
-    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr(jobs, "start", start)
     return names
 
 
 def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path, started, monkeypatch, capsys):
     command = ["students=[sasrec,gru4rec]", "seeds=[0,1]", *tiny(tmp_path)]
     root = tmp_path / "compare" / "demo"
-    goes_on = compare.start
+    goes_on = jobs.start
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "start", lambda given: "no memory" if "student=gru4rec" in given else goes_on(given))
+        patch.setattr(jobs, "start", lambda given, *_: "no memory" if "student=gru4rec" in given else goes_on(given))
         assert main(*command) == 1
     said = capsys.readouterr()
     assert "error: gru4rec failed: no memory" in said.err
@@ -261,13 +260,13 @@ def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path
     assert "against gru4rec" in capsys.readouterr().out
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "start", lambda given: "no memory")
+        patch.setattr(jobs, "start", lambda *_: "no memory")
         assert main(*command, "trainer.batch_size=8") == 1
     assert "sasrec" not in capsys.readouterr().out, "figures of other settings are no substitute"
 
 
 def test_what_somebody_else_writes_below_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "start", lambda given: "no memory")
+    monkeypatch.setattr(jobs, "start", lambda *_: "no memory")
     half = tmp_path / "compare" / "demo" / "student" / "sasrec" / "student-1" / ".last.ckpt.5.tmp"
     with alone(half.parent):
         half.write_bytes(b"being written")
@@ -364,32 +363,3 @@ def test_runs_on_other_data_are_refused(tmp_path, monkeypatch, capsys):
     Path("two.yaml").write_text(METHOD.format(weight=0.1) + "evaluation: {mask_history: false}\n")
     assert main("recipes=[one.yaml,two.yaml]", *[o for o in tiny(tmp_path) if not o.startswith("~")]) == 2
     assert "'one' and 'two' cannot be compared: evaluation.mask_history is True in one and False" in capsys.readouterr().err
-
-
-def test_the_error_of_a_run_is_its_own_words():
-    assert compare.start(["recipe=slmrek"]).startswith("Unknown recipe 'slmrek'. Did you mean 'slmrec'?")
-    assert compare._error(1, "Traceback\n  File x\nValueError: old\n\ntorch.OutOfMemoryError: full\nsome more\n") == (
-        "torch.OutOfMemoryError: full"
-    )
-    assert compare._error(-9, "epoch 1") == "killed by SIGKILL, as the system does when memory runs out"
-    assert compare._error(3, "") == "exit status 3, without a word"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a kernel's favour")
-def test_a_killed_comparison_leaves_no_run_behind():
-    program = """\
-import subprocess, sys
-from lit_llmers.compare import _die_with_parent
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=_die_with_parent())
-print(child.pid, flush=True)
-child.wait()
-"""
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
-        child = int(parent.stdout.readline())
-        parent.kill()
-    state = Path(f"/proc/{child}/stat")
-    for _ in range(100):
-        if not state.is_file() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.05)
-    pytest.fail("the run outlived its comparison")

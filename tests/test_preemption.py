@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from runs import assert_same_run, ended, fork, logged, results, strays
 from tiny import arguments, assert_equal_weights, by_name, small, weights
 
-from lit_llmers import compare, fit, preemption
+from lit_llmers import comparable, compare, fit, jobs, preemption
 from lit_llmers.callbacks.preemption import leave_signals_alone
 from lit_llmers.data.loader import EvaluationBatches, SequenceDataModule
+from lit_llmers.files import write_json
 from lit_llmers.journal import read_journal, read_metrics
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
@@ -274,6 +276,38 @@ def test_a_comparison_passes_it_on_and_ends(tmp_path):
     assert torch.load(last, weights_only=True)["global_step"] > 10
 
 
+def test_a_comparison_passes_it_on_to_all_that_are_at_work(tmp_path, monkeypatch, capfd):
+    real, begun = subprocess.Popen, []
+    waits = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('at work', file=sys.stderr)"
+
+    def stand_in(command, **kwargs):
+        begun.append(real([sys.executable, "-u", "-c", f"{waits}; signal.pause()"], **kwargs))
+        return begun[-1]
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", stand_in)
+    monkeypatch.setattr(preemption, "_asked", None)
+    given = ["students=[sasrec,gru4rec]", "jobs=2", *arguments(tmp_path, recipe="student")]
+    root, runs = comparable.planned_runs(comparable.parse(given))
+    (runs[0].stages[0].folder / "DONE").parent.mkdir(parents=True)
+    write_json(runs[0].stages[0].folder / "DONE", {"seconds": 1.0, "summary": {}})  # so both can train
+    said = ""
+
+    def ask():
+        nonlocal said
+        while said.count("at work") < 2:
+            time.sleep(0.05)
+            said += capfd.readouterr().err
+        preemption._ask(signal.SIGTERM, None)  # as the handler does
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with pytest.raises(preemption.Stopped, match="SIGTERM"):
+        compare.run_all(runs, root, 2)
+    asking.join()
+    assert [process.returncode for process in begun] == [143, 143]
+    assert [f"{name:<16} at work" in said for name in ("sasrec", "gru4rec")] == [True, True]
+
+
 @pytest.mark.parametrize("by", STATUS, ids=lambda by: by.name)
 def test_a_run_that_was_stopped_by_itself_stops_the_comparison(monkeypatch, by):
     stopped = subprocess.Popen  # a run that ends as a stopped one does
@@ -281,9 +315,9 @@ def test_a_run_that_was_stopped_by_itself_stops_the_comparison(monkeypatch, by):
     def ends(command, **kwargs):
         return stopped([sys.executable, "-c", f"raise SystemExit({STATUS[by]})"], **kwargs)
 
-    monkeypatch.setattr(compare.subprocess, "Popen", ends)
+    monkeypatch.setattr(jobs.subprocess, "Popen", ends)
     with pytest.raises(preemption.Stopped, match=by.name):
-        compare.start(["recipe=slmrec"])
+        jobs.start(["recipe=slmrec"])
 
 
 @pytest.mark.parametrize(

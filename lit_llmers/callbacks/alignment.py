@@ -208,7 +208,9 @@ class AlignmentTerm(Term):
         student, signal = self._promoted(table if self.symmetric else table.index_select(0, own), signals)
         settings: Any = {"temperature": self.temperature, "weight": weight}
         values = info_nce_among(student.index_select(0, own) if self.symmetric else student, signal, own, **settings)
-        return (values + info_nce_among(signal.index_select(0, own), student, own, **settings)) / 2 if self.symmetric else values
+        if not self.symmetric:
+            return values
+        return (values + info_nce_among(signal.index_select(0, own), student, own, **settings)) / 2
 
     def _among_themselves(self, student: Tensor, signal: Tensor, ids: Tensor, weight: Tensor, negatives: str) -> Tensor:
         """`[M]` losses of M different entities, times the weights `[M]`."""
