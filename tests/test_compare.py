@@ -22,7 +22,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.reporting import comparison_report
-from lit_llmers.reporting.comparison import Comparison, Contender, comparison_table, figures, notes
+from lit_llmers.reporting.comparison import Comparison, Contender, comparison_table, figures, notes, read_comparison
 
 LEVELS = {"sasrec": 1.6, "gru4rec": 1.4, "caser": 0.4}
 METHOD = """\
@@ -134,6 +134,31 @@ def test_what_is_written(folders, tmp_path, monkeypatch):
     finish_loggers(loggers)
     media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
     assert sorted(name.rpartition(".")[2] for name in media) == ["json", "png"]
+
+
+def test_a_folder_is_read_back_as_the_comparison_that_it_is_of(folders, tmp_path):
+    made = tmp_path / "made"
+    runs = {name: shutil.copytree(run, made / name) for name, run in folders.items()}
+    paired = Comparison([Contender(name, run, "student") for name, run in runs.items()], [("caser", "sasrec")])
+    given = {"best": students(runs), "named": students(runs, "caser"), "paired": paired}
+    for name, comparison in given.items():
+        (made / name).mkdir()
+        comparison_report.write_report(made / name, comparison, [], {}, "")
+    made.rename(tmp_path / "moved")
+    for name, comparison in given.items():
+        found = read_comparison(str(tmp_path / "moved" / name))
+        assert figures(found) == figures(comparison)
+        assert (found.opponent, notes(found)) == (comparison.opponent, notes(comparison))
+
+
+def test_a_folder_without_a_comparison_is_refused_and_one_whose_run_is_begun_anew(folders, tmp_path):
+    with pytest.raises(UserError, match=r"There is no comparison in .*nowhere: compare.json is missing. Give a folder that"):
+        read_comparison(tmp_path / "nowhere")
+    runs = {"sasrec": shutil.copytree(folders["sasrec"], tmp_path / "run")}
+    comparison_report.write_report(tmp_path, students(runs), [], {}, "")
+    (tmp_path / "run" / "evaluate-abc123" / "DONE").unlink()
+    with pytest.raises(UserError, match=r"run has not evaluated 'student'. Give the comparison's command again"):
+        read_comparison(tmp_path)
 
 
 def test_a_text_that_may_betray_held_out_items_is_warned_of_at_the_head(folders, tmp_path):

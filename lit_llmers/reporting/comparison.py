@@ -1,5 +1,6 @@
 """Models of several runs beside each other: one table, with each against its reference."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lit_llmers.errors import UserError
+from lit_llmers.files import read_json, write_json
 from lit_llmers.reporting.results import METRIC, Evaluated, Results
 from lit_llmers.reporting.significance import holm, spread
 from lit_llmers.reporting.tables import NONE, Rows, average, count, duration, metric_names, metric_rows, p_value, percent
 
 COLUMNS = (("all", "HR@10"), ("all", METRIC), ("head", METRIC), ("tail", METRIC))  # of the table; all others are in the CSV
+RECORD = "compare.json"  # of which models a folder's comparison is
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Comparison(Evaluated):
     """Models of several runs, which were ranked on the same test rows.
 
     Args:
-        contenders: the rows; every run is evaluated.
+        contenders: the rows.
         pairs: labels of methods and their controls. Without any, the rows go from the best to the worst.
         reference: the label that all are compared with; None takes each method's control, or without pairs the best.
 
@@ -36,13 +39,16 @@ class Comparison(Evaluated):
         reference: who all are compared with; None where each method has its control.
 
     Raises:
-        UserError: the runs were not evaluated on the same rows in the same way.
+        UserError: a model is not evaluated, or the runs were not evaluated on the same rows in the same way.
     """
 
     def __init__(
         self, contenders: Sequence[Contender], pairs: Sequence[tuple[str, str]] = (), reference: str | None = None
     ) -> None:
         runs = {each.run: Results(each.run) for each in contenders}
+        for each in contenders:
+            if each.name not in runs[each.run].models:
+                raise UserError(f"The run in {each.run} has not evaluated '{each.name}'. Give the comparison's command again.")
         first = next(iter(runs.values()))
         assert first.evaluation
         for run in runs.values():
@@ -57,7 +63,7 @@ class Comparison(Evaluated):
             rows.sort(key=lambda seeds: -spread([model["metrics"]["all"][METRIC] for model in seeds])[0])
         models = [model for seeds in rows for model in seeds]
         super().__init__(first.data, first.evaluation | {"models": models}, first.folder)
-        self.runs, self.pairs = list(runs.values()), list(pairs)
+        self.runs, self.contenders, self.pairs = list(runs.values()), list(contenders), list(pairs)
         self.best_is_reference = reference is None and not pairs
         self.reference = next(iter(self.models)) if self.best_is_reference else reference
 
@@ -106,6 +112,32 @@ def _of(run: Results, contender: Contender) -> list[dict[str, Any]]:
         model | {"name": contender.label, "ranks": str((run.folder / model["ranks"]).resolve())}
         for model in run.models[contender.name]
     ]
+
+
+def write_record(comparison: Comparison, root: Path) -> None:
+    """Write `compare.json`, from which `read_comparison` makes the comparison again; its paths are relative to `root`."""
+    models = [
+        {"label": each.label, "run": os.path.relpath(each.run, root), "name": each.name} for each in comparison.contenders
+    ]
+    reference = None if comparison.best_is_reference else comparison.reference
+    write_json(root / RECORD, {"models": models, "pairs": comparison.pairs, "reference": reference})
+
+
+def read_comparison(root: str | Path) -> Comparison:
+    """The comparison that `lit_llmers.compare` left in a folder, with every model's ranks.
+
+    Raises:
+        UserError: there is none in that folder, or a run of it is gone or not evaluated.
+    """
+    root = Path(root).expanduser()
+    if not (root / RECORD).is_file():
+        raise UserError(
+            f"There is no comparison in {root}: {RECORD} is missing. Give a folder that `python -m lit_llmers.compare` made, "
+            "as runs/compare/NAME; in one of an older version the same command writes it, and runs nothing that is done."
+        )
+    record = read_json(root / RECORD)
+    contenders = [Contender(each["label"], root / each["run"], each["name"]) for each in record["models"]]
+    return Comparison(contenders, [(method, control) for method, control in record["pairs"]], record["reference"])
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], Rows]:

@@ -1,4 +1,4 @@
-"""What a comparison leaves: `compare.md` with its plot, `compare.csv`, and a table in W&B."""
+"""What a comparison leaves: `compare.md` with its plot, `compare.csv`, `compare.json`, and a table in W&B."""
 
 import csv
 import os
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lit_llmers.environment import recorded
 from lit_llmers.files import atomic_write
 from lit_llmers.reporting import sections, tables
-from lit_llmers.reporting.comparison import Comparison, comparison_table, figures, notes, terminal_columns
+from lit_llmers.reporting.comparison import Comparison, comparison_table, figures, notes, terminal_columns, write_record
 from lit_llmers.reporting.plots import write_comparison
 from lit_llmers.reporting.verdict import leak_warnings, short_warnings
 
@@ -25,7 +25,7 @@ def write_report(
     command: str,
     worked: bool = True,
 ) -> Path:
-    """Write `compare.md`, `compare.png`, `compare.csv` and `environment.json`.
+    """Write `compare.md`, `compare.png`, `compare.csv`, `compare.json` and `environment.json`.
 
     Args:
         root: the comparison's folder.
@@ -40,6 +40,7 @@ def write_report(
     machine = recorded(root, worked)
     write_comparison(comparison, root / "compare.png")
     _write_csv(comparison, root / "compare.csv")
+    write_record(comparison, root)
     parts = [
         f"# Comparison on {comparison.data['name']}" + (f" ({root.name})" if root.name != comparison.data["name"] else ""),
         sections.data_line(comparison),
