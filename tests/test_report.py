@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from tiny import dataset
 
 from lit_llmers import report
 from lit_llmers.errors import UserError
@@ -19,7 +20,7 @@ from lit_llmers.report import publish, summary_table, write_report
 from lit_llmers.reporting import plots
 from lit_llmers.reporting.comparison import Comparison, Contender
 from lit_llmers.reporting.comparison_report import write_report as write_comparison_report
-from lit_llmers.reporting.results import Results
+from lit_llmers.reporting.results import Evaluated, Results
 
 USERS, KS, SEEDS = 600, (1, 5, 10, 20), (0, 1, 2)
 GROUPS = ["0-4", "5-9", "10-19", "20-49", "50+"]
@@ -220,6 +221,38 @@ def test_models_of_other_seeds_are_not_compared(tmp_path):
     content = json.loads(path.read_text())
     write(path, content | {"models": content["models"][:-1]})
     assert "cannot be compared: they were not evaluated with the same seeds." in write_report(Results(run)).read_text()
+
+
+def test_any_metric_is_compared_and_none_for_another(good):
+    results, ranks = Results(good), {}
+    for name in ("student", "control"):
+        ranks[name] = np.stack([np.load(good / "evaluate-abc123" / f"ranks-{name}-seed{seed}.npy") for seed in SEEDS])
+    for metric, hits in (("HR@3", lambda ranks: ranks + 1 <= 3), ("HR@100", lambda ranks: ranks + 1 <= 100)):
+        difference = hits(ranks["student"]).mean() - hits(ranks["control"]).mean()
+        assert results.compare("student", "control", metric=metric)["difference"] == pytest.approx(difference)
+    assert results.compare("student", "control") == results.gains["student", "control"]
+
+
+def test_hits_that_models_share_by_hand(tmp_path):
+    ranks = {("a", 0): [0, 3, 20, 9], ("a", 1): [0, 30, 5, 9.5], ("b", 0): [0, 12, 2, 1], ("none", 0): [50, 50, 50, 50]}
+    models = [{"name": name, "seed": seed, "ranks": f"{name}{seed}.npy"} for name, seed in ranks]
+    for model, each in zip(models, ranks.values(), strict=True):
+        np.save(tmp_path / model["ranks"], np.array(each, dtype=np.float32))
+    results = Evaluated({}, {"models": models}, tmp_path)
+    assert results.shared_hits("a", "b") == pytest.approx((2 / 3 + 2 / 2) / 2)
+    assert results.shared_hits("b", "a") == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert results.shared_hits("a", "a") == pytest.approx((1 / 3 + 1 / 2) / 2), "a seed is not compared with itself"
+    assert results.shared_hits("a", "b", k=1) == 1
+    assert (results.shared_hits("b", "b"), results.shared_hits("none", "a")) == (None, None)
+    assert results.shared_hits("a", "none") == 0
+
+
+def test_how_often_targets_were_met_in_training(tmp_path):
+    run = make_run(tmp_path, {"student": 1.0}, seeds=(0,))
+    with pytest.raises(UserError, match=r"There is no file .*prepare-abc123"):
+        Results(run).target_popularity.sum()
+    dataset([[1, 2, 3, 1], [1, 1, 1, 3], [1, 2, 4, 2]]).save(run / "prepare-abc123")
+    assert Results(run).target_popularity.tolist() == [4, 0, 2], "the last two items of each are not trained on"
 
 
 @pytest.mark.parametrize(("level", "said"), [(1.6, "does not clearly beat"), (0.9, "is worse than")])

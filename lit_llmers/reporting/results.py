@@ -62,7 +62,7 @@ class Evaluated:
         self.data = data
         self.evaluation = evaluation
         self.folder = folder
-        self._cache: dict[tuple[str, str], dict[str, Any] | None] = {}
+        self._cache: dict[tuple[str, str, str], dict[str, Any] | None] = {}
 
     @property
     def subject(self) -> str:
@@ -115,17 +115,28 @@ class Evaluated:
 
         return [per_user_metric(torch.from_numpy(ranks), metric).numpy() for ranks in self._ranks[name]]
 
-    def compare(self, name: str, reference: str, rows: np.ndarray | None = None) -> dict[str, Any] | None:
-        """`paired_over_seeds` of `METRIC` for two models, on all test rows or those where `rows` `[n]` is true.
+    def compare(self, name: str, reference: str, rows: np.ndarray | None = None, metric: str = METRIC) -> dict[str, Any] | None:
+        """`paired_over_seeds` of a metric for two models, on all test rows or those where `rows` `[n]` is true.
 
         A model that was trained once is compared with every seed of the other. None with fewer than two users, or with
         seeds that do not match.
         """
         if rows is not None:
-            return self._compare(name, reference, rows)
-        if (name, reference) not in self._cache:
-            self._cache[name, reference] = self._compare(name, reference, np.array(True))
-        return self._cache[name, reference]
+            return self._compare(name, reference, rows, metric)
+        if (name, reference, metric) not in self._cache:
+            self._cache[name, reference, metric] = self._compare(name, reference, np.array(True), metric)
+        return self._cache[name, reference, metric]
+
+    def shared_hits(self, name: str, other: str, k: int = 10) -> float | None:
+        """Of the test rows whose target a model ranks in its top k, the share whose target another does too.
+
+        It is a mean over pairs of seeds, one of each model. Of a model and itself the seeds of a pair differ, so that it says
+        how far training anew finds the same targets. None with one seed, or without hits.
+        """
+        ours, theirs = ([hit > 0 for hit in self.per_row(each, f"HR@{k}")] for each in (name, other))
+        pairs = [(first, second) for i, first in enumerate(ours) for j, second in enumerate(theirs) if name != other or i != j]
+        shares = [second[first].mean() for first, second in pairs if first.any()]
+        return float(np.mean(shares)) if shares else None
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
@@ -137,11 +148,11 @@ class Evaluated:
         """`compare` for each of `comparisons`."""
         return {pair: self.compare(*pair) for pair in self.comparisons}
 
-    def _compare(self, name: str, reference: str, rows: np.ndarray) -> dict[str, Any] | None:
+    def _compare(self, name: str, reference: str, rows: np.ndarray, metric: str) -> dict[str, Any] | None:
         seeds = [[model["seed"] for model in self.models[model_name]] for model_name in (name, reference)]
         if seeds[0] != seeds[1] and min(map(len, seeds)) > 1:
             return None
-        first, second = ([row[rows].ravel() for row in self.per_row(each)] for each in (name, reference))
+        first, second = ([row[rows].ravel() for row in self.per_row(each, metric)] for each in (name, reference))
         most = max(len(first), len(second))
         first, second = first * (most // len(first)), second * (most // len(second))
         user = self.user[rows].ravel()
@@ -175,6 +186,21 @@ class Results(Evaluated):
     @property
     def subject(self) -> str:
         return f"{self.about['recipe']}/{self.about['run']} on {super().subject}"
+
+    @cached_property
+    def target_popularity(self) -> np.ndarray:
+        """Training interactions of the target of every test row: `[n]`.
+
+        Raises:
+            UserError: the prepared data are gone or damaged.
+        """
+        from lit_llmers.data.dataset import Dataset
+        from lit_llmers.data.sequences import EvaluationRows
+
+        assert self.evaluation is not None
+        dataset = Dataset.load(next(stage.folder for stage in self.stages if stage.verb == "prepare"))
+        rows = EvaluationRows(dataset, "test", 1, self.evaluation["protocol"].get("sample"))
+        return dataset.popularity()[rows.target]
 
     def _stage(self, entry: dict[str, Any]) -> StageResult:
         folder = self.run / entry["folder"]
