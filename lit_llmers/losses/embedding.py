@@ -58,7 +58,7 @@ def entity_topology(student: Tensor, teacher: Tensor, group: Tensor) -> Tensor:
         group: `[N]` number of each entity's group.
 
     Returns:
-        `[N]`.
+        `[N]`, in float32 at least.
     """
     expected = _cosines(teacher.detach(), teacher.detach())  # [N, N]
     counted = (group[:, None] == group) & (expected > 0)
@@ -77,17 +77,20 @@ def group_topology(student: Tensor, teacher: Tensor, group: Tensor) -> Tensor:
         group: `[N]` number of each entity's group; those without an entity do not count.
 
     Returns:
-        `[N]`.
+        `[N]`, in float32 at least.
     """
+    student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach()))
     groups, member = group.unique(return_inverse=True)
     count = member.bincount(minlength=len(groups)).to(student)[:, None]
 
     def mean(x: Tensor) -> Tensor:
         return x.new_zeros(len(groups), x.shape[1]).index_add_(0, member, x.detach()) / count.to(x)
 
-    return (_cosines(student, mean(student)) - _cosines(teacher.detach(), mean(teacher))).square().sum(1)
+    return (_cosines(student, mean(student)) - _cosines(teacher, mean(teacher))).square().sum(1)
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """`[N, M]` cosines of `[N, d]` and `[M, d]`."""
-    return F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+    """`[N, M]` cosines of `[N, d]` and `[M, d]`, in float32 at least."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):  # a topology that is nearly learned differs by less than half precision
+        return F.normalize(x.to(kind), dim=1) @ F.normalize(y.to(kind), dim=1).T

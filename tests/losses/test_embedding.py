@@ -110,6 +110,21 @@ def test_topology_by_plain_loops():
         assert groups[i].item() == pytest.approx(sum((cos(s, student[i]) - cos(t, teacher[i])) ** 2 for s, t in means))
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [entity_topology, group_topology])
+def test_topologies_are_in_full_precision_under_autocast(loss, given):
+    teacher, noise = (x.detach() for x in vectors((128, 64), (128, 64)))
+    student, teacher = ((teacher + 0.05 * noise).to(given).requires_grad_(), teacher.to(given))
+    group = torch.arange(128) % 5
+    exact = loss(student.double(), teacher.double(), group)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(student, teacher, group)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-7)
+    gradients = [torch.autograd.grad(each.sum(), student)[0].double() for each in (value, exact)]
+    torch.testing.assert_close(*gradients, rtol=1e-4 if given == torch.float32 else 0.01, atol=1e-5)
+
+
 def test_equal_topologies_cost_nothing():
     teacher = vectors((6, 4))[0].detach()
     turned = 3 * teacher @ torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
