@@ -51,16 +51,23 @@ def pair_dots(users: Tensor, items: Tensor, user: Tensor, item: Tensor) -> Tenso
         item: `[B, K]` rows of `items`.
 
     Returns:
-        `[B, K]`.
+        `[B, K]`, in float32 at least.
     """
     fast = users.dtype in (torch.float32, torch.float64) and not (users.is_cuda or torch.compiler.is_compiling())
     if not fast or item.numel() > len(users) * len(items):  # a sparse tensor may not have more entries than cells
-        return torch.einsum("bd,bkd->bk", F.embedding(user, users), F.embedding(item, items))
+        return plain_dots(users, items, user, item)
     if bool((user[1:] < user[:-1]).any()):
         order = user.argsort()
         return pair_dots(users, items, user[order], item[order]).index_select(0, order.argsort())
     offsets = F.pad(torch.bincount(user, minlength=len(users)).cumsum(0), (1, 0)) * item.shape[1]
     return _PickedDots.apply(users, items, offsets, item.flatten()).view(item.shape)
+
+
+def plain_dots(users: Tensor, items: Tensor, user: Tensor, item: Tensor) -> Tensor:
+    """As `pair_dots` does it on an accelerator."""
+    wide = torch.promote_types(torch.promote_types(users.dtype, items.dtype), torch.float32)
+    with torch.autocast(users.device.type, enabled=False):  # half precision would be hundredths of a nat off
+        return torch.einsum("bd,bkd->bk", F.embedding(user, users).to(wide), F.embedding(item, items).to(wide))
 
 
 class _PickedDots(torch.autograd.Function):

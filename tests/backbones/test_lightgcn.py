@@ -116,6 +116,18 @@ def test_pair_dots_equal_the_plain_ones_with_their_gradients(double, order, pair
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pairs", [20, 40])
+def test_pair_dots_are_in_full_precision_under_autocast(given, pairs):
+    users, items = (torch.randn(rows, 5).to(given).requires_grad_() for rows in (7, 11))
+    user, item = torch.randint(0, 7, (pairs,)), torch.randint(0, 11, (pairs, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        dots = pair_dots(users, items, user, item)
+    assert dots.dtype == torch.float32
+    torch.testing.assert_close(dots, (users.float()[user][:, None] * items.float()[item]).sum(2))
+    assert all(gradient.dtype == given for gradient in torch.autograd.grad(dots.sum(), (users, items)))
+
+
 def test_half_squares_and_their_gradient(double):
     assert torch.autograd.gradcheck(half_squares, (torch.randn(6, 3, requires_grad=True), torch.rand(6)))
     table, rows = torch.randn(6, 3), torch.tensor([0, 0, 4])
