@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
-from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
-from lit_llmers.callbacks.embedding_distillation import (
-    check_share,
-    distinct,
-    drawn,
-    item_sets,
-    number_of_targets,
-    two_layers,
-    with_signal,
-)
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term, check_share
+from lit_llmers.callbacks.embedding_distillation import distinct, drawn, item_sets, number_of_targets, two_layers, with_signal
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import cosine, info_nce_among, multi_kernel_mmd, soft_clip
@@ -312,7 +304,7 @@ class Alignment(Distillation):
             raise UserError(f"alignment: temperature is {temperature}. It must be positive.")
         if learn_temperature and temperature < COLDEST:
             raise UserError(f"alignment: temperature is {temperature}. To be learned it must start at {COLDEST} or above.")
-        check_share("alignment", share)
+        check_share("alignment", share, null=True)
         self.items, self.users, self.kind, self.negatives, self.bank = items, users, kind, negatives, bank
         self.symmetric, self.temperature, self.learn_temperature = symmetric, temperature, learn_temperature
         self.projector, self.project, self.share = projector, project, share

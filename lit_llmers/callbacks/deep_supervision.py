@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.callbacks.distillation import Distillation, Term, check_share
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.losses.feature import block_boundaries
@@ -67,8 +67,7 @@ class DeepSupervision(Distillation):
                 f"deep_supervision: blocks is {blocks}, so there is no inner block to supervise. Choose 2 or more, or remove "
                 "the callback."
             )
-        if not 0 < share <= 1:
-            raise UserError(f"deep_supervision: share is {share}. It must be above 0 and at most 1.")
+        check_share("deep_supervision", share)
         self.blocks, self.share = blocks, share
 
     def build(self, student: SequentialRecommender) -> DeepSupervisionTerm:

@@ -124,3 +124,14 @@ class Distillation(L.Callback):
     def _set_weight(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         left = max(0.0, 1 - trainer.current_epoch / self.decay_epochs) if self.decay_epochs else 1.0
         pl_module.weights[self.name] = self.weight * left  # type: ignore[operator, index]
+
+
+def check_share(name: str, share: float | None, null: bool = False) -> None:
+    """Refuse a share that is 0 or outside 0..1.
+
+    Args:
+        name: of the callback, for the message.
+        null: None is a choice too.
+    """
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1{', or null' if null else ''}.")

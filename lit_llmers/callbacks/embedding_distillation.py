@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
-from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term, check_share
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.embedding import entity_topology, expert_weights, group_topology, gumbel_like, squared_distance
@@ -29,12 +29,6 @@ def two_layers(inputs: int, outputs: int, activation: type[nn.Module] = nn.ReLU)
     """The map that DE, HTD and RLMRec share: its inner width is the mean of both ends."""
     inner = (inputs + outputs) // 2
     return nn.Sequential(nn.Linear(inputs, inner), activation(), nn.Linear(inner, outputs))
-
-
-def check_share(name: str, share: float | None) -> None:
-    """Refuse a share that is none."""
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1, or null.")
 
 
 def drawn(index: Tensor, share: float | None, most: int) -> Tensor:
@@ -257,7 +251,7 @@ class EmbeddingDistillation(Distillation):
                 raise UserError(f"embedding_distillation: {key} is {value}. It must be positive.")
         if not 0 <= balance <= 1:
             raise UserError(f"embedding_distillation: balance is {balance}. It is a share, from 0 to 1.")
-        check_share("embedding_distillation", share)
+        check_share("embedding_distillation", share, null=True)
         self.items, self.kind, self.map, self.experts = items, kind, map, experts
         self.temperature, self.final_temperature = temperature, final_temperature
         self.balance, self.share = balance, share

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks import ranking_samples as samples
-from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term
-from lit_llmers.callbacks.teacher_lists import RankingSource, check_share, lists_of, of_all, of_drawn, read_lists
+from lit_llmers.callbacks.distillation import Distillation, Readers, Reduce, Term, check_share
+from lit_llmers.callbacks.teacher_lists import RankingSource, lists_of, of_all, of_drawn, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses import ranking as losses

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_llmers.callbacks.distillation import Distillation, Readers, Term
+from lit_llmers.callbacks.distillation import Distillation, Readers, Term, check_share
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.losses.alignment import soft_clip
@@ -152,8 +152,7 @@ class SelfDistillation(Distillation):
             raise UserError(f"self_distillation: length is {length}. It must be at least 1, or null.")
         if not temperature > 0:
             raise UserError(f"self_distillation: temperature is {temperature}. It must be positive.")
-        if not 0 < share <= 1:
-            raise UserError(f"self_distillation: share is {share}. It must be above 0 and at most 1.")
+        check_share("self_distillation", share)
         if len(users) < 2:
             raise UserError("self_distillation: there is only one user, who has no neighbour. Take more data.")
         self.users, self.histories = users, histories

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lit_llmers.data.loader import Batch
-from lit_llmers.errors import UserError
 from lit_llmers.students.output import StudentOutput
 
 Keys = tuple[str, str, str]  # of a batch: the lists' items and scores, and which targets they are of
@@ -60,8 +59,3 @@ def of_all(loss: Tensor, drawn: Tensor | None, targets: int) -> Tensor:
     if drawn is None:
         return loss
     return loss.new_zeros(targets).index_copy(0, drawn, loss * (targets / len(drawn)))
-
-
-def check_share(name: str, share: float) -> None:
-    if not 0 < share <= 1:
-        raise UserError(f"{name}: share is {share}. It must be above 0 and at most 1.")

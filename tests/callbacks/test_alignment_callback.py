@@ -348,7 +348,7 @@ def test_half_precision_and_one_item_are_finite():
         ({"learn_temperature": True, "temperature": 0.001}, "temperature is 0.001"),
         ({"bank": 0}, "bank is 0"),
         ({"temperature": 0.0}, "temperature is 0"),
-        ({"share": 1.5}, "share is 1.5"),
+        ({"share": 1.5}, "alignment: share is 1.5. It must be above 0 and at most 1, or null"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -106,7 +106,7 @@ def test_settings_that_supervise_nothing():
         with pytest.raises(UserError, match=f"blocks is {blocks}, so there is no inner block"):
             DeepSupervision(blocks=blocks)
     for share in (0.0, 1.5, -1):
-        with pytest.raises(UserError, match="share is"):
+        with pytest.raises(UserError, match=rf"deep_supervision: share is {share}. It must be above 0 and at most 1\."):
             DeepSupervision(share=share)
 
 

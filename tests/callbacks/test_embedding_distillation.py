@@ -288,7 +288,7 @@ def test_half_precision_is_finite():
         ({"temperature": 0.0}, "temperature is 0"),
         ({"final_temperature": -1.0}, "final_temperature is -1"),
         ({"balance": 2.0}, "balance is 2"),
-        ({"share": 0.0}, "share is 0"),
+        ({"share": 0.0}, "embedding_distillation: share is 0.0. It must be above 0 and at most 1, or null"),
         ({"kind": "experts", "map": "mlp"}, "map=mlp has no effect: it belongs to kind: hint"),
         ({"experts": 3}, "experts=3 has no effect: it belongs to kind: experts or topology"),
         ({"temperature": 2.0}, "temperature=2.0 has no effect"),

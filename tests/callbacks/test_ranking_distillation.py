@@ -343,7 +343,7 @@ def test_bf16_is_finite(tmp_path):
         ({"rank_samples": 0}, "rank_samples is 0"),
         ({"start_epoch": -1}, "start_epoch is -1"),
         ({"temperature": 0.0}, "temperature is 0.0. It must be positive"),
-        ({"share": 0.0}, "share is 0.0"),
+        ({"share": 0.0}, r"ranking_distillation: share is 0.0. It must be above 0 and at most 1\."),
         ({"decay_epochs": -1}, "decay_epochs is -1"),
         ({"weight": -1.0}, "weight is -1"),
     ],

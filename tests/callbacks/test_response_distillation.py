@@ -122,7 +122,7 @@ def test_every_method_teaches_both_kinds_of_students(method, kind, tmp_path):
         ({"temperature": 0}, "temperature is 0. It must be positive"),
         ({"loss": "kl", "offset": 1.0}, "offset=1.0 has no effect: it belongs to loss: soft_bce"),
         ({"rank_temperature": 20.0}, "rank_temperature=20.0 has no effect: it belongs to sampler: rank"),
-        ({"share": 2.0}, "share is 2.0"),
+        ({"share": 2.0}, r"response_distillation: share is 2.0. It must be above 0 and at most 1\."),
     ],
 )
 def test_bad_settings_name_the_key_and_the_cure(settings, message):

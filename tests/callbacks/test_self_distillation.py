@@ -200,7 +200,7 @@ def test_a_student_that_reads_one_position_fits_and_one_that_hides_items_does_no
         ({"length": 0}, "length is 0"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"temperature": 2.0}, "temperature=2.0 has no effect: it belongs to kind: soft_clip"),
-        ({"share": 0.0}, "share is 0"),
+        ({"share": 0.0}, r"self_distillation: share is 0.0. It must be above 0 and at most 1\."),
         ({"users": USERS[:1]}, "only one user"),
     ],
 )
