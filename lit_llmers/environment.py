@@ -59,7 +59,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
         "gpus": gpus,
@@ -67,6 +67,16 @@ def environment() -> dict[str, Any]:
         "packages": _packages(),
         "git": code(),
     }
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(processes: int) -> dict[str, str]:
+    """The environment of one of so many processes that share the cores; what a user has set stands."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // processes))}
 
 
 def device(machine: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lit_llmers import preemption
 from lit_llmers.comparable import PlannedRun
+from lit_llmers.environment import threads
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 
@@ -74,10 +75,7 @@ def share_of_machine(slot: int, number: int) -> dict[str, str]:
         return {}
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = [str(i) for i in range(torch.cuda.device_count())] if named is None else [d for d in named.split(",") if d]
-    share = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
-    if "OMP_NUM_THREADS" not in os.environ:
-        share["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // number))
-    return share
+    return threads(number) | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
 
 
 class InTurn(Executor):

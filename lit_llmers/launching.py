@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lit_llmers import preemption
+from lit_llmers.environment import threads
 from lit_llmers.errors import UserError
 from lit_llmers.processes import Processes, RankFailed
 
@@ -43,8 +44,7 @@ def launch(name: str, count: int, arguments: Sequence[str]) -> None:
     command = ["-m", "lit_llmers.fit", *given, f"only={name}"]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder)
-        threads = str(max(1, (os.cpu_count() or 1) // count))
-        with _environment({OUTCOMES: folder, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}):
+        with _environment({OUTCOMES: folder, **threads(count)}):
             agent = _Agent(count, command)
             agent.start()
             _attend(agent, outcomes)

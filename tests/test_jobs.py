@@ -58,9 +58,9 @@ def test_each_gets_its_own_gpu_and_its_share_of_the_cores(monkeypatch):
     assert [jobs.share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert jobs.share_of_machine(1, 2) == {"CUDA_VISIBLE_DEVICES": "GPU-8f"}
+    assert jobs.share_of_machine(1, 2) == {"CUDA_VISIBLE_DEVICES": "GPU-8f", "OMP_NUM_THREADS": "5"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert jobs.share_of_machine(1, 2) == {}, "none is to be used"
+    assert jobs.share_of_machine(1, 2) == {"OMP_NUM_THREADS": "5"}, "none is to be used"
 
 
 @pytest.mark.parametrize("given", ["jobs=0", "jobs=two", "jobs=-1", "jobs="])
