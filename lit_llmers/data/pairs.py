@@ -20,15 +20,19 @@ from lit_llmers.files import digest
 class UnmetItems:
     """Draws items that a user has no training interaction with: uniformly and exactly, without looping.
 
-    A draw from the whole catalogue is kept where the user has not met the item. Where he has, the r-th item that he has not met
-    takes its place, r uniform: with `p_0 < p_1 < ...` those he has met it is `r + 1 + #{k: p_k - 1 - k <= r}`, one binary
-    search also for a user who has met nearly everything. Most draws need no search: a table of bits, 16 and more for each pair,
-    tells which pairs are certainly not met (on ml-1m a search costs 25 times a look at it).
+    The numbers 1..F stand for the F items that a user has not met: each for itself, and one that he has met for one of his
+    items above F. So a draw is a number, and a search of all pairs for whether he has met it. Most draws need no search: a
+    table of bits, 16 and more for each pair, tells which pairs are certainly not met.
 
     Args:
         pairs: `[E, 2]` int64: user 0..U-1 and item 1..n; pairs may repeat.
         users: `[U]` original ids, which messages name.
         n_items: n.
+
+    Attributes:
+        met: `[E]` keys `user * (n + 1) + item` of the different pairs, ascending.
+        instead: `[E]` int32: what an item of these stands for, if it is at most F.
+        free: `[U]` F.
 
     Raises:
         UserError: a user has met every item.
@@ -39,15 +43,17 @@ class UnmetItems:
         self.met = distinct(pairs[:, 0] * self.stride + pairs[:, 1])
         user, item = np.divmod(self.met, self.stride)
         count = np.bincount(user, minlength=len(users))
-        self.first = np.cumsum(count) - count  # [U], where a user's pairs begin
-        self.free = n_items - count  # [U], items left to draw from
+        self.free = n_items - count
         if not self.free.all():
             raise UserError(
                 f"User '{users[self.free.argmin()]}' has met all {n_items} items of the catalogue in training, so none is left "
                 "to be a negative. Raise data.k_core, take more data, or choose what needs no negatives: student=item-knn, or "
                 "student.loss.kind=cross_entropy for a student that reads histories."
             )
-        self.rank = user * self.stride + item - 1 - (np.arange(len(item)) - self.first[user])  # the keys p_k - 1 - k
+        first = np.cumsum(count) - count  # [U], where a user's pairs begin
+        above = user * self.stride + self.free[user] + 1 + np.arange(len(user)) - first[user]  # [E], items F+1..n of each user
+        self.instead = np.zeros(len(user), np.int32)
+        self.instead[item <= self.free[user]] = above[~self._among_met(above)[1]] % self.stride  # as many, user by user
         self.shift = np.uint64(60 - len(self.met).bit_length())
         marked = np.zeros(1 << 64 - int(self.shift), bool)
         marked[self._hash(self.met)] = True
@@ -55,22 +61,29 @@ class UnmetItems:
 
     def draw(self, user: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
         """`[B, number]` int64 items for the users `[B]`, with replacement."""
-        user = np.repeat(user, number)
-        item = random.integers(1, self.stride, len(user))
-        suspects = np.flatnonzero(self._perhaps_met(user * self.stride + item))
-        keys = user[suspects] * self.stride + item[suspects]
-        again = suspects[self.met[np.minimum(np.searchsorted(self.met, keys), len(self.met) - 1)] == keys]
-        who = user[again]
-        nth = (random.random(len(who)) * self.free[who]).astype(np.int64)
-        item[again] = nth + 1 + np.searchsorted(self.rank, who * self.stride + nth, side="right") - self.first[who]
-        return item.reshape(-1, number)
+        item = (random.random((len(user), number)) * self.free[user][:, None]).astype(np.int64)
+        item += 1
+        keys = (item + (user * self.stride)[:, None]).reshape(-1)
+        suspects = np.flatnonzero(self._perhaps_met(keys))
+        place, met = self._among_met(keys[suspects])
+        item.reshape(-1)[suspects[met]] = self.instead[place[met]]
+        return item
+
+    def _among_met(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each key of `[K]` would stand in `met`, and whether it does."""
+        place = np.minimum(np.searchsorted(self.met, keys), len(self.met) - 1)
+        return place, self.met[place] == keys
 
     def _hash(self, keys: np.ndarray) -> np.ndarray:
-        return (keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> self.shift  # Fibonacci hashing
+        place = keys.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
+        place >>= self.shift
+        return place.view(np.int64)
 
     def _perhaps_met(self, keys: np.ndarray) -> np.ndarray:
         place = self._hash(keys)
-        return self.bits[place >> np.uint64(3)] & (np.uint8(1) << (place & np.uint64(7)).astype(np.uint8))
+        bit = (place & 7).astype(np.uint8)
+        place >>= 3
+        return self.bits.take(place) & (np.uint8(1) << bit)
 
 
 class PairRows:

@@ -152,7 +152,7 @@ class Papers:
             pairs, users = (
                 torch.ones(size, dtype=torch.long) for size in (len(self.dataset.training_pairs), self.dataset.n_users)
             )
-            unmet = UnmetDraw(pairs, users, users, self.dataset.n_items)
+            unmet = UnmetDraw(pairs, pairs.int(), users, self.dataset.n_items)
         return SequentialRecommender(backbone, config.optimizer, config.loss, 1.0, popularity, unmet)
 
     def _offers(self, stage: Stage) -> dict[str, Any]:

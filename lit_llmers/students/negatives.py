@@ -1,5 +1,6 @@
 """Items drawn to compete with a target when the whole catalogue does not."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,36 +37,42 @@ class PopularityDraw(nn.Module):
 class UnmetDraw(nn.Module):
     """Draws items that a user has no training interaction with, as `UnmetItems` does, on the device of the step.
 
-    Each draw takes a binary search over all training pairs. With ml-1m's number of them and one core that is 2 of the 710 ms of
-    a step of `scale=paper` (25,600 targets, one negative each), 180 of the 470 ms of a step of 6,400 targets with 256.
+    An accelerator searches all pairs for every draw: it is fast at that, and would have to wait to learn which are suspects.
+    With ml-1m's pairs and one core of a CPU a draw is 40 of the 155 ms of a step of 6,400 targets with 256 negatives, and would
+    be 85 if all were searched for; 2 of the 280 ms of a step of 25,600 targets with one negative each.
 
     Args:
-        rank: `[E]` int64, `first: [U]`, `free: [U]`: of `UnmetItems`.
+        met: `[E]` int64, `instead: [E]`, `free: [U]`: of `UnmetItems`.
         n_items: n.
+        in_memory: where they are from, which draws on a CPU; None: every draw is searched for there too.
     """
 
-    rank: Tensor
-    first: Tensor
+    met: Tensor
+    instead: Tensor
     free: Tensor
 
-    def __init__(self, rank: Tensor, first: Tensor, free: Tensor, n_items: int) -> None:
+    def __init__(self, met: Tensor, instead: Tensor, free: Tensor, n_items: int, in_memory: UnmetItems | None = None) -> None:
         super().__init__()
-        self.stride = n_items + 1
-        self.register_buffer("rank", rank, persistent=False)
-        self.register_buffer("first", first, persistent=False)
+        self.stride, self.in_memory = n_items + 1, in_memory
+        self.register_buffer("met", met, persistent=False)
+        self.register_buffer("instead", instead, persistent=False)
         self.register_buffer("free", free, persistent=False)
 
     @classmethod
     def of(cls, unmet: UnmetItems) -> "UnmetDraw":
-        rank, first, free = (torch.from_numpy(each) for each in (unmet.rank, unmet.first, unmet.free))
-        return cls(rank, first, free, unmet.n_items)
+        met, instead, free = (torch.from_numpy(each) for each in (unmet.met, unmet.instead, unmet.free))
+        return cls(met, instead, free, unmet.n_items, unmet)
 
     def forward(self, user: Tensor, number: int) -> Tensor:
         """`[T, number]` items 1..n for the users `[T]`, with replacement."""
+        if self.in_memory is not None and user.device.type == "cpu":
+            random = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
+            return torch.from_numpy(self.in_memory.draw(user.numpy(), number, random))
         uniform = torch.rand(len(user), number, dtype=torch.float64, device=user.device)
-        nth = (uniform * self.free[user][:, None]).long()  # of the items that the user has not met
-        place = torch.searchsorted(self.rank, nth + (user * self.stride)[:, None], right=True)
-        return nth + 1 + place - self.first[user][:, None]
+        item = (uniform * self.free[user][:, None]).long() + 1
+        keys = item + (user * self.stride)[:, None]
+        place = torch.searchsorted(self.met, keys).clamp_(max=len(self.met) - 1)
+        return torch.where(self.met[place] == keys, self.instead[place], item)
 
 
 def draw_uniform(target: Tensor, number: int, n_items: int) -> Tensor:

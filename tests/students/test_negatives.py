@@ -20,11 +20,13 @@ from lit_llmers.students.negatives import PopularityDraw, UnmetDraw, draw_unifor
 from lit_llmers.students.sequential import SequentialRecommender
 
 
+@pytest.mark.parametrize("searched", [False, True])
 @pytest.mark.parametrize("met", [[], [1, 20], list(range(5, 18)), [*range(1, 12), *range(13, 21)]])
-def test_every_item_that_a_user_has_not_met_is_as_likely(met):
-    """Whether he has met none, few, most, or all but one; beside another user."""
+def test_every_item_that_a_user_has_not_met_is_as_likely(met, searched):
+    """Whether he has met none, few, most, or all but one; beside another user. Searched for as on an accelerator, too."""
     pairs = np.array([[0, item] for item in met + met[:1]] + [[1, item] for item in range(1, 20)])
     draw = UnmetDraw.of(UnmetItems(pairs, np.array(["a", "b"]), 20))
+    draw.in_memory = None if searched else draw.in_memory
     torch.manual_seed(0)
     drawn = draw(torch.tensor([0, 1]).repeat(10_000), 4)  # [T, K]
     assert (drawn[1::2] == 20).all()
@@ -32,6 +34,21 @@ def test_every_item_that_a_user_has_not_met_is_as_likely(met):
     count = drawn[::2].flatten().bincount(minlength=21).numpy()
     assert count[left].sum() == 40_000
     assert chisquare(count[left]).pvalue > 1e-3 if len(left) > 1 else count[left[0]] == 40_000
+
+
+def test_most_draws_on_a_cpu_are_not_searched_for_and_follow_the_seed(monkeypatch):
+    data = random_dataset(users=30, n_items=40)
+    unmet, searched = UnmetItems(data.training_pairs, data.users, 40), []
+    draw, search = UnmetDraw.of(unmet), unmet._among_met
+    monkeypatch.setattr(unmet, "_among_met", lambda keys: searched.append(len(keys)) or search(keys))
+    user = torch.arange(30).repeat(20)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(draw(user, 50))
+    assert sum(searched) < 0.5 * 3 * 30_000
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
