@@ -106,7 +106,7 @@ class GroundedRecommender(Recommender):
         self.forget()
 
     def forget(self) -> None:
-        """The model has changed: what was said and embedded holds no longer."""
+        """The model will change: what was said and embedded holds no longer, and leaves its device."""
         self.memory: dict[tuple[int, ...], str] = {}
         self.vector: dict[tuple[int, ...], Tensor] = {}
 

@@ -66,7 +66,6 @@ class InstructedModel(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.ranker[0] is not None:
-            self.ranker[0].forget()
             self.tables = self.ranker[0].tables()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -83,6 +82,7 @@ class InstructedModel(L.LightningModule):
         if self.ranker[0] is not None:
             self.log_dict({f"val/{name}": value for name, value in self.ranking.compute().items()})
             self.ranking.reset()
+            self.ranker[0].forget()
             self.tables = None
         else:
             loss = self.mean_loss.compute()

@@ -19,6 +19,7 @@ from lit_llmers.record import open_signals
 from lit_llmers.running import run
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer
 from lit_llmers.teachers.grounding import GroundedRecommender, Trie
+from lit_llmers.teachers.instruct import InstructedModel
 from lit_llmers.teachers.lora import with_lora
 from lit_llmers.teachers.wording import Wording, pad_left
 
@@ -226,6 +227,19 @@ def test_a_base_on_disk_says_and_grounds_with_its_own_tokenizer(llama, lora):
     assert rankers[0].say(ASKED) == rankers[1].say(ASKED)
     batch = batch_of(ASKED) | {"target": torch.tensor([1, 2, 3, 4])}
     assert torch.equal(rankers[0].ranks(batch), rankers[1].ranks(batch))
+
+
+def test_after_a_validation_no_title_stays_beside_what_trains(monkeypatch):
+    ranker, logged = ranker_of(titled(HISTORIES), num_beams=1, max_new_tokens=3, embedder="tuned"), {}
+    module = InstructedModel(ranker.backbone, settings(), ranker)
+    monkeypatch.setattr(module, "log_dict", logged.update)
+    module.on_validation_epoch_start()
+    module.validation_step(batch_of(ASKED) | {"target": torch.tensor([1, 2, 3, 4])}, 0)
+    assert len(ranker.memory) == len(ASKED)
+    assert ranker.vector
+    module.on_validation_epoch_end()
+    assert "val/NDCG@10" in logged
+    assert [ranker.memory, ranker.vector, module.tables] == [{}, {}, None]
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
