@@ -8,7 +8,7 @@ from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.conf.schema import SHARDED
-from lit_llmers.conf.stages import GenerationConfig, TuneStage
+from lit_llmers.conf.stages import VALIDATING, TuneStage
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import Stage
@@ -37,7 +37,7 @@ def run(stage: Stage) -> dict[str, Any]:
         model = build_language_model(stage, wording)
     data, ranker = InstructionData(stage, dataset, wording), None
     if config.validate == "ranking":
-        ranker = GroundedRecommender(model, wording, GenerationConfig(num_beams=1, embedder="tuned"))
+        ranker = GroundedRecommender(model, wording, VALIDATING)
     module = InstructedModel(model, config, ranker)
     best = BestCheckpoint(stage.folder / "best.ckpt", MONITORS[config.validate], config.trainer.patience)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)

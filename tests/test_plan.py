@@ -241,6 +241,31 @@ def test_titles_and_the_base_that_embeds_them_stand_beside_a_tuned_model() -> No
     assert beside("base", adapters)[0] == pytest.approx(tables, rel=0.01), "which are turned off"
 
 
+def test_a_model_is_tuned_with_its_validation() -> None:
+    def teacher(validate: str, *overrides: str) -> dict[str, Any]:
+        return of(planned("recipe=bigrec", f"stages.teacher.validate={validate}", *overrides, *SMALL), "teacher")
+
+    def flops(validate: str, users: int) -> tuple[float, float]:
+        """Of a validation, and of a training step."""
+        asked = [f"stages.teacher.validation_users={users}", "stages.teacher.trainer.max_epochs=4"]
+        all, half = (teacher(validate, f"stages.teacher.trainer.validate_every={every}", *asked) for every in (1, 2))
+        one = (all["flops"] - half["flops"]) / 2
+        return one, (all["flops"] - 4 * one) / (all["epochs"] * all["steps"])
+
+    one, step = flops("loss", 32)  # a batch
+    assert one == pytest.approx(step / 3, rel=0.1), "forward alone"
+    assert flops("loss", 64)[0] == pytest.approx(2 * one)
+    sixteen, more = (flops("ranking", users)[0] for users in (16, 32))
+    assert 0.4 * one < more - sixteen < one, "of 16 prompts and what is said after them"
+    assert sixteen > 1.2 * (more - sixteen), "and all titles are read"
+    tables = 8 * (80 + 1) * (64 + 2)
+    assert teacher("ranking")["memory"]["validation"] > tables
+    large = ["scale=paper", "stage=teacher"]
+    by_loss, by_ranking = (teacher(validate, *large) for validate in ("loss", "ranking"))
+    assert by_ranking["memory"]["peak"] > by_loss["memory"]["peak"], "keys and values of what is read and said"
+    assert by_ranking["hours"] > by_loss["hours"]
+
+
 @pytest.mark.parametrize(("recipe", "stage"), [("cd", "lists"), ("slmrec", "signals")])
 def test_a_record_reads_out_every_position(recipe: str, stage: str) -> None:
     plans = [planned(f"recipe={recipe}", f"sequences.examples={which}", *SMALL) for which in ("sequence", "last")]

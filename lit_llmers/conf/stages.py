@@ -282,6 +282,9 @@ class GenerationConfig:
                 raise UserError(f"generation.{name} is {number}. It must be at least 1.")
 
 
+VALIDATING = GenerationConfig(num_beams=1, embedder="tuned")  # how a tune stage asks its model between two epochs
+
+
 @dataclass(frozen=True)
 class TuneStage:
     """Teach a causal language model to say the title of the next item: `bigrec`.

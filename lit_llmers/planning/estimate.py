@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, find, references
 from lit_llmers.conf.schema import TrainerConfig
-from lit_llmers.conf.stages import EncodeStage, EvaluateStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.stages import VALIDATING, EncodeStage, EvaluateStage, FitStage, GenerationConfig, RecordStage, TuneStage
 from lit_llmers.data.pairs import PairRows
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.losses.alignment import soft_clip
@@ -28,8 +28,10 @@ from lit_llmers.planning.steps import Online, Training
 from lit_llmers.planning.texts import Lengths
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import DTYPES, BaseConfig
+from lit_llmers.teachers.grounding import EMBEDDED
 
 Question = Callable[[Any, int, int], Rehearsal]  # of a model, rows and their length
+Parts = list[tuple[Rehearsal, float, int]]  # steps, how much of its longest row each has on average, how many a process takes
 UNKNOWN_TEXTS = "texts are taken to be as long as max_tokens: they are not known"
 
 
@@ -142,24 +144,32 @@ class Estimator:
         out.parameters = parameters(paper)
         rows = TrainingRows(self.data, config.sequences).targets
         self._epochs(out, rows if config.samples is None else min(rows, config.samples), trainer)
-        lengths = texts.example_lengths(self.known, config)
-        if lengths is None:
+        if texts.example_lengths(self.known, config) is None:
             out.notes.append(UNKNOWN_TEXTS)
-            lengths = Lengths(config.max_tokens, config.max_tokens, config.max_tokens // 4)
+        lengths = self._examples(config)
         local, longest = _local(trainer.batch_size, trainer), lengths.longest
-        read = longest - 1 if config.on_prompt else lengths.said
 
-        def loss() -> Tensor:
+        def loss(read: int) -> Tensor:
             logits = steps.logits(paper.model, local, longest, read)
             learnt = torch.ones(local, read, dtype=torch.bool)
             labels = torch.ones(local * read, dtype=torch.long)
             return F.cross_entropy(logits[learnt].float(), labels, reduction="none").mean()
 
-        training = steps.training_step(paper.model, loss, trainer, lengths.mean / longest)
+        learnt = longest - 1 if config.on_prompt else lengths.said
+        training = steps.training_step(paper.model, lambda: loss(learnt), trainer, lengths.mean / longest)
         best, last = checkpoints(training.sizes, trainer.strategy)
         saved = training.own.base_trained if config.base.get("path") else training.own.base  # with adapters, beside them
         out.disk = _disk(best + saved, last)
-        self._trained(out, training, trainer)
+        users = len(EvaluationRows(self.data, "valid", 1, config.validation_users))
+        if config.validate == "ranking":
+            held_out, parts = self._validation_by_titles(paper.model, config, users)
+        else:
+            held_out = steps.reading_step(paper.model, lambda: loss(lengths.said), trainer)
+            parts = [(held_out, lengths.mean / longest, -(-users // trainer.batch_size))]
+        self._trained(out, training, trainer, held_out)
+        validations = (out.epochs or 0) // trainer.validate_every
+        for part, share, number in parts:
+            self._add(out, part, share, number * validations * trainer.processes, training.precision, trainer.processes)
 
     def _encode(self, stage: Stage, out: Estimate) -> None:
         config: EncodeStage = stage.config
@@ -267,19 +277,44 @@ class Estimator:
         Beside it stand the vectors of all titles, and its base where that embeds them and cannot be had of it.
         """
         model, config = self.papers.of(stage).model, stage.config
-        rows, asked = config.generation.batch_size, config.generation
-        lengths = texts.example_lengths(self.known, config)
-        read, said = (config.max_tokens, config.max_tokens // 4) if lengths is None else (lengths.longest, lengths.said)
-        reading = steps.reading_step(model, lambda: steps.logits(model, rows, read, 1))
-        own, tokens = model.config, read + (asked.max_new_tokens or said)
+        prompts, titles = self._saying(model, config, config.generation)
+        bases = 1 + (config.generation.embedder == "base" and BaseConfig.of(config.base).lora is None)
+        buffers = max(prompts.peak, titles.peak - titles.kept)
+        out.memory = inference_memory(bases * sizes_of(model).weights + titles.kept, buffers)
+        out.notes.append(f"how long {stage.name} takes to say titles is not estimated")
+
+    def _saying(
+        self, model: Any, config: TuneStage, asked: GenerationConfig, trainer: TrainerConfig | None = None
+    ) -> tuple[Rehearsal, Rehearsal]:
+        """A batch of prompts, with the cache of keys and values of all that is read and said, and the vectors of all titles."""
+        lengths, rows, own = self._examples(config), asked.batch_size, model.config
+        prompts = steps.reading_step(model, lambda: steps.logits(model, rows, lengths.longest, 1), trainer)
+        tokens = lengths.longest + (asked.max_new_tokens or lengths.said)
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
         cache = 2 * own.num_hidden_layers * heads * width * tokens * rows * asked.num_beams * model.dtype.itemsize
-        weights, titles = sizes_of(model).weights, steps.titles_step(self.data.n_items, own.hidden_size, model.dtype)
-        bases = 1 + (asked.embedder == "base" and BaseConfig.of(config.base).lora is None)
-        buffers = max(reading.peak + cache, titles.peak - titles.kept)
-        out.memory = inference_memory(bases * weights + titles.kept, buffers)
-        out.notes.append(f"how long {stage.name} takes to say titles is not estimated")
+        titles = steps.titles_step(self.data.n_items, own.hidden_size, model.dtype)
+        return replace(prompts, forward=prompts.forward + cache), titles
+
+    def _validation_by_titles(self, model: Any, config: TuneStage, users: int) -> tuple[Rehearsal, Parts]:
+        """The most that a validation by ranking takes, and its parts.
+
+        Its prompts are read, after each as many tokens said as the longest title has, and all titles read for their vectors.
+        """
+        trainer, lengths = config.trainer, self._examples(config)
+        prompts, titles = self._saying(model, config, VALIDATING, trainer)
+        token = steps.reading_step(model, lambda: steps.logits(model, VALIDATING.batch_size, 1, 1), trainer)
+        title = steps.reading_step(model, lambda: steps.logits(model, EMBEDDED, lengths.said, 1), trainer)
+        mean = getattr(texts.item_lengths(self.known, ["title"], lengths.said), "mean", lengths.said)
+        batches = -(-_local(users, trainer) // VALIDATING.batch_size)
+        parts = [(prompts, lengths.mean / lengths.longest, batches), (token, 1.0, batches * lengths.said)]
+        parts.append((title, mean / lengths.said, -(-self.data.n_items // EMBEDDED)))
+        return replace(prompts, forward=titles.kept + max(prompts.peak, titles.peak - titles.kept)), parts
+
+    def _examples(self, config: TuneStage) -> Lengths:
+        """How long a tune stage's prompts are with their responses; as long as may be where texts are not known."""
+        known = texts.example_lengths(self.known, config)
+        return known or Lengths(config.max_tokens, config.max_tokens, config.max_tokens // 4)
 
     # ---- figures -----------------------------------------------------------------------------------------------------------
 

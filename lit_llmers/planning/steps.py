@@ -97,9 +97,7 @@ def ranking_step(model: Recommender, rows: int, length: int, trainer: TrainerCon
         tables = model.tables()
         return tables, model.vectors(batch, tables)
 
-    faked(model)
-    with _as_trained(model, trainer) if trainer else nullcontext():
-        return _deep(model, lambda: rehearse_inference(model, ask, types(trainer)[0] if trainer else None))
+    return reading_step(model, ask, trainer)
 
 
 def states_step(model: SequentialRecommender, batch: dict[str, Tensor], blocks: int, recorded: bool = True) -> Rehearsal:
@@ -139,10 +137,11 @@ def titles_step(items: int, width: int, dtype: torch.dtype) -> Rehearsal:
     return rehearse_inference(grounded, grounded.tables)
 
 
-def reading_step(model: Any, read: Callable[[], Any]) -> Rehearsal:
-    """One batch without gradients."""
+def reading_step(model: Any, read: Callable[[], Any], trainer: TrainerConfig | None = None) -> Rehearsal:
+    """One batch without gradients; during training, with the trainer's precision."""
     faked(model)
-    return _deep(model, lambda: rehearse_inference(model, read))
+    with _as_trained(model, trainer) if trainer else nullcontext():
+        return _deep(model, lambda: rehearse_inference(model, read, types(trainer)[0] if trainer else None))
 
 
 @contextmanager

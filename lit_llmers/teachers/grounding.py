@@ -29,7 +29,7 @@ from lit_llmers.teachers.wording import Wording, pad_left
 if TYPE_CHECKING:
     from lit_llmers.stages import Stage
 
-_EMBEDDED = 64  # titles at a time
+EMBEDDED = 64  # titles at a time
 
 
 class Trie:
@@ -190,8 +190,8 @@ class GroundedRecommender(Recommender):
     def embed(self, texts: Sequence[tuple[int, ...]]) -> Tensor:
         """Titles as `Wording.title` gives them to `[T, D]` float64; equal ones get the very same vector, made once."""
         new = sorted({ids for ids in texts if ids not in self.vector}, key=len)
-        for start in range(0, len(new), _EMBEDDED):
-            some = new[start : start + _EMBEDDED]
+        for start in range(0, len(new), EMBEDDED):
+            some = new[start : start + EMBEDDED]
             self.vector |= dict(zip(some, self._states([list(ids) for ids in some]), strict=True))
         return torch.stack([self.vector[ids] for ids in texts]).double()
 
