@@ -103,6 +103,17 @@ class GraphParts:
         return [backbone.split(mean) for mean in means]
 
 
+def uniform_like(x: Tensor) -> Tensor:
+    """Uniform numbers in 0..1 of the shape and type of `x`; on a CPU they have sixteen bits each.
+
+    Four come from one draw there, in half the time of `torch.rand_like`, which was a fifth of SimGCL's step.
+    """
+    if x.device.type != "cpu":
+        return torch.rand_like(x)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return bits.view(torch.int16)[: x.numel()].view(x.shape).float().add_(2**15 + 0.5).mul_(2**-16).to(x.dtype)
+
+
 class Noise:
     """What the student says with uniform noise on every layer: a random vector of length `size` in the orthant of what it
     is added to (SimGCL, section 3), drawn anew at each step.
@@ -132,7 +143,7 @@ class Noise:
             total = torch.zeros_like(moved)
             for layer, hop in enumerate(backbone.states[1:]):
                 moved = backbone.graph(moved) if layer else moved
-                noise = F.normalize(torch.rand_like(hop), dim=1).mul_(self.size)
+                noise = F.normalize(uniform_like(hop), dim=1).mul_(self.size)
                 moved = moved + noise.mul_((hop + moved).sign_())
                 total += moved
             users, items = backbone.split(total / (backbone.layers + backbone.with_input))

@@ -6,13 +6,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 from tiny import random_dataset
 from torch.nn import functional as F
 
 from lit_llmers.backbones.graph import Graph
 from lit_llmers.backbones.lightgcn import LightGCN
 from lit_llmers.backbones.rows import csr
-from lit_llmers.callbacks.graph_contrast import GraphContrast, GraphContrastTerm, GraphParts, Noise
+from lit_llmers.callbacks.graph_contrast import GraphContrast, GraphContrastTerm, GraphParts, Noise, uniform_like
 from lit_llmers.data.pairs import PairDataModule
 from lit_llmers.errors import UserError
 from lit_llmers.students.collaborative import CollaborativeRecommender, TableOutput
@@ -121,6 +122,29 @@ def test_views_are_a_function_of_seed_and_epoch():
     assert len({drawn(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
 
 
+@pytest.mark.parametrize("shape", [(1001, 64), (333, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_noise_is_uniform_and_follows_the_seed(shape, dtype):
+    """In each of the four places that a draw fills, and from place to place."""
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(uniform_like(torch.zeros(shape, dtype=dtype)))
+    assert drawn[0].dtype == dtype
+    assert drawn[0].shape == shape
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    numbers = drawn[0].double().flatten()
+    assert numbers.min() > 0
+    assert numbers.max() <= 1
+    assert dtype == torch.bfloat16 or numbers.max() < 1
+    places = numbers[: len(numbers) // 4 * 4].view(-1, 4).numpy()
+    if dtype != torch.bfloat16:
+        assert all(kstest(place, "uniform").pvalue > 1e-3 for place in places.T)
+    assert places.mean(0) == pytest.approx(0.5, abs=0.04)
+    assert np.abs(np.corrcoef(places.T) - np.eye(4)).max() < 5 / len(places) ** 0.5
+
+
 @pytest.mark.parametrize("with_input", [True, False])
 def test_noise_views_are_the_paper_s(double, with_input):
     """Layer by layer as it is written, with the same noise; and the gradient that autograd finds for that."""
@@ -137,7 +161,7 @@ def test_noise_views_are_the_paper_s(double, with_input):
         states = [model.nodes]
         for _ in range(model.layers):
             state = dense @ states[-1]
-            noise = F.normalize(torch.rand(71, 8), dim=1) * 0.5
+            noise = F.normalize(uniform_like(state), dim=1) * 0.5
             states.append(state + state.sign() * noise)
         expected = torch.stack(states if with_input else states[1:]).mean(0)
         view = torch.cat([users, items])
