@@ -8,6 +8,7 @@ import lightning as L
 from measure import Cost, Stopwatch, mean
 
 from lit_llmers import training
+from lit_llmers.allocator import keep_memory
 from lit_llmers.building import RECORDS, build_callbacks, references
 from lit_llmers.callbacks.resume import SeedEachStep
 from lit_llmers.models import build_model, data_module, load_dataset, load_sources, offers
@@ -24,6 +25,7 @@ class Fit:
 
     def __init__(self, stage: Stage) -> None:
         config, dataset = stage.config, load_dataset(stage)
+        keep_memory()  # as a fit does
         self.stage = stage
         self.data: Any = data_module(stage, dataset)
         L.seed_everything(stage.seed, verbose=False)
