@@ -14,6 +14,7 @@ from lit_llmers.preemption import stop_if_asked
 
 LOCK = ".lock"
 RECORDS = "encoded"  # folder of a run with what language models made of texts: each folder in it is held by itself
+SHORT = 1.0  # seconds that are waited for without a word
 OF_THE_RUN = ((), ("plots",), ("report",))  # written by whoever holds the run's folder; all others are a stage's
 
 log = logging.getLogger(__name__)
@@ -39,19 +40,21 @@ def alone(folder: Path, *, patience: float = 0, deep: bool = True) -> Iterator[N
         Busy: another process works in it.
         Stopped: this process was asked to stop while it waited.
     """
-    until = time.monotonic() + patience
+    began = time.monotonic()
+    silent = patience > 0
     try:
         if folder.is_symlink() and not folder.exists():
             folder.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        if (lock := _take(folder / LOCK)) is None and patience:
-            log.info("Another process is working in %s: waiting for it, %d s at most", folder, patience)
-        while lock is None:
-            if time.monotonic() >= until:
+        while (lock := _take(folder / LOCK)) is None:
+            waited = time.monotonic() - began
+            if waited >= patience:
                 raise Busy(f"Another process is working in {folder}. Wait for it, or start a second run with run.name=OTHER.")
+            if silent and waited > SHORT:
+                log.info("Another process is working in %s: waiting for it, %d s at most", folder, patience)
+                silent = False
             stop_if_asked()
             time.sleep(0.05)
-            lock = _take(folder / LOCK)
     except OSError as error:
         raise UserError(
             f"The run folder {folder} cannot be written ({error.strerror}). Choose another with run.dir=FOLDER."
