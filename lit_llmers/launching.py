@@ -26,12 +26,12 @@ LAST_BREATH = 60  # seconds that a failed rank may take to end, where a library 
 
 
 def launch(name: str, count: int, arguments: Sequence[str]) -> None:
-    """Run a stage, for all its seeds, by several processes of this machine, and wait for them.
+    """Run a stage by several processes of this machine, and wait for them.
 
     What asks this process to stop asks them too.
 
     Args:
-        name: of the stage.
+        name: of the stage, for all its seeds, or its label, for one.
         count: of the processes.
         arguments: of the `lit_llmers.fit` that runs the whole recipe.
 

@@ -56,7 +56,7 @@ def run(stages: list[Stage], until: str | None, only: str | None = None, argumen
                     _tidy(stage)
         elif stage.processes > here.world:
             log.info("%-24s on %d processes", stage.name, stage.processes)
-            launch(stage.name, stage.processes, arguments)
+            launch(only or stage.name, stage.processes, arguments)
         elif stage.processes == 1 and not here.first:
             here.wait_for(stage)
         else:

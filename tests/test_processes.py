@@ -215,6 +215,16 @@ def test_one_repeated_stage_alone_is_run_for_all_seeds_and_the_report_follows_th
     assert "not finished" not in next(tmp_path.rglob("report.md")).read_text()
 
 
+def test_processes_that_are_started_for_one_seed_train_that_one(tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr("lit_llmers.running.launch", lambda name, count, arguments: launched.append((name, count)))
+    stages = small(tmp_path, "seeds=[0,1]", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", recipe="student")
+    run(stages, "prepare")
+    for only in ("student-seed1", "student"):
+        run(stages, None, only)
+    assert launched == [("student-seed1", 2), ("student", 2), ("student", 2)], "the other seed's skip what is done"
+
+
 def test_two_stages_of_a_run_are_worked_on_at_once_and_one_stage_is_not(tmp_path, monkeypatch):
     from lit_llmers.locks import Busy, alone
 
