@@ -123,7 +123,7 @@ def run_all(runs: Sequence[PlannedRun], root: Path, number: int) -> dict[str, st
             log.info("%s done before, skipped (%s)", _place(run, runs), run.folder)
     todo = [run for run in runs if not run.done]
     working: dict[Future[str | None], tuple[int, Job]] = {}
-    with jobs.InTurn() if number == 1 else ThreadPoolExecutor(number) as executor:
+    with jobs.InTurn() if number == 1 else ThreadPoolExecutor(number) as executor, preemption.together():
         while todo or working:
             for slot in sorted(set(range(number)) - {slot for slot, _ in working.values()}):
                 preemption.stop_if_asked()

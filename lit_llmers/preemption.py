@@ -83,3 +83,17 @@ def passing_on_to(process: int) -> Iterator[None]:
         yield
     finally:
         _children.discard(process)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What ends this work early asks the processes that it passes signals on to as well: they would be waited for to their end.
+
+    It may be Ctrl-C, which a terminal sends to all and `kill -INT` to one, or one of them that was stopped by itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _asked is None:
+            _ask(error.by if isinstance(error, Stopped) else signal.SIGTERM, None)
+        raise

@@ -276,12 +276,21 @@ def test_a_comparison_passes_it_on_and_ends(tmp_path):
     assert torch.load(last, weights_only=True)["global_step"] > 10
 
 
-def test_a_comparison_passes_it_on_to_all_that_are_at_work(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("ask", "ends"),
+    [
+        (lambda begun: preemption._ask(signal.SIGTERM, None), preemption.Stopped),  # as the handler does
+        (lambda begun: begun[0].send_signal(signal.SIGTERM), preemption.Stopped),
+        (lambda begun: os.kill(os.getpid(), signal.SIGINT), KeyboardInterrupt),
+    ],
+    ids=["the comparison", "one of its runs", "Ctrl-C that it alone gets"],
+)
+def test_who_is_asked_to_stop_takes_all_along_that_are_at_work(tmp_path, monkeypatch, capfd, ask, ends):
     real, begun = subprocess.Popen, []
     waits = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('at work', file=sys.stderr)"
 
     def stand_in(command, **kwargs):
-        begun.append(real([sys.executable, "-u", "-c", f"{waits}; signal.pause()"], **kwargs))
+        begun.append(real([sys.executable, "-u", "-c", f"{waits}; signal.alarm(20); signal.pause()"], **kwargs))
         return begun[-1]
 
     monkeypatch.setattr(jobs.subprocess, "Popen", stand_in)
@@ -292,16 +301,16 @@ def test_a_comparison_passes_it_on_to_all_that_are_at_work(tmp_path, monkeypatch
     write_json(runs[0].stages[0].folder / "DONE", {"seconds": 1.0, "summary": {}})  # so both can train
     said = ""
 
-    def ask():
+    def wait_and_ask():
         nonlocal said
         while said.count("at work") < 2:
             time.sleep(0.05)
             said += capfd.readouterr().err
-        preemption._ask(signal.SIGTERM, None)  # as the handler does
+        ask(begun)
 
-    asking = threading.Thread(target=ask)
+    asking = threading.Thread(target=wait_and_ask)
     asking.start()
-    with pytest.raises(preemption.Stopped, match="SIGTERM"):
+    with pytest.raises(ends):
         compare.run_all(runs, root, 2)
     asking.join()
     assert [process.returncode for process in begun] == [143, 143]
