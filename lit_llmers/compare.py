@@ -134,7 +134,7 @@ def run_all(runs: Sequence[PlannedRun], root: Path, number: int) -> dict[str, st
                     working[executor.submit(jobs.start, job.arguments, share, label)] = slot, job
             for future in wait(working, return_when=FIRST_COMPLETED).done:
                 _, job = working.pop(future)
-                if error := future.result():
+                if error := future.result() or (None if job.done else jobs.UNDONE):
                     failed[job.run.label] = error
                 if job.run in todo and (error or job.stage is None or job.run.done):
                     todo.remove(job.run)

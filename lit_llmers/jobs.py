@@ -19,6 +19,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 
 LAST = ("evaluate", "export")  # which take seconds, as a process takes to start: one does them all, and the report
+UNDONE = "it ended well without what it was to do: its recipe or its data were changed meanwhile. Give the same command again."
 TAIL = 8192  # bytes of a command's messages that are searched for its error
 
 
@@ -33,6 +34,10 @@ class Job:
     def name(self) -> str:
         """Equal for jobs that would make the same thing: stages of the same name have the same content."""
         return str(self.run.folder) if self.stage is None else self.stage.folder.name
+
+    @property
+    def done(self) -> bool:
+        return self.run.done if self.stage is None else self.stage.done
 
     @property
     def arguments(self) -> list[str]:

@@ -98,6 +98,25 @@ def test_several_at_once_make_what_one_after_the_other_makes(tmp_path, monkeypat
     assert "starts" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_recipe_that_is_changed_meanwhile_is_an_error_and_not_begun_for_ever(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.chdir(tmp_path)
+    recipe, begun = Path("one.yaml"), 0
+    recipe.write_text(METHOD.format(weight=0.1))
+
+    def start(given: list[str], *_: object) -> str | None:
+        nonlocal begun
+        begun += 1
+        recipe.write_text(METHOD.format(weight=0.1) + "data: {generator: {seed: 7}}\n")
+        return "begun for ever" if fit.main(given) or begun > 3 else None
+
+    monkeypatch.setattr(jobs, "start", start)
+    command = ["recipes=[one.yaml]", *arguments(tmp_path, "trainer.max_epochs=1", recipe="student"), f"jobs={number}"]
+    assert compare.main(command) == 1
+    assert "error: one failed: it ended well without what it was to do: its recipe or" in capsys.readouterr().err
+    assert begun == 1
+
+
 def test_the_error_of_a_run_is_its_own_words():
     assert jobs.start(["recipe=slmrek"]).startswith("Unknown recipe 'slmrek'. Did you mean 'slmrec'?")
     assert jobs._error(1, "Traceback\n  File x\nValueError: old\n\ntorch.OutOfMemoryError: full\nsome more\n") == (
