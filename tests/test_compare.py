@@ -161,6 +161,17 @@ def test_a_folder_without_a_comparison_is_refused_and_one_whose_run_is_begun_ane
         read_comparison(tmp_path)
 
 
+def test_a_run_that_has_other_settings_by_now_is_refused(folders, tmp_path):
+    """As where the comparison was begun anew with them and stopped: its other runs still have the old ones."""
+    runs = {name: shutil.copytree(folders[name], tmp_path / name) for name in ("sasrec", "caser")}
+    comparison_report.write_report(tmp_path, students(runs), [], {}, "")
+    about = (runs["caser"] / "run.json").read_text()
+    (runs["caser"] / "run.json").write_text(about.replace("evaluate-abc123", "evaluate-abc124"))
+    (runs["caser"] / "evaluate-abc123").rename(runs["caser"] / "evaluate-abc124")
+    with pytest.raises(UserError, match=r"caser is not what it was when .*compare.json was .* has evaluate-abc124. Give"):
+        read_comparison(tmp_path)
+
+
 def test_a_text_that_may_betray_held_out_items_is_warned_of_at_the_head(folders, tmp_path):
     runs = {name: shutil.copytree(run, tmp_path / name) for name, run in folders.items()}
     assert "WARNING" not in comparison_report.summary_table(students(runs))

@@ -64,6 +64,7 @@ class Comparison(Evaluated):
         models = [model for seeds in rows for model in seeds]
         super().__init__(first.data, first.evaluation | {"models": models}, first.folder)
         self.runs, self.contenders, self.pairs = list(runs.values()), list(contenders), list(pairs)
+        self.evaluations = [runs[each.run].folder.name for each in contenders]
         self.best_is_reference = reference is None and not pairs
         self.reference = next(iter(self.models)) if self.best_is_reference else reference
 
@@ -117,7 +118,8 @@ def _of(run: Results, contender: Contender) -> list[dict[str, Any]]:
 def write_record(comparison: Comparison, root: Path) -> None:
     """Write `compare.json`, from which `read_comparison` makes the comparison again; its paths are relative to `root`."""
     models = [
-        {"label": each.label, "run": os.path.relpath(each.run, root), "name": each.name} for each in comparison.contenders
+        {"label": each.label, "run": os.path.relpath(each.run, root), "name": each.name, "evaluation": evaluation}
+        for each, evaluation in zip(comparison.contenders, comparison.evaluations, strict=True)
     ]
     reference = None if comparison.best_is_reference else comparison.reference
     write_json(root / RECORD, {"models": models, "pairs": comparison.pairs, "reference": reference})
@@ -127,7 +129,7 @@ def read_comparison(root: str | Path) -> Comparison:
     """The comparison that `lit_llmers.compare` left in a folder, with every model's ranks.
 
     Raises:
-        UserError: there is none in that folder, or a run of it is gone or not evaluated.
+        UserError: there is none in that folder, or a run of it is gone, not evaluated, or now that of other settings.
     """
     root = Path(root).expanduser()
     if not (root / RECORD).is_file():
@@ -137,7 +139,14 @@ def read_comparison(root: str | Path) -> Comparison:
         )
     record = read_json(root / RECORD)
     contenders = [Contender(each["label"], root / each["run"], each["name"]) for each in record["models"]]
-    return Comparison(contenders, [(method, control) for method, control in record["pairs"]], record["reference"])
+    comparison = Comparison(contenders, [(method, control) for method, control in record["pairs"]], record["reference"])
+    for each, evaluation in zip(record["models"], comparison.evaluations, strict=True):
+        if each.get("evaluation") != evaluation:
+            raise UserError(
+                f"The run in {root / each['run']} is not what it was when {root / RECORD} was written: now it has "
+                f"{evaluation}. Give the comparison's command again."
+            )
+    return comparison
 
 
 def comparison_table(comparison: Comparison) -> tuple[list[str], Rows]:
