@@ -181,13 +181,11 @@ class AlignmentTerm(Term):
             return (student.sum() + signal.sum()) / self.temperature
         ids, weight = distinct(drawn(index, self.share, DRAWN), len(signals))
         if self.kind == "info_nce" and negatives == "all":
-            values = self._against_all(known.rows(table), known.rows(signals), known.place[ids], weight)
-        else:
-            student, signal = self._promoted(table.index_select(0, ids), signals.index_select(0, ids))
-            if self.kind == "mmd":
-                return multi_kernel_mmd(student, signal)
-            values = self._among_themselves(student, signal, ids, weight, negatives)
-        return values.sum()
+            return self._against_all(known.rows(table), known.rows(signals), known.place[ids], weight)
+        student, signal = self._promoted(table.index_select(0, ids), signals.index_select(0, ids))
+        if self.kind == "mmd":
+            return multi_kernel_mmd(student, signal)
+        return self._among_themselves(student, signal, ids, weight, negatives)
 
     def _promoted(self, student: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
         """Both after their projectors."""
@@ -196,28 +194,29 @@ class AlignmentTerm(Term):
         return student.to(kind), signal.to(kind)
 
     def _against_all(self, table: Tensor, signals: Tensor, own: Tensor, weight: Tensor) -> Tensor:
-        """`[M]` losses of the rows `own` `[M]` against all rows of the other side, times the weights `[M]`."""
+        """The losses of the rows `own` `[M]` against all rows of the other side, times the weights `[M]`, summed."""
         student, signal = self._promoted(table if self.symmetric else table.index_select(0, own), signals)
         settings: Any = {"temperature": self.temperature, "weight": weight}
         values = info_nce_among(student.index_select(0, own) if self.symmetric else student, signal, own, **settings)
         if not self.symmetric:
-            return values
-        return (values + info_nce_among(signal.index_select(0, own), student, own, **settings)) / 2
+            return values.sum()
+        other = info_nce_among(signal.index_select(0, own), student, own, **settings)
+        return (values.sum() + other.sum()) / 2  # halves of sums, not the sum of halves: see `cross_entropy`
 
     def _among_themselves(self, student: Tensor, signal: Tensor, ids: Tensor, weight: Tensor, negatives: str) -> Tensor:
-        """`[M]` losses of M different entities, times the weights `[M]`."""
+        """The losses of M different entities, times the weights `[M]`, summed."""
         if self.kind == "cosine":
-            return cosine(student, signal) * weight
+            return (cosine(student, signal) * weight).sum()
         if self.kind == "soft_clip":
-            return soft_clip(signal, student, temperature=self.temperature) * weight
+            return (soft_clip(signal, student, temperature=self.temperature) * weight).sum()
         pairs = [(student, signal), (signal, student)] if self.symmetric else [(student, signal)]
         values = []
         for side, (anchor, candidates) in enumerate(pairs):
             if negatives == "bank":
                 bank: Any = self.banks[side]
                 candidates = torch.cat([candidates, bank.exchange(ids, candidates)])
-            values.append(info_nce_among(anchor, candidates, temperature=self.temperature, weight=weight))
-        return torch.stack(values).mean(0)
+            values.append(info_nce_among(anchor, candidates, temperature=self.temperature, weight=weight).sum())
+        return torch.stack(values).mean()
 
 
 class Alignment(Distillation):

@@ -14,6 +14,7 @@ from lit_llmers.backbones.bpr_mf import BPRMF
 from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks.alignment import COLDEST, Alignment, Bank
 from lit_llmers.errors import UserError
+from lit_llmers.losses import task
 from lit_llmers.losses.alignment import multi_kernel_mmd, soft_clip
 from lit_llmers.running import run
 from lit_llmers.students.collaborative import CollaborativeRecommender, TableOutput
@@ -93,6 +94,17 @@ def test_info_nce_by_plain_loops_without_false_negatives(symmetric, negatives):
     if symmetric:
         expected = (expected + loops(TEXT, output.items, index, competing, 0.3)) / 2
     assert term(output, SEQUENCES).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("negatives", ["batch", "all", "bank"])
+def test_what_competes_gets_its_gradient_once_on_an_accelerator_too(monkeypatch, symmetric, negatives):
+    """Which knows rows of one cotangent by their memory alone."""
+    monkeypatch.setattr(task, "_is_uniform", lambda cotangent: cotangent.stride(0) == 0)
+    monkeypatch.setattr(task, "_table_gradient", lambda *_: pytest.fail("made again"))
+    output = output_of()
+    term_of(sasrec, negatives=negatives, symmetric=symmetric, projector="linear")(output, SEQUENCES).backward()
+    assert output.items.grad.abs().sum() > 0
 
 
 def test_rlmrec_con_by_plain_loops():
