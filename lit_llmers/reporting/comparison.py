@@ -226,7 +226,8 @@ def notes(comparison: Comparison) -> list[str]:
             "little; reference=NAME names one beforehand."
         )
     lines.append(
-        "training: time in this model's own training steps, without loading, validation and teacher. parameters: what serves, "
-        "the item table included. users/s: encoding and ranking the test users on this machine."
+        "training: time in this model's own training steps, without loading, validation, and what is trained before it (a "
+        "teacher, earlier phases). parameters: what serves, the item table included. users/s: encoding and ranking the test "
+        "users on this machine."
     )
     return lines
