@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
@@ -61,7 +62,7 @@ def alone(folder: Path, *, patience: float = 0, deep: bool = True) -> Iterator[N
         ) from error
     with lock:
         try:
-            for leftover in list(folder.rglob(".*.tmp") if deep else folder.glob(".*.tmp")):
+            for leftover in list(_leftovers(folder) if deep else folder.glob(".*.tmp")):
                 remove(leftover)
             yield
         finally:
@@ -88,7 +89,7 @@ def _take(path: Path) -> IO[str] | None:
 
 def sweep(run_folder: Path) -> None:
     """Remove what killed processes left half-written anywhere in a run, except where somebody works."""
-    for leftover in list(run_folder.rglob(".*.tmp")):
+    for leftover in list(_leftovers(run_folder)):
         place = leftover.relative_to(run_folder).parts[:-1]
         if place[:1] == (RECORDS,):
             holder = run_folder.joinpath(*place[:2])
@@ -99,3 +100,9 @@ def sweep(run_folder: Path) -> None:
                 remove(leftover)
         except Busy:
             continue
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    """All that is called so in a folder, where others work: one that they remove meanwhile has none."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *files) if fnmatch(name, ".*.tmp"))

@@ -540,6 +540,22 @@ def test_a_stage_waits_for_a_sibling_that_sweeps_its_folder(tmp_path, monkeypatc
     assert prepare.done
 
 
+def test_what_a_sibling_removes_meanwhile_does_not_end_a_sweep(tmp_path, monkeypatch):
+    real, half = os.scandir, tmp_path / "text-2" / "deep" / ".items.npy.77.tmp"
+    for folder in (tmp_path / "student-1" / "wandb" / "gone", half.parent):
+        folder.mkdir(parents=True)
+    half.write_bytes(b"left by kill -9")
+
+    def scandir(path):
+        if (folder := tmp_path / path).name == "gone":
+            folder.rmdir()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "student-1", "text-2", "wandb"]
+
+
 def test_a_link_to_a_stage_that_is_gone_gives_way(tmp_path):
     """In a comparison, runs link the stages that others have done; one that is moved, or whose twin is removed, has none."""
     (prepare,) = small(tmp_path, "stage=prepare")[:1]
