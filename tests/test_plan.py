@@ -167,6 +167,14 @@ def test_a_step_in_the_rows_of_its_batch_is_planned(student: str, kind: str) -> 
         assert dense["memory"]["activations"] < 0.5 * rows["memory"]["activations"]
 
 
+@pytest.mark.parametrize("student", ["sgl", "simgcl", "mixgcf", "lightgcn"])
+def test_what_trains_on_a_graph_is_planned(student: str) -> None:
+    found = of(planned("recipe=student", f"student={student}", *SMALL), "student")
+    assert found["memory"]["activations"] > 0
+    assert found["flops"] > 0
+    assert found["fits"]
+
+
 def test_a_deep_model_drawn_from_its_first_layers_is_the_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = of(planned("recipe=slmrec", *SMALL), "teacher")
     monkeypatch.setattr("lit_llmers.planning.steps.SOME", 100)

@@ -99,6 +99,8 @@ class GraphParts:
 
     def __call__(self, output: TableOutput) -> list[Tables]:
         backbone = self.backbone
+        if not self.graphs:  # as in a plan, in which no training starts
+            self.redraw(0)
         means = [propagate(backbone.nodes, graphs, backbone.with_input)[0] for graphs in self.graphs]
         return [backbone.split(mean) for mean in means]
 
