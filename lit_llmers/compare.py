@@ -127,11 +127,13 @@ def run_all(runs: Sequence[PlannedRun], root: Path, number: int) -> dict[str, st
         while todo or working:
             for slot in sorted(set(range(number)) - {slot for slot, _ in working.values()}):
                 preemption.stop_if_asked()
-                if job := _next(todo, root, [job.name for _, job in working.values()], whole=number == 1):
-                    if began.setdefault(job.run.label, now := time.monotonic()) == now:
-                        log.info("%s starts (%s)", _place(job.run, runs), job.run.folder)
-                    share, label = jobs.share_of_machine(slot, number), "" if number == 1 else f"{job.run.label:<16}"
-                    working[executor.submit(jobs.start, job.arguments, share, label)] = slot, job
+                job = _next(todo, root, [job.name for _, job in working.values()], whole=number == 1)
+                if job is None:
+                    break
+                if began.setdefault(job.run.label, now := time.monotonic()) == now:
+                    log.info("%s starts (%s)", _place(job.run, runs), job.run.folder)
+                share, label = jobs.share_of_machine(slot, number), "" if number == 1 else f"{job.run.label:<16}"
+                working[executor.submit(jobs.start, job.arguments, share, label)] = slot, job
             for future in wait(working, return_when=FIRST_COMPLETED).done:
                 _, job = working.pop(future)
                 if error := future.result() or (None if job.done else jobs.UNDONE):
