@@ -127,7 +127,7 @@ def run_all(runs: Sequence[PlannedRun], root: Path, number: int) -> dict[str, st
         while todo or working:
             for slot in sorted(set(range(number)) - {slot for slot, _ in working.values()}):
                 preemption.stop_if_asked()
-                job = _next(todo, root, [job.name for _, job in working.values()], whole=number == 1)
+                job = _next(todo, root, [job for _, job in working.values()], whole=number == 1)
                 if job is None:
                     break
                 if began.setdefault(job.run.label, now := time.monotonic()) == now:
@@ -145,7 +145,7 @@ def run_all(runs: Sequence[PlannedRun], root: Path, number: int) -> dict[str, st
     return failed
 
 
-def _next(todo: Sequence[PlannedRun], root: Path, busy: Sequence[str], whole: bool) -> Job | None:
+def _next(todo: Sequence[PlannedRun], root: Path, busy: Sequence[Job], whole: bool) -> Job | None:
     """What to begin with: the first run that has not to wait for another one's stages, or a stage of it."""
     for run in todo:
         share(run, root)

@@ -94,7 +94,7 @@ def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> No
     selected = select(stages, config["stage"], only)
     here.check([stage for stage in selected if not stage.done])
     if only is not None:
-        check_needs_done(selected)
+        check_needs_done(selected, only)
         refuse_changed_settings(selected)
     worked = not all(stage.done for stage in selected)
     if here.first:

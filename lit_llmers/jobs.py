@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
@@ -44,18 +44,25 @@ class Job:
         return [*self.run.arguments, *([] if self.stage is None else [f"only={self.stage.label}"])]
 
 
-def next_job(run: PlannedRun, busy: Iterable[str]) -> Job | None:
+def next_job(run: PlannedRun, busy: Collection[Job]) -> Job | None:
     """The first stage of a run that can begin, all the rest once its models are made, or None as long as it has to wait.
 
     Args:
-        busy: names of the jobs that are at work; what another run makes is waited for.
+        busy: the jobs that are at work. What another run makes is waited for, and so is any encoding of texts: the next
+            one may want the same vectors, only otherwise reduced.
     """
-    busy = set(busy)
+    names = {job.name for job in busy}
+    encoding = any(job.stage is not None and _encodes(job.stage) for job in busy)
     todo = [stage for stage in run.stages if not stage.done]
     if all(stage.verb in LAST for stage in todo):
-        return None if (rest := Job(run)).name in busy else rest
-    can = [stage for stage in todo if stage.folder.name not in busy and all(need.done for need in stage.needs)]
-    return next((Job(run, stage) for stage in can if stage.verb not in LAST), None)
+        return None if (rest := Job(run)).name in names else rest
+    can = [stage for stage in todo if stage.folder.name not in names and all(need.done for need in stage.needs)]
+    return next((Job(run, stage) for stage in can if stage.verb not in LAST and not (encoding and _encodes(stage))), None)
+
+
+def _encodes(stage: Stage) -> bool:
+    """Whether it reads texts by a model as it is: what that makes of them serves other stages too."""
+    return stage.verb == "encode" and not stage.config.trains
 
 
 def check(runs: Sequence[PlannedRun], number: int) -> None:

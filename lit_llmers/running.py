@@ -100,8 +100,11 @@ def select(stages: list[Stage], until: str | None, only: str | None = None) -> l
     return stages if until is None else [stage for stage in stages if names.index(stage.name) <= names.index(until)]
 
 
-def check_needs_done(selected: list[Stage]) -> None:
+def check_needs_done(selected: list[Stage], only: str) -> None:
     """What stages that are run alone read must be there.
+
+    Args:
+        only: how they were asked for.
 
     Raises:
         UserError: a stage that one of them needs is not done.
@@ -111,8 +114,8 @@ def check_needs_done(selected: list[Stage]) -> None:
         if missing and not stage.done:
             labels = ", ".join(need.label for need in missing)
             raise UserError(
-                f"Stage '{stage.label}' (only={stage.name}) needs {labels}: not done in {stage.run.folder} with these "
-                f"settings. Run only={missing[0].name} first, or leave only={stage.name} out."
+                f"Stage '{stage.label}' (only={only}) needs {labels}: not done in {stage.run.folder} with these "
+                f"settings. Run only={missing[0].label} first, or leave only={only} out."
             )
 
 

@@ -17,7 +17,8 @@ from lit_llmers.errors import UserError
 
 
 def stage(name: str, *needs: SimpleNamespace, verb: str = "fit", done: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(label=name, folder=Path(name), needs=needs, verb=verb, done=done)
+    config = SimpleNamespace(trains=name.startswith("tuned"))
+    return SimpleNamespace(label=name, folder=Path(name), needs=needs, verb=verb, done=done, config=config)
 
 
 def planned(*stages: SimpleNamespace, folder: str = "one") -> SimpleNamespace:
@@ -29,11 +30,12 @@ def test_a_stage_begins_when_all_that_it_needs_is_done():
     teacher, control = stage("teacher", prepare, text), stage("control", prepare)
     run = planned(prepare, text, teacher, control, stage("evaluate", control, verb="evaluate"))
     assert jobs.next_job(run, []).arguments == ["recipe=x", "only=text"]
-    assert jobs.next_job(run, ["text"]).arguments == ["recipe=x", "only=control"], "the teacher waits for text"
-    assert jobs.next_job(run, ["text", "control"]) is None
+    at_text, at_control, at_teacher = (jobs.Job(run, each) for each in (text, control, teacher))
+    assert jobs.next_job(run, [at_text]).arguments == ["recipe=x", "only=control"], "the teacher waits for text"
+    assert jobs.next_job(run, [at_text, at_control]) is None
     text.done = True
     assert jobs.next_job(run, []).stage is teacher
-    assert jobs.next_job(run, ["teacher"]).stage is control, "what another run is at is not begun again"
+    assert jobs.next_job(run, [at_teacher]).stage is control, "what another run is at is not begun again"
 
 
 def test_what_comes_after_training_is_one_process():
@@ -41,10 +43,21 @@ def test_what_comes_after_training_is_one_process():
     run = planned(student, stage("evaluate", student, verb="evaluate"), stage("export", student, verb="export"))
     job = jobs.next_job(run, [])
     assert (job.stage, job.arguments) == (None, ["recipe=x"])
-    assert jobs.next_job(run, [job.name]) is None, "once"
+    assert jobs.next_job(run, [job]) is None, "once"
     for each in run.stages:
         each.done = True
     assert jobs.next_job(run, []).stage is None, "and writes the report where that alone is missing"
+
+
+def test_texts_are_encoded_by_one_at_a_time():
+    first, second = (planned(stage(name, verb="encode"), stage("control"), folder=name) for name in ("items", "users"))
+    at_first = jobs.next_job(first, [])
+    assert at_first.stage.verb == "encode"
+    assert jobs.next_job(second, [at_first]).stage.label == "control", "whose vectors may be made of the same texts"
+    third = planned(stage("tuned", verb="encode"), folder="three")
+    assert jobs.next_job(third, [at_first]).stage.label == "tuned", "by a model of its own"
+    first.stages[0].done = True
+    assert jobs.next_job(second, []).stage.label == "users"
 
 
 def test_each_gets_its_own_gpu_and_its_share_of_the_cores(monkeypatch):
