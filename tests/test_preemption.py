@@ -309,10 +309,14 @@ def test_who_is_asked_to_stop_takes_all_along_that_are_at_work(tmp_path, monkeyp
         ask(begun)
 
     asking = threading.Thread(target=wait_and_ask)
-    asking.start()
-    with pytest.raises(ends):
-        compare.run_all(runs, root, 2)
-    asking.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
+    try:
+        asking.start()
+        with pytest.raises(ends):
+            compare.run_all(runs, root, 2)
+        asking.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [process.returncode for process in begun] == [143, 143]
     assert [f"{name:<16} at work" in said for name in ("sasrec", "gru4rec")] == [True, True]
 
