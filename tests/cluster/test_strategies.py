@@ -45,7 +45,7 @@ def save_base(folder: Path) -> None:
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Two processes; the output of both."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
     return subprocess.run(start, env=environment, text=True, timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -63,7 +63,7 @@ def root(tmp_path_factory):
         for need, before in zip(stage.needs, done.needs, strict=True):
             need.folder.symlink_to(before.folder)
     ended = torchrun(str(Path(runs.__file__)), str(root))
-    assert ended.returncode == 0, ended.stdout[-8000:]
+    assert ended.returncode == 0, ended.stdout[-40000:]
     return root
 
 
