@@ -38,7 +38,10 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
 }
 # of a verb, as "tune", or a part of a fit stage, as "callbacks.hint": raised, from 1, when a mended bug in it or in its losses
 # changes results, so that what was made before is not taken for done
-REVISIONS: dict[str, int] = {"export": 2}  # model.onnx misread histories longer than max_length
+REVISIONS: dict[str, int] = {
+    "export": 2,  # model.onnx misread histories longer than max_length
+    "callbacks.sequence_contrast": 1,  # a row's contrast weighed as much as all of its targets
+}
 CHECKSUMS = {  # of a key of `content` -> the paths that it makes up for, where it is there
     "base": {"model.base.path", "base.path"},
     "candidates": {"evaluation.candidates"},

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_llmers.callbacks.distillation import Distillation, Term
+from lit_llmers.callbacks.distillation import Distillation, Reduce, Term
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.losses.alignment import info_nce_among
@@ -23,18 +23,22 @@ class SequenceContrastTerm(Term):
     `max_length`. The two views are made in two different ways, or in the only one there is. The negatives of a view are the
     `2 (B - 1)` views of the other rows. The similarity is the dot product, as in the paper.
 
+    A row's contrast, the mean of its two views', weighs as much as one target does, whether the row has one or a hundred:
+    the paper's sums are over users here, over users and places there.
+
     Args:
         encode: user vectors `[R, d]` of histories `[R, L]` and their mask.
         max_length: of a history that the student can read.
         crop, hide, reorder: see `augment`; a way whose share is 0 is not drawn.
         temperature: divides the similarities.
+        reduce: a sum over the targets of a batch, divided by how many a typical one has.
     """
 
-    per_target = False
-
-    def __init__(self, encode: Encode, max_length: int, crop: float, hide: float, reorder: float, temperature: float) -> None:
+    def __init__(
+        self, encode: Encode, max_length: int, crop: float, hide: float, reorder: float, temperature: float, reduce: Reduce
+    ) -> None:
         super().__init__()
-        self.encode, self.max_length, self.temperature = encode, max_length, temperature
+        self.encode, self.max_length, self.temperature, self.reduce = encode, max_length, temperature, reduce
         self.crop, self.hide, self.reorder = crop, hide, reorder
         self.ways = [way for way, share in zip(WAYS, (crop, hide, reorder), strict=True) if share]
 
@@ -46,7 +50,8 @@ class SequenceContrastTerm(Term):
         ways = torch.tensor(self.ways, device=items.device)[drawn.T.flatten()]  # [2B]
         views = self.encode(*augment(items, items > 0, ways, self.crop, self.hide, self.reorder))  # [2B, d]
         own = torch.arange(len(views), device=views.device)
-        return info_nce_among(views, views, own.roll(rows), own, temperature=self.temperature, cosine=False).mean()
+        contrast = info_nce_among(views, views, own.roll(rows), own, temperature=self.temperature, cosine=False)  # [2B]
+        return self.reduce(contrast / 2, batch)
 
 
 class SequenceContrast(Distillation):
@@ -68,7 +73,7 @@ class SequenceContrast(Distillation):
         reorder: share of a history that reordering shuffles (beta); 0 shuffles none.
         temperature: divides the dot products; the paper has none. Vectors that end in a norm, as SASRec's, are as long as
             the root of their width, which is a good value.
-        weight: factor of the contrast in the student's loss (lambda).
+        weight: of a row's contrast beside one target's loss (lambda).
         decay_epochs: see `Distillation`.
 
     Raises:
@@ -109,7 +114,9 @@ class SequenceContrast(Distillation):
                 f"sequence_contrast: {type(student.backbone).__name__} trains on rows in which items are hidden already. "
                 "Choose a causal student, such as sasrec."
             )
-        return SequenceContrastTerm(student.encode, self.max_length, self.crop, self.hide, self.reorder, self.temperature)
+        return SequenceContrastTerm(
+            student.encode, self.max_length, self.crop, self.hide, self.reorder, self.temperature, student.reduce
+        )
 
 
 def augment(items: Tensor, mask: Tensor, way: Tensor, crop: float, hide: float, reorder: float) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ def views_of(batch: dict[str, Tensor], max_length: int, **shares: float) -> tupl
         seen.append(items.masked_fill(mask & (items == 0), -1))
         return torch.zeros(len(items), 2)
 
-    student = SimpleNamespace(backbone=SimpleNamespace(causal=True), encode=encode)
+    student = SimpleNamespace(backbone=SimpleNamespace(causal=True), encode=encode, reduce=lambda losses, batch: losses.sum())
     SequenceContrast(max_length, **shares).build(student)(OUTPUT, batch)
     (views,) = seen
     return views[: len(views) // 2], views[len(views) // 2 :]
@@ -196,6 +196,22 @@ def test_value_by_plain_loops(monkeypatch):
     assert loss.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("targets", [1, 3])
+def test_a_row_weighs_as_much_as_one_target(targets):
+    """The sum over rows is divided by what the sum over targets is: targets of a typical row, times rows."""
+    torch.manual_seed(0)
+    student = SequentialRecommender(SASRec(20, 6, dim=8, dropout=0.0, init_std=0.3), targets_per_row=2.5)
+    items = torch.randint(1, 21, (4, 6))
+    target = torch.randint(1, 21, (4, 6))
+    target[:, :-targets] = 0  # rows of one target, or three, in a data set where two and a half are usual
+    term = SequenceContrast(6).build(student)
+    torch.manual_seed(1)
+    of_one_each = term(OUTPUT, {"items": items, "mask": items > 0, "target": target[:, -1]})
+    torch.manual_seed(1)
+    of_many = term(OUTPUT, {"items": items, "mask": items > 0, "target": target})
+    assert of_many.item() == pytest.approx(of_one_each.item() / 2.5)
+
+
 @pytest.mark.parametrize("make", [SASRec, GRU4Rec, Caser])
 def test_it_learns_to_tell_histories_apart(make):
     torch.manual_seed(0)
@@ -252,6 +268,7 @@ def test_cl4srec_from_yaml_learns_both_and_serves_as_sasrec(tmp_path):
         tmp_path,
         "student=cl4srec",
         "student.optimizer.lr=0.01",
+        "student.objective=[{sequence_contrast: {temperature: 8.0, weight: 2.0}}]",
         "+stages.student.trainer.batch_size=16",
         "sequences.targets_per_user=null",  # a row of each user
         recipe="student",
@@ -261,7 +278,7 @@ def test_cl4srec_from_yaml_learns_both_and_serves_as_sasrec(tmp_path):
     assert not student.config.callbacks
     run(planned, "student")
     total, task, term = (np.array(losses(student, f"loss{part}")) for part in ("", "/task", "/sequence_contrast"))
-    np.testing.assert_allclose(total, task + 0.1 * term, rtol=1e-5)
+    np.testing.assert_allclose(total, task + 2 * term, rtol=1e-5)
     assert term[-5:].mean() < 0.8 * term[:5].mean()
     weights = torch.load(student.folder / "best.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".")[1] for name in weights} == {"items", "positions", "blocks", "norm"}
