@@ -1,8 +1,8 @@
 """What adding up models gains by itself: `python benchmarks/ensembles.py recipe=NAME seeds=[0,1,2] [key=value ...]`.
 
 A method whose student is several models in one has to be compared with several plain ones. This ranks by the sum of the scores
-of each number of seeds of one stage (`--stage`, by default the control), on the validation and the test items; nothing is trained
-together. The recipe is run up to that stage first, so the same command as for `lit_llmers.fit` finds what is trained already.
+of each number of seeds of one stage (`--stage`, by default the control), on validation and test items. Nothing is trained as
+one. The recipe is run up to that stage first, so the same command as for `lit_llmers.fit` finds what is trained already.
 """
 
 import argparse
