@@ -19,6 +19,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.processes import Processes, RankFailed
 
 log = logging.getLogger("lit_llmers.fit")  # as a program this file is __main__
+EARLIER = "> **Of earlier settings**: a later command changed `config.yaml` and has not come to its end."  # a report that waits
 PATIENCE = 600  # seconds that a process waits while another one of the same run writes the report
 
 
@@ -175,6 +176,7 @@ def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str],
         other = earlier - {each["folder"] for each in described}
         if any((folder / name / "DONE").exists() for name in other):
             log.info("%s holds the report of other settings, which this one's will replace; run.name=OTHER keeps both.", folder)
+            _mark_as_earlier(folder / "report.md")
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(OmegaConf.to_yaml(config))
     recorded(folder, worked)
@@ -193,6 +195,15 @@ def describe_run(folder: Path, config: dict[str, Any], arguments: Sequence[str],
             "teacher": next((stage.config.of for stage in stages if stage.verb == "record"), None),
         },
     )
+
+
+def _mark_as_earlier(report: Path) -> None:
+    """Say in a report that what lies beside it is of other settings, for the command that will replace it may fail."""
+    from lit_llmers.files import atomic_write
+
+    if report.is_file() and not (text := report.read_text()).startswith(EARLIER):
+        with atomic_write(report) as temporary:
+            temporary.write_text(f"{EARLIER}\n\n{text}")
 
 
 def quiet() -> None:

@@ -122,13 +122,17 @@ class Recommender:
             repeats = not config.get("mask_history", True)  # older exports do not say how they were evaluated
         return cls(items["item_id"], items["title"], items["categories"], config["max_length"], scorer, users, repeats)
 
-    def recommend(self, history: list[str], top: int = 10, user: str | None = None) -> list[tuple[str, float]]:
+    def recommend(self, history: list[str] | str, top: int = 10, user: str | None = None) -> list[tuple[str, float]]:
         """The `top` best titles for a history of titles, oldest first, or for a user, with their scores, best first.
+
+        Args:
+            history: titles; one alone need not be a list.
 
         Raises:
             UserError: see `rank`; or a title is unknown or could be several.
         """
-        ranked = self.rank([self.find(title) for title in history], top, user)
+        titles = [history] if isinstance(history, str) else history
+        ranked = self.rank([self.find(title) for title in titles], top, user)
         return [(self.titles[index], score) for index, score in ranked]
 
     def rank(self, history: list[int], top: int, user: str | None = None) -> list[tuple[int, float]]:

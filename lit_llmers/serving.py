@@ -42,7 +42,9 @@ def find_export(folder: Path) -> Path:
     exports = [folder / stage["folder"] for stage in record["stages"] if stage["verb"] == "export"]
     done = [path for path in exports if (path / "DONE").is_file()]
     if not done:
-        raise UserError(f"{folder} has no finished export. Finish the run: {record['command']}")
+        earlier = sorted(str(path.parent) for path in folder.glob("export-*/DONE"))
+        hint = f" of its last command; of earlier ones, give one as run=: {', '.join(earlier)}" if earlier else ""
+        raise UserError(f"{folder} has no finished export{hint}. Finish the run: {record['command']}")
     if len(done) > 1:
         raise UserError(f"{folder} has several exports. Give one of them as run=: {', '.join(map(str, done))}.")
     return done[0]

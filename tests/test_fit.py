@@ -180,6 +180,8 @@ def test_a_report_that_other_settings_replace_is_said_beforehand(caplog, tmp_pat
     (evaluated / "DONE").touch()
     fit.describe_run(folder, config, ["recipe=slmrec"], second, False)
     assert "other settings" not in caplog.text
+    (folder / "report.md").write_text("# slmrec\n")
     for _ in range(2):  # said once: then the run is described as it is now
         fit.describe_run(folder, config, ["recipe=slmrec"], first, False)
+        assert (folder / "report.md").read_text() == f"{fit.EARLIER}\n\n# slmrec\n", "in the report too, lest this command fail"
     assert caplog.text.count("holds the report of other settings, which this one's will replace; run.name=OTHER") == 1

@@ -13,10 +13,14 @@ from torch import nn
 
 from lit_llmers import plan
 from lit_llmers.errors import UserError
+from lit_llmers.files import write_json
+from lit_llmers.planning.bases import architecture
 from lit_llmers.planning.cards import CARDS, USABLE, Card
 from lit_llmers.planning.data import stand_in
+from lit_llmers.planning.models import encoder
 from lit_llmers.planning.rehearsal import pretending, rehearse_training
 from lit_llmers.planning.sharing import BUCKET, Sizes, checkpoints, shares, sizes_of
+from lit_llmers.teachers.base import BaseConfig
 
 SMALL = ["data.generator.users=120", "data.generator.items=80", "logger=csv"]
 STRUCTURE = {"name", "verb", "seeds", "repeated", "folders", "needs", "processes", "devices", "num_nodes", "strategy"}
@@ -67,6 +71,17 @@ def test_a_base_without_sizes_is_named_and_the_other_stages_are_planned(monkeypa
     assert "somebody/their-model" in teacher["notes"][0]
     assert of(found, "item_embeddings")["memory"]["peak"] > 0
     assert "teacher" in found["totals"]["unknown"]
+
+
+def test_a_folder_s_config_of_an_older_version_is_planned(tmp_path) -> None:
+    """It may name what its architecture no longer knows, as MiniLM's does; a user's own key would be a mistake."""
+    old = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 2, "gradient_checkpointing": False, "head_dim": 4}
+    write_json(tmp_path / "config.json", old)
+    found = architecture(str(tmp_path))
+    assert (found["hidden_size"], found["head_dim"]) == (8, 4), "what only the model's code reads is kept"
+    assert "gradient_checkpointing" not in found
+    model = encoder(BaseConfig(name="old", path=str(tmp_path)), None, "stages.text")
+    assert model.config.hidden_size == 8
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_best_first_without_the_history(recommender):
     assert got == [("Film number 28", 28.0), ("Film number 27", 27.0), ("Film number 26", 26.0)]
     assert recommender.scorer.asked.tolist() == [[29, 4, 30]]
     assert recommender.scorer.asked.dtype == np.int64
+    assert recommender.recommend("Aladdin", top=3) == recommender.recommend(["Aladdin"], top=3), "one title, not its letters"
 
 
 def test_the_student_reads_the_latest_items_and_recommends_none_of_all(recommender):
@@ -289,6 +290,9 @@ def test_the_export_is_the_one_that_the_run_lists_as_done(run, tmp_path, capsys)
     (export / "DONE").unlink()
     status, _, err = command(capsys, f"run={copy}", "history=Aladdin")
     assert status == 2
+    assert f"no finished export of its last command; of earlier ones, give one as run=: {newer}. Finish the run: python" in err
+    shutil.rmtree(newer)
+    _, _, err = command(capsys, f"run={copy}", "history=Aladdin")
     assert "no finished export. Finish the run: python -m lit_llmers.fit recipe=tiny seed=1" in err
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(record | {"stages": []}))

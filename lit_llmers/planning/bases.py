@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from lit_llmers.teachers.base import BaseConfig
+from lit_llmers.teachers.base import READ, BaseConfig
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, positions: int) -> dict[str, Any]:
@@ -68,20 +68,23 @@ class Missing(Exception):
 def architecture(path: str, revision: str | None = None) -> dict[str, Any]:
     """Settings of the Hugging Face configuration of a folder, or of a model of the hub, without asking the hub.
 
+    A file that an older version wrote may hold settings that its architecture no longer knows: they are left out.
+
     Raises:
         Missing: it is neither in a folder or the cache nor known here.
     """
     from transformers import AutoConfig
 
     try:
-        found: dict[str, Any] = AutoConfig.from_pretrained(path, revision=revision, local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         if path in PUBLISHED:
             return dict(PUBLISHED[path])
         raise Missing(
             f"the sizes of '{path}': its config.json is not on this machine. Fetch it with `hf download {path} config.json`"
         ) from None
-    return found
+    known = type(config)().to_dict()
+    return {key: value for key, value in config.to_dict().items() if key in known or key in READ}
 
 
 def on_paper(base: BaseConfig) -> BaseConfig:

@@ -34,8 +34,8 @@ def reduce_table(table: np.ndarray, dim: int, how: str, popularity: np.ndarray, 
     possible = min(width, len(items)) if how == "pca" else width
     if dim > possible:
         raise UserError(
-            f"{len(items)} item vectors of width {width} cannot be cut to {dim} columns by {how}: {possible} is the most. Make "
-            "the model narrower (model.dim) or the vectors wider."
+            f"{len(items)} item vectors of width {width} cannot be cut to {dim} columns by {how}: {possible} is the most. Set "
+            f"student.model.dim={possible} or less{', or make the vectors wider (text.dim)' if width == possible else ''}."
         )
     reduced = np.zeros((len(table), dim), np.float32)
     if how == "pca":

@@ -43,7 +43,7 @@ def tfidf_svd(texts: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
     if dim > possible:
         raise UserError(
             f"dim={dim} is more than these texts can give: {int(filled.sum())} of {len(texts)} items have text, with "
-            f"{terms.shape[1]} different terms. Choose dim={possible} or less."
+            f"{terms.shape[1]} different terms. Set text.dim={possible} or less."
         )
     if not filled.all():
         log.warning("%d of %d items have no text; their text vectors are zero", int((~filled).sum()), len(texts))

@@ -53,8 +53,13 @@ def test_pca_is_centred_uncorrelated_and_keeps_all_distances_at_full_width():
 
 @pytest.mark.parametrize(("how", "dim"), [("pca", 13), ("uniform", 13), ("random", 20)])
 def test_more_columns_than_there_are_is_refused(how, dim):
-    with pytest.raises(UserError, match=f"cannot be cut to {dim} columns"):
+    with pytest.raises(UserError, match=f"cannot be cut to {dim} columns.*Set student.model.dim=12 or less, or make"):
         reduce_table(table(), dim, how, POPULARITY, 0)
+
+
+def test_wider_vectors_are_no_cure_for_few_items():
+    with pytest.raises(UserError, match=r"5 item vectors of width 12 .* Set student.model.dim=5 or less\.$"):
+        reduce_table(table()[:6], 8, "pca", POPULARITY, 0)
 
 
 @pytest.mark.parametrize("how", ["pca", "random", "uniform", "variance"])

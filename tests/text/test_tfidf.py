@@ -62,7 +62,7 @@ def test_case_does_not_matter():
 
 
 def test_more_directions_than_the_texts_have():
-    with pytest.raises(UserError, match=r"dim=5 is more .* 4 of 5 items have text.* Choose dim=4 or less"):
+    with pytest.raises(UserError, match=r"dim=5 is more .* 4 of 5 items have text.* Set text.dim=4 or less"):
         tfidf_svd([*SPACE, ""], 5)
 
 
