@@ -419,6 +419,34 @@ def test_one_loss_is_one_curve_and_several_say_what_they_are(good):
     assert several.get_ylabel() == "loss, mean over targets; terms before their weights"
 
 
+def drawn(*logs: list[dict[str, float]]):
+    """The losses of a model with these metrics, one list for each seed, on axes that were drawn."""
+    figure, axes = pyplot.subplots()
+    plots._losses("student", [SimpleNamespace(metrics=log) for log in logs], axes)
+    figure.canvas.draw()
+    pyplot.close(figure)
+    return axes
+
+
+def test_a_loss_of_one_step_is_a_dot_and_of_several_a_line():
+    step = {"step": 1, "loss": 3.0, "loss/task": 2.0, "loss/feature": 1.0}
+    axes = drawn([step], [step])
+    assert {line.get_marker() for line in axes.lines} == {"o"}
+    left, right = axes.get_xlim()
+    assert [step for step in axes.get_xticks() if left < step < right] == [1], "there is no step 1.02"
+    assert {line.get_marker() for line in drawn([step, step | {"step": 2}]).lines} == {""}
+
+
+@pytest.mark.parametrize(("low", "high", "minor"), [(0.2, 5.0, "0.2 0.3 0.4 0.6 2 3 4"), (0.04, 900.0, "")])
+def test_a_logarithmic_axis_has_plain_numbers(low, high, minor):
+    axes = drawn([{"step": 1, "loss": high, "loss/task": low, "loss/feature": 1.0}])
+    (bottom, top), ticks = axes.get_ylim(), axes.yaxis
+    assert axes.get_yscale() == "log"
+    assert "1" in [label.get_text() for label in ticks.get_ticklabels()]
+    shown = zip(ticks.get_minorticklocs(), ticks.get_ticklabels(minor=True), strict=True)
+    assert " ".join(label.get_text() for place, label in shown if bottom < place < top and label.get_text()) == minor
+
+
 def test_the_metrics_of_all_stages_are_merged(good):
     entries = [json.loads(line) for line in (good / "metrics.jsonl").read_text().splitlines()]
     assert {(entry["stage"], entry["seed"]) for entry in entries} >= {("student", 0), ("student", 2), ("teacher", 0)}

@@ -117,7 +117,7 @@ def _figure(results: Evaluated, columns: int = 1, height: float = 4.0) -> Iterat
 
 
 def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
-    """Every loss term over the steps: the first seed strong, the others thin."""
+    """Every loss term over the steps: the first seed strong, the others thin, and one step alone a dot."""
     keys = {key for stage in stages for entry in stage.metrics for key in entry if _is_loss(key)}
     if keys == {"loss", "loss/task"}:
         keys = {"loss"}  # the two are one curve
@@ -133,10 +133,11 @@ def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
             smooth = _rolling_mean(values, window)
             ends += [smooth[0], smooth[-1]]
             strong = {"linewidth": 1.6, "label": _term(term), "linestyle": "-" if number <= len(COLOURS) else "--"}
-            axes.plot(steps, smooth, color=colour, **({"linewidth": 0.8, "alpha": 0.35} if index else strong))
+            look = {"linewidth": 0.8, "alpha": 0.35} if index else strong
+            axes.plot(steps, smooth, color=colour, marker="o" if len(steps) == 1 else "", **look)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     if ends and min(ends) > 0 and max(ends) > 20 * min(ends):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        _logarithmic(axes)
     seeds = f"; first of {len(stages)} seeds strong" if len(stages) > 1 else ""
     several = len(keys) > 1
     title = f"Training loss of {name}{' by term' if several else ''} (moving average{seeds})"
@@ -144,6 +145,19 @@ def _losses(name: str, stages: list[StageResult], axes: "Axes") -> None:
     axes.set(title=title, xlabel="optimiser step", ylabel=f"loss, mean over targets{weights}")
     if several:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _logarithmic(axes: "Axes") -> None:
+    """A logarithmic y axis with plain numbers: 0.6 and not 6 x 10^-1. Which of the minor ticks have one stays Matplotlib's."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(Plain())
 
 
 def _colour(results: Results, name: str) -> str:
@@ -167,8 +181,6 @@ def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def _validation(results: Results, axes: "Axes") -> None:
     """The validation metric over the epochs: seeds thin, their mean strong, the best epoch of the mean marked."""
-    from matplotlib.ticker import MaxNLocator
-
     for name, stages in results.fits.items():
         colour = _colour(results, name)
         curves = [{e["epoch"] + 1: e[VALIDATION] for e in stage.metrics if e.get(VALIDATION) is not None} for stage in stages]
@@ -184,7 +196,7 @@ def _validation(results: Results, axes: "Axes") -> None:
         axes.plot(shared, mean, color=colour, linewidth=1.8, label=f"{name}{seeds}")
         best = int(np.argmax(mean))
         axes.plot(shared[best], mean[best], "o", color=colour, markersize=5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_ylim(bottom=0)
     axes.set(title=f"Validation {METRIC} of every model (dot: best epoch)", xlabel="epoch", ylabel=f"validation {METRIC}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
