@@ -385,6 +385,29 @@ def test_a_group_without_a_gain_keeps_its_place():
     assert right.get_xlim()[0] < 0, "the first group does not stand on the axis"
 
 
+@pytest.mark.parametrize(
+    ("users", "said"),
+    [
+        ((2, 2, 2, 2, 2), None),
+        ((0, 2, 2, 2, 2), None),
+        ((2, 2, 2, 2, 1), "Not shown: 50+ (one user, and an interval takes two)"),
+        ((1, 0, 2, 2, 1), "Not shown: 0-4, 50+ (one user each, and an interval takes two)"),
+    ],
+)
+def test_a_group_of_one_user_is_left_out_and_that_is_said(tmp_path, users, said):
+    run = make_run(tmp_path, {"student": 2.0, "control": 1.6}, seeds=(0,))
+    path = run / "evaluate-abc123" / "groups.npz"
+    rows = np.arange(USERS)
+    popularity = np.full(USERS, 2)
+    user = rows.copy()
+    for index, number in enumerate(users):  # two interactions of each of these users
+        popularity[(rows // 10 == index) & (rows % 10 < 2 * number)] = index
+        user[rows // 10 == index] = 10 * index + rows[rows // 10 == index] % 10 // 2
+    np.savez(path, **dict(np.load(path)) | {"popularity": popularity, "user": user})
+    (figure,) = (figure for name, figure in plots._figures(Results(run)) if name.startswith("popularity"))
+    assert figure.get_supxlabel() == (said or "")
+
+
 def test_a_loss_has_not_the_colour_of_a_gain():
     sides = {"gain": (0.1, 0.3), "loss": (-0.3, -0.1), "chance": (-0.1, 0.3)}
     gains = [

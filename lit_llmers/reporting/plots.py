@@ -86,6 +86,7 @@ def _figures(results: Results) -> Iterator[tuple[str, "Figure"]]:
             with _figure(results, columns=2) as (figure, (left, right)):
                 _levels(results, gains, method, control, left)
                 _gain(gains, method, control, right)
+                _left_out(results, method, figure)
                 yield f"popularity-{method}-{control}", figure
     if any(VALIDATION in entry for stages in results.fits.values() for stage in stages for entry in stage.metrics):
         with _figure(results) as (figure, axes):
@@ -246,6 +247,17 @@ def _gains(results: Results, method: str, control: str) -> list[dict[str, Any]]:
             levels = {"ours": float(ours[inside].mean()), "theirs": float(theirs[inside].mean())}
             out.append({"group": group["group"], "rows": int(inside.sum()), **levels, **gain})
     return out
+
+
+def _left_out(results: Results, method: str, figure: "Figure") -> None:
+    """Say below the axes which popularity groups of test users `_gains` passes over; one without a user is not missed."""
+    groups = results.models[method][0]["popularity"]
+    users = [np.unique(results.user[results.groups["popularity"] == index]).size for index in range(len(groups))]
+    names = [group["group"] for group, number in zip(groups, users, strict=True) if number == 1]
+    if names:
+        each = " each" if len(names) > 1 else ""
+        text = f"Not shown: {', '.join(names)} (one user{each}, and an interval takes two)"
+        figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
 
 
 def _labels(gains: list[dict[str, Any]], axes: "Axes") -> None:
