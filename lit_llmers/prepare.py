@@ -16,6 +16,7 @@ import pandas as pd
 from lit_llmers.data import DataConfig
 from lit_llmers.data import splits as s
 from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.dropped import UNMET, dropped_lines
 from lit_llmers.data.interactions import POSITION, Tables
 from lit_llmers.data.sources import source_of
 from lit_llmers.errors import UserError
@@ -37,8 +38,8 @@ def prepare(config: DataConfig, folder: Path) -> dict[str, Any]:
     """
     dataset = build(source_of(config).load(), config)
     dataset.save(folder)
-    for note in dataset.info["notes"]:
-        log.info(note)
+    for line in [*dropped_lines(dataset.info["dropped"]), *dataset.info["notes"]]:
+        log.info(line)
     return dataset.info
 
 
@@ -59,10 +60,7 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         s.check_moments(rows.users, rows.table["time"].to_numpy(), tables.origin)
     if config.min_rating is not None:
         rows.keep(rows.table["rating"].to_numpy() >= config.min_rating, f"min_rating={config.min_rating:g}")
-    short = rows.users_below(config.min_interactions)
     rows.keep(s.enough(rows.users, config.min_interactions), f"min_interactions={config.min_interactions}")
-    if short:
-        rows.note(f"{short} users with fewer than {config.min_interactions} interactions were dropped.")
     if config.k_core > 1:
         core = s.k_core(rows.users, rows.items, max(config.k_core, config.min_interactions), config.k_core)
         rows.keep(core, f"k_core={config.k_core}")
@@ -70,13 +68,13 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         split = s.given(rows.table["split"].to_numpy(), tables.origin)
         split = split[rows.sort(split)]
         s.check_order(split, rows.users, rows.user_ids, tables.origin)
-        split = rows.keep_known(split, config.split, users=rows.users)
+        split = rows.keep_known(split, config.split, "users")
     else:
         rows.sort()
     if config.split == "temporal":
         split, moments = s.temporal(rows.table["time"].to_numpy(), config.quantiles)
         rows.note(f"Training before time {moments[0]:.15g}, validation before {moments[1]:.15g}, test from there on.")
-        split = rows.keep_known(split, config.split, users=rows.users, items=rows.items)
+        split = rows.keep_known(split, config.split, "users", "items")
     users, user_ids = rows.present(rows.users, rows.user_ids)
     items, item_ids = rows.present(rows.items, rows.item_ids)
     catalogue = tables.items.set_index("item_id").loc[item_ids].reset_index()
@@ -108,7 +106,7 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     if untitled := int((catalogue["title"] == "").sum()):
         rows.note(f"{untitled} of {len(catalogue)} items have no title.")
     counts = {"users": len(user_ids), "items": len(item_ids), "interactions": len(users)}
-    dropped = rows.dropped | {"items_without_interactions": len(tables.items) - len(item_ids)}
+    dropped = rows.dropped | {UNMET: len(tables.items) - len(item_ids)}
     info = {
         "name": config.name,
         "generated": bool(tables.info["generated"]),
@@ -153,10 +151,6 @@ class _Rows:
         if not len(self.table):
             raise UserError(f"{tables.origin} has no interactions. Check data.root or data.path.")
 
-    def users_below(self, least: int) -> int:
-        count = np.bincount(self.users)
-        return int(np.sum((count > 0) & (count < least)))
-
     def keep(self, mask: np.ndarray, reason: str) -> None:
         """Drop the rows outside `mask` and count what went.
 
@@ -176,15 +170,13 @@ class _Rows:
             )
         self.dropped[reason] = {key: before[key] - after[key] for key in before}
 
-    def keep_known(self, split: np.ndarray, name: str, **codes: np.ndarray) -> np.ndarray:
-        """Drop what is held out of users (and items) without a training interaction; `[N]` -> the split of what is left."""
-        unknown = {what: s.without_history(split, code) for what, code in codes.items()}
-        for what, rows in unknown.items():
-            if rows.any():
-                self.note(f"{rows.sum()} held-out interactions of {what} without any training interaction were dropped.")
-        known = ~np.logical_or.reduce(list(unknown.values()))
-        self.keep(known, f"split={name} ({' and '.join(codes)} without a training interaction)")
-        return split[known]
+    def keep_known(self, split: np.ndarray, name: str, *kinds: str) -> np.ndarray:
+        """Drop what is held out of `users`, or of these and `items`, without training; `[N]` -> the split of what is left."""
+        for kind in kinds:
+            known = ~s.without_history(split, getattr(self, kind))
+            self.keep(known, f"split={name} ({kind} without a training interaction)")
+            split = split[known]
+        return split
 
     def sort(self, *ties: np.ndarray) -> np.ndarray:
         """Order by user and time, at the same time by `ties` `[N]`, by position and as in the file; return the order `[N]`."""

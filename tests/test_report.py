@@ -355,7 +355,8 @@ def test_protocol_data_and_command_are_there(good):
     text = (good / "report.md").read_text()
     assert "hash `0f0f0f0f0f0f`" in text
     assert "history masked" in text
-    assert "Dropped, k_core=5: 12 users, 4 items, 61 interactions." in text
+    dropped = ["- Dropped, items that nobody has met: 3.", "- Dropped, k_core=5: 12 users, 4 items, 61 interactions."]
+    assert "\n".join(dropped) in text, "of 7 items without interactions the filter took 4"
     assert INFO["notes"][0] in text
     assert COMMAND in text
     assert "| `student-seed2-abc123` | `cccccccccccc` |" in text

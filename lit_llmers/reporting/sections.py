@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lit_llmers.data.dropped import dropped_lines
 from lit_llmers.environment import device
 from lit_llmers.reporting import tables
 from lit_llmers.reporting.results import Evaluated
@@ -82,14 +83,8 @@ def data_section(results: Evaluated) -> str:
         f"{data['name']}: {counts}.",
         f"Kept: {data['min_interactions']} or more interactions per user, k-core {data['k_core']}.",
     ]
-    lines += [f"Dropped, {reason}: {_dropped(number)}." for reason, number in data["dropped"].items() if number]
-    return "\n".join(["## Data\n", *(f"- {line}" for line in [*lines, *data["notes"]])])
-
-
-def _dropped(number: int | dict[str, int]) -> str:
-    if isinstance(number, dict):
-        return ", ".join(f"{count:,} {what}" for what, count in number.items())
-    return f"{number:,}"
+    lines += [*dropped_lines(data["dropped"]), *data["notes"]]
+    return "\n".join(["## Data\n", *(f"- {line}" for line in lines)])
 
 
 def machine(environment: dict[str, Any]) -> str:

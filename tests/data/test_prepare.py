@@ -11,6 +11,7 @@ import yaml
 import lit_llmers
 from lit_llmers.data import Columns, DataConfig
 from lit_llmers.data.dataset import Dataset
+from lit_llmers.data.dropped import dropped_lines
 from lit_llmers.errors import UserError
 from lit_llmers.prepare import prepare
 
@@ -63,8 +64,10 @@ def test_short_users_are_dropped_counted_and_said(folder: Path, tmp_path: Path, 
         info = prepare(local(folder, min_interactions=4), tmp_path / "out")
     assert info["counts"]["users"] == 1
     assert info["dropped"]["min_interactions=4"] == {"users": 2, "items": 0, "interactions": 6}
-    assert info["notes"] == [ORDER, "2 users with fewer than 4 interactions were dropped."]
-    assert info["notes"][1] in caplog.text
+    (said,) = dropped_lines(info["dropped"])
+    assert said == "Dropped, min_interactions=4: 2 users, 0 items, 6 interactions."
+    assert info["notes"] == [ORDER], "and it is said once"
+    assert said in caplog.text
 
 
 def test_k_core_on_tables(folder: Path, tmp_path: Path) -> None:
@@ -114,6 +117,23 @@ def test_min_rating(folder: Path, tmp_path: Path) -> None:
     assert histories(Dataset.load(tmp_path / "out"))["a"] == ["1", "2", "3"]
 
 
+def test_what_was_dropped_is_said_once_and_in_the_order_of_the_filters(folder: Path, tmp_path: Path) -> None:
+    read = {"a": "xyz", "b": "xyz", "c": "xyzw", "d": "xyv"}
+    write(folder, read, {user: list(range(len(items))) for user, items in read.items()})
+    path = folder / "interactions.parquet"
+    table = pd.read_parquet(path)
+    table.assign(rating=[1 if item == "v" else 5 for item in table["item_id"]]).to_parquet(path)
+    items = pd.DataFrame({"item_id": list("xyzwvu"), "title": list("xyzwvu")})
+    items.to_parquet(folder / "items.parquet")
+    prepare(local(folder, min_rating=4, k_core=2), tmp_path / "out")
+    assert dropped_lines(Dataset.load(tmp_path / "out").info["dropped"]) == [  # u, v, d, w
+        "Dropped, items that nobody has met: 1.",
+        "Dropped, min_rating=4: 0 users, 1 items, 1 interactions.",
+        "Dropped, min_interactions=3: 1 users, 0 items, 2 interactions.",
+        "Dropped, k_core=2: 0 users, 1 items, 1 interactions.",
+    ]
+
+
 def test_given_split(folder: Path, tmp_path: Path) -> None:
     path = folder / "interactions.parquet"
     parts = ["test", "train", "train", "train", "valid", "test", "valid", "test", "test", "test"]
@@ -122,7 +142,10 @@ def test_given_split(folder: Path, tmp_path: Path) -> None:
     dataset = Dataset.load(tmp_path / "out")
     assert histories(dataset) == {"b": ["1", "4", "2"], "a": ["1", "2", "3", "4"]}
     assert dataset.split.tolist() == [0, 2, 2, 0, 0, 1, 2]
-    assert info["notes"] == [ORDER, "3 held-out interactions of users without any training interaction were dropped."]
+    assert info["notes"] == [ORDER]
+    assert dropped_lines(info["dropped"]) == [
+        "Dropped, split=given (users without a training interaction): 1 users, 0 items, 3 interactions."
+    ]
     assert info["counts"] == {"users": 2, "items": 4, "interactions": 7, "train": 3, "valid": 1, "test": 3}
 
 
@@ -152,9 +175,8 @@ def test_temporal_split_drops_what_training_does_not_know(folder: Path, tmp_path
     assert info["notes"] == [
         ORDER,
         "Training before time 20, validation before 26, test from there on.",
-        "2 held-out interactions of items without any training interaction were dropped.",
     ]
-    assert info["dropped"]["split=temporal (users and items without a training interaction)"] == {
+    assert info["dropped"]["split=temporal (items without a training interaction)"] == {
         "users": 0,
         "items": 1,
         "interactions": 2,
@@ -164,12 +186,12 @@ def test_temporal_split_drops_what_training_does_not_know(folder: Path, tmp_path
 
 def test_temporal_split_drops_users_who_come_later(folder: Path, tmp_path: Path) -> None:
     write(folder, {"b": "xxyx", "a": "yxz", "c": "xzzz"}, {"b": [1, 4, 9, 10], "a": [5, 6, 9], "c": [2, 3, 5, 11]})
-    info = prepare(local(folder, split="temporal", quantiles=[0.45, 0.7]), tmp_path / "out")
+    prepare(local(folder, split="temporal", quantiles=[0.45, 0.7]), tmp_path / "out")
     dataset = Dataset.load(tmp_path / "out")
     assert histories(dataset) == {"b": ["x", "x", "x"], "c": ["x", "z", "z", "z"]}
-    assert info["notes"][2:4] == [
-        "3 held-out interactions of users without any training interaction were dropped.",
-        "2 held-out interactions of items without any training interaction were dropped.",
+    assert dropped_lines(dataset.info["dropped"]) == [  # y is of user a, who is unknown, and of b
+        "Dropped, split=temporal (users without a training interaction): 1 users, 0 items, 3 interactions.",
+        "Dropped, split=temporal (items without a training interaction): 0 users, 1 items, 1 interactions.",
     ]
 
 
