@@ -18,6 +18,7 @@ from lit_llmers.errors import UserError
 if TYPE_CHECKING:
     from lit_llmers.stages import Stage
 
+log = logging.getLogger("lit_llmers.dashboard")  # as a program this file is __main__
 FILE = "dashboard.json"  # in the run's folder: the view as W&B keeps it
 ANSWER = 10  # seconds that W&B may take to say who is logged in
 BY_STAGE: dict[str, Any] = {"groupby": "JobType", "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}  # over the seeds
@@ -80,6 +81,8 @@ def dashboard(config: dict[str, Any]) -> str:
     online = wandb_mode(wandb) == "online"
     url, refused = _save(workspace) if online else ("", "nobody is logged in to it: wandb login")
     write(workspace, path)
+    if not (path.parent / "run.json").is_file():
+        log.info("There is no run in %s yet: the dashboard is empty until lit_llmers.fit runs there.", path.parent)
     if url:
         return f"Dashboard: {url}\nIts JSON: {path}"
     return f"Dashboard: {path}\nW&B does not have it ({refused}). The same command, given again, makes it there."

@@ -1,6 +1,7 @@
 """The dashboard shows what runs really log, is the same each time, and asks no server that nobody is logged in to."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ def panels(path: Path) -> list[dict[str, Any]]:
     return [panel for section in sections for panel in section["panels"]]
 
 
-def test_every_panel_shows_what_the_run_logged(finished, capsys):
+def test_every_panel_shows_what_the_run_logged(finished, capsys, caplog):
     command, run = finished
-    assert dashboard.main(command) == 0
+    with caplog.at_level(logging.INFO):
+        assert dashboard.main(command) == 0
+    assert "There is no run" not in caplog.text
     assert "nobody is logged in" in capsys.readouterr().out
     results = Results(run)
     logged = {key for path in run.glob("*/metrics.jsonl") for entry in read_metrics(path) for key in entry}
@@ -92,10 +95,12 @@ def test_the_same_plan_gives_the_same_file(finished):
     assert section["grouping"] == [{"section": "run", "name": "jobType"}]
 
 
-def test_it_can_be_made_before_anything_ran_and_read_back(tmp_path):
+def test_it_can_be_made_before_anything_ran_and_read_back(tmp_path, caplog):
     from wandb_workspaces.workspaces import internal
 
-    assert dashboard.main(["recipe=pad", f"run.dir={tmp_path}", "seeds=[0,1]"]) == 0
+    with caplog.at_level(logging.INFO):
+        assert dashboard.main(["recipe=pad", f"run.dir={tmp_path}", "seeds=[0,1]"]) == 0
+    assert f"There is no run in {tmp_path / 'pad' / 'default'} yet" in caplog.text, "as where its name is mistyped"
     view = internal.View.model_validate_json((tmp_path / "pad" / "default" / "dashboard.json").read_text())
     assert view.display_name == "pad/default"
     assert "loss/alignment" in {
