@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.files import write_json
 from lit_llmers.planning.bases import architecture
 from lit_llmers.planning.cards import CARDS, USABLE, Card
-from lit_llmers.planning.data import stand_in
+from lit_llmers.planning.data import known_data, stand_in
 from lit_llmers.planning.models import encoder
 from lit_llmers.planning.rehearsal import pretending, rehearse_training
 from lit_llmers.planning.sharing import BUCKET, Sizes, checkpoints, shares, sizes_of
@@ -391,6 +392,13 @@ def test_unknown_data_are_not_guessed() -> None:
         "interactions": pytest.approx(20000, rel=0.05),
     }
     assert of(stated, "student")["memory"]["peak"] > 0
+
+
+def test_stated_sizes_count_where_other_data_are_prepared(tmp_path) -> None:
+    prepared: Any = SimpleNamespace(done=True, folder=tmp_path)  # which is not read
+    known = known_data(prepared, (1000, 500, 20000))
+    assert known is not None
+    assert (known.origin, known.dataset.n_users) == ("sizes=", 1000)
 
 
 def test_a_stand_in_has_the_size_that_was_stated() -> None:

@@ -37,12 +37,12 @@ def known_data(prepare: Stage, sizes: tuple[int, int, int] | None) -> Known | No
     """What is known of the data before, or after, they are prepared; None without anything.
 
     Args:
-        sizes: users, items and interactions that the user states.
+        sizes: users, items and interactions that the user states; they count even where other data are prepared.
     """
-    if prepare.done:
-        return Known(Dataset.load(prepare.folder), "prepared", True)
     if sizes is not None:
         return Known(stand_in(*sizes), "sizes=", False)
+    if prepare.done:
+        return Known(Dataset.load(prepare.folder), "prepared", True)
     config: DataConfig = prepare.config
     if _readable(config):
         from lit_llmers.data.sources import source_of
