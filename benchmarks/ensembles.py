@@ -6,7 +6,6 @@ one. The recipe is run up to that stage first, so the same command as for `lit_l
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from itertools import combinations
@@ -20,6 +19,7 @@ from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.metrics import per_user_metric
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.ranking import Catalogue, target_ranks
+from lit_llmers.reporting.tables import markdown, with_spread
 from lit_llmers.resolving import resolve
 from lit_llmers.students.recommender import Recommender
 
@@ -37,15 +37,16 @@ def main() -> int:
     dataset = load_dataset(stages[0])
     models = [load_model(stage, dataset) for stage in stages]
     config = stages[0].config
-    print(f"\n{options.stage}: NDCG@10, mean ± standard deviation over the choices of so many seeds\n")
-    print("| added up | choices | validation | test |\n|---:|---:|---:|---:|")
     found = {}
     for part in ("valid", "test"):
         rows = EvaluationRows(dataset, part, config.sequences.max_length, None)
         found[part] = {chosen: ndcg(chosen, rows, config.mask_history) for chosen in subsets(models)}
+    table = []
     for number in range(1, len(models) + 1):
         cells = [[value for chosen, value in found[part].items() if len(chosen) == number] for part in ("valid", "test")]
-        print(f"| {number} | {len(cells[0])} | {' | '.join(map(spread, cells))} |")
+        table.append([str(number), str(len(cells[0])), *map(with_spread, cells)])
+    print(f"\n{options.stage}: NDCG@10, mean ± standard deviation over the choices of so many seeds\n")
+    print(markdown(["added up", "choices", "validation", "test"], table))
     return 0
 
 
@@ -64,11 +65,6 @@ def ndcg(models: Sequence[Recommender], rows: EvaluationRows, mask_history: bool
         user = torch.cat([model.vectors(batch, tables)[0] for model, tables in zip(models, each, strict=True)], 1)
         ranks.append(target_ranks(user, catalogue, batch["target"], batch.get("seen_row"), batch.get("seen_item")))
     return float(per_user_metric(torch.cat(ranks), "NDCG@10").mean())
-
-
-def spread(values: Sequence[float]) -> str:
-    """`.0557 ± .0008`, or the one value."""
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

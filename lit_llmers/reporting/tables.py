@@ -61,16 +61,17 @@ def metric_rows(results: Evaluated, columns: Sequence[tuple[str, str]]) -> Rows:
         means = [spread(values)[0] if values else None for values in found]
         best = max((mean for mean in means if mean is not None), default=None)
         for row, values, mean in zip(rows, found, means, strict=True):
-            cell = _with_spread(values)
+            cell = with_spread(values)
             row.append(f"**{cell}**" if mean and mean == best and len(rows) > 1 else cell)
     return rows
 
 
-def _with_spread(values: list[float], digits: int = 4) -> str:
+def with_spread(values: list[float]) -> str:
+    """Mean and standard deviation, `0.0557 ± 0.0008`; the one value there is, or a dash for none."""
     if not values:
         return NONE
     mean, deviation = spread(values)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
+    return f"{mean:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
 
 
 def gain_table(results: Evaluated) -> str:
@@ -199,7 +200,7 @@ def terminal_table(results: Results) -> str:
         )
     rows = []
     for name in results.models:
-        metrics = [_with_spread(results.values(name, _metric(metric))) for metric in ("HR@10", METRIC, "MRR")]
+        metrics = [with_spread(results.values(name, _metric(metric))) for metric in ("HR@10", METRIC, "MRR")]
         sizes = [count(average(results, name, "parameters", key)) for key in ("layers", "total")]
         rows.append([name, *sizes, *metrics, count(average(results, name, "inference", "users_per_second"))])
     return plain(["model", "layers", "parameters", "HR@10", METRIC, "MRR", "users/s"], rows)
