@@ -32,14 +32,14 @@ PACKAGES = (
 )
 
 
-def recorded(folder: Path, worked: bool) -> dict[str, Any]:
-    """The folder's `environment.json`, written anew only where something was worked out now.
+def recorded(folder: Path, worked: bool, **more: Any) -> dict[str, Any]:
+    """The folder's `environment.json`, written anew only where something was worked out now, with what else is to be known.
 
     A run that is given again when all of it is done keeps the date and the machine that made it.
     """
     path = folder / "environment.json"
     if worked or not path.is_file():
-        write_json(path, environment())
+        write_json(path, environment() | more)
     return read_json(path)
 
 
