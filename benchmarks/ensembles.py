@@ -58,11 +58,13 @@ def subsets(models: Sequence[Recommender]) -> list[tuple[Recommender, ...]]:
 @torch.inference_mode()
 def ndcg(models: Sequence[Recommender], rows: EvaluationRows, mask_history: bool) -> float:
     """NDCG@10 by the sum of the models' scores: one dot product of their vectors side by side."""
-    each = [model.tables() for model in models]
-    catalogue = Catalogue(torch.cat([tables.table for tables in each], 1))
+    tables = [model.tables() for model in models]
+    catalogue = None  # of all, the same for every batch
     ranks = []
     for batch in EvaluationBatches(rows, EvaluationConfig().batch_size, mask_history):
-        user = torch.cat([model.vectors(batch, tables)[0] for model, tables in zip(models, each, strict=True)], 1)
+        users, items = zip(*(model.vectors(batch, own) for model, own in zip(models, tables, strict=True)), strict=True)
+        catalogue = catalogue or Catalogue(torch.cat([own.table for own in items], 1))
+        user = torch.cat(users, 1)
         ranks.append(target_ranks(user, catalogue, batch["target"], batch.get("seen_row"), batch.get("seen_item")))
     return float(per_user_metric(torch.cat(ranks), "NDCG@10").mean())
 
