@@ -19,13 +19,14 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
     kind = RowwiseAdamW if tables else torch.optim.AdamW
     adam = kind(_groups(trainable), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     warmup = config.warmup_steps
-    if not warmup and config.schedule == "constant":
+    steady = config.schedule in ("constant", "plateau")  # BestCheckpoint sees to the plateau
+    if not warmup and steady:
         return adam
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        if config.schedule == "constant" or step == warmup:
+        if steady or step == warmup:
             return 1.0
         trainer = module.trainer
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
@@ -35,6 +36,15 @@ def adamw(module: L.LightningModule, config: OptimizerConfig) -> Any:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
     return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def lower_rate(trainer: L.Trainer, factor: float) -> None:
+    """Multiply the learning rates from here on, and what a warm-up leads to; a checkpoint has them."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+    for config in trainer.lr_scheduler_configs:
+        config.scheduler.base_lrs = [rate * factor for rate in config.scheduler.base_lrs]
 
 
 class RowwiseAdamW(torch.optim.AdamW):

@@ -45,7 +45,8 @@ def run(stage: Stage) -> dict[str, Any]:
     with construction(config.trainer):
         model: Any = build_model(stage, dataset)
     terms = build_callbacks(config, _sources(stage, dataset, data), offers(stage, dataset))
-    best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience)
+    plateau = config.optimizer.schedule == "plateau"
+    best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience, plateau)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), *terms, best, last])

@@ -39,7 +39,8 @@ def run(stage: Stage) -> dict[str, Any]:
     if config.validate == "ranking":
         ranker = GroundedRecommender(model, wording, VALIDATING)
     module = InstructedModel(model, config, ranker)
-    best = BestCheckpoint(stage.folder / "best.ckpt", MONITORS[config.validate], config.trainer.patience)
+    plateau = config.optimizer.schedule == "plateau"
+    best = BestCheckpoint(stage.folder / "best.ckpt", MONITORS[config.validate], config.trainer.patience, plateau)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), best, last])

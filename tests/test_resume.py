@@ -10,6 +10,7 @@ from tiny import assert_equal_weights, by_name, small, weights
 
 from lit_llmers import training as training_stage
 from lit_llmers.errors import UserError
+from lit_llmers.journal import read_metrics
 from lit_llmers.running import run
 
 
@@ -115,6 +116,26 @@ def test_the_same_with_other_settings(tmp_path, monkeypatch, settings):
         run(planned, "student")
         assert_equal_weights(weights(student), weights(whole["student"]))
         assert student.summary["best"] == whole["student"].summary["best"]
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("later", [0, 4])
+def test_below_a_plateau_it_goes_on_at_the_lower_rate(tmp_path, monkeypatch, warmup, later):
+    given = ["optimizer.schedule=plateau", "trainer.patience=1", "trainer.max_epochs=30", "student.optimizer.lr=0.3"]
+    given += [f"optimizer.warmup_steps={warmup}", "student.model.dim=8", "trainer.limit_train_batches=10"]
+    whole = by_name(small(tmp_path / "whole", *given, recipe="student"))
+    run(list(whole.values()), "student")
+    figures = [line["val/NDCG@10"] for line in read_metrics(whole["student"].folder / "metrics.jsonl") if "val/NDCG@10" in line]
+    lowered = next(epoch for epoch, value in enumerate(figures) if epoch and value <= max(figures[:epoch])) + 1
+    planned = small(tmp_path / "killed", *given, recipe="student")
+    student = link(planned, whole, "student")
+    interrupt(planned, "student", 10 * lowered + later, monkeypatch)
+    rate = torch.load(student.folder / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert rate == pytest.approx(0.03), "it was killed after that"
+    run(planned, "student")
+    assert_equal_weights(weights(student), weights(whole["student"]))
+    assert student.summary["best"] == whole["student"].summary["best"]
+    assert student.summary["epochs"] == whole["student"].summary["epochs"] == len(figures)
 
 
 def test_steps_in_the_rows_of_a_batch_alone_go_on_too(tmp_path, monkeypatch):

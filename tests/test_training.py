@@ -1,8 +1,10 @@
 """Settings of the Trainer that a recipe or a user chooses."""
 
+import lightning as L
 import pytest
 from tiny import by_name, small
 
+from lit_llmers import training
 from lit_llmers.errors import UserError
 from lit_llmers.journal import read_metrics
 from lit_llmers.recipes import compose
@@ -35,6 +37,38 @@ def test_patience_counts_the_epochs_between_validations(tmp_path):
     )  # fmt: skip
     seen = validated(stage)
     assert seen[-1] - stage.summary["best"]["epoch"] == 4
+
+
+PLATEAU = ["student.optimizer.schedule=plateau", "trainer.max_epochs=40", "trainer.patience=2"]
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_plateau_is_left_once_at_a_tenth_of_the_rate(tmp_path, monkeypatch, warmup):
+    seen: list[tuple[int, float]] = []
+
+    class Rates(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            seen.append((trainer.current_epoch, optimizer.param_groups[0]["lr"]))
+
+    make_trainer = training.make_trainer
+    monkeypatch.setattr(training, "make_trainer", lambda stage, callbacks: make_trainer(stage, [*callbacks, Rates()]))
+    stage = student(tmp_path, *PLATEAU, "student.optimizer.lr=1e-12", f"optimizer.warmup_steps={warmup}")
+    validation = [line["val/NDCG@10"] for line in read_metrics(stage.folder / "metrics.jsonl") if "val/NDCG@10" in line]
+    assert validation == [validation[0]] * 5, "nothing is learned, so two epochs after the first the rate falls, and two later"
+    rates = [1e-12 if epoch < 3 else 1e-13 for epoch, _ in seen]
+    rates[:warmup] = [1e-12 * (step + 1) / warmup for step in range(warmup)]
+    assert [rate for _, rate in seen] == pytest.approx(rates, rel=1e-6)
+    assert stage.summary["best"]["epoch"] == 0
+
+
+def test_a_plateau_wants_patience(tmp_path):
+    with pytest.raises(UserError, match=r"optimizer.schedule=plateau lowers the learning rate when trainer.patience ends"):
+        small(tmp_path, *PLATEAU, "trainer.patience=0", recipe="student")
+
+
+def test_a_plateau_wants_validation(tmp_path):
+    with pytest.raises(UserError, match=r"stages.NAME.optimizer.schedule=constant"):
+        small(tmp_path, "optimizer.schedule=plateau", recipe="said")
 
 
 def test_a_validation_that_never_comes_is_refused(tmp_path):

@@ -13,10 +13,12 @@ import torch
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, previous, read_json, readable, recover, replace_folder, writable
+from lit_llmers.optimizer import lower_rate
 from lit_llmers.processes import Processes
 from lit_llmers.strategies import whole_state
 
 ABOUT = "about.json"  # in a checkpoint's folder: what it was written by
+LOWERED = 0.1  # learning rate after a plateau, in that before
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +151,14 @@ class BestCheckpoint(L.Callback):
         monitor: a logged validation metric, the higher the better.
         patience: epochs without improvement before training stops; 0 trains to the last epoch. Where not every epoch is
             validated, those between two validations count.
+        plateau: instead of stopping the first time, go on at a tenth of the learning rate. (Lightning's own scheduler for that
+            steps when `last.ckpt` is already written, and has a patience of its own.)
     """
 
-    def __init__(self, path: Path, monitor: str, patience: int) -> None:
+    def __init__(self, path: Path, monitor: str, patience: int, plateau: bool = False) -> None:
         self.path, self.monitor, self.patience = path, monitor, patience
         self.score, self.epoch, self.waited = -math.inf, -1, 0
+        self.to_lower = plateau
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -164,6 +169,10 @@ class BestCheckpoint(L.Callback):
             (save_weights if getattr(trainer.strategy, "in_folders", False) else save)(trainer, self.path)
         else:
             self.waited += trainer.check_val_every_n_epoch or 1
+        if self._exhausted and self.to_lower:
+            self.to_lower, self.waited = False, 0
+            lower_rate(trainer, LOWERED)
+            log.info("no better epoch in %d: the learning rate is %g of what it was", self.patience, LOWERED)
         trainer.should_stop = trainer.should_stop or self._exhausted
 
     @property
@@ -171,10 +180,11 @@ class BestCheckpoint(L.Callback):
         return 0 < self.patience <= self.waited
 
     def state_dict(self) -> dict[str, Any]:
-        return {"score": self.score, "epoch": self.epoch, "waited": self.waited}
+        return {"score": self.score, "epoch": self.epoch, "waited": self.waited, "to_lower": self.to_lower}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.score, self.epoch, self.waited = state_dict["score"], state_dict["epoch"], state_dict["waited"]
+        self.to_lower = state_dict.get("to_lower", False)  # an older version had no plateau
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["callbacks"].get(self.state_key)

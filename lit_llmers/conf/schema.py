@@ -11,7 +11,7 @@ from lit_llmers.conf.typed import ADDED
 from lit_llmers.errors import UserError, unknown
 
 EXAMPLES = ("sequence", "prefixes", "last")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "plateau")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 SIGNAL_DTYPES = ("float16", "float32")
 BASE_DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +63,8 @@ class OptimizerConfig:
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
         warmup_steps: optimiser steps of linear warm-up.
-        schedule: after warm-up, `constant`, or `linear` or `cosine` to zero over the whole training.
+        schedule: after warm-up, `constant`, or `linear` or `cosine` to zero over the whole training. `plateau`: constant, and
+            where patience would end the training, a tenth of that until patience ends it again.
     """
 
     lr: float = 1e-3

@@ -55,6 +55,14 @@ class InitialConfig:
             raise UserError(f"initial.std is {self.std}. It must be positive, or null to keep the table's scale.")
 
 
+def _check_plateau(optimizer: OptimizerConfig, trainer: TrainerConfig) -> None:
+    if optimizer.schedule == "plateau" and not trainer.patience:
+        raise UserError(
+            "optimizer.schedule=plateau lowers the learning rate when trainer.patience ends, and trainer.patience is 0. Set it "
+            "to 1 or more."
+        )
+
+
 @dataclass(frozen=True)
 class FitStage:
     """Train a backbone as a recommender.
@@ -87,6 +95,9 @@ class FitStage:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mask_history: bool = True
     validation_users: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_plateau(self.optimizer, self.trainer)
 
     @property
     def terms(self) -> list[tuple[str, dict[str, Any]]]:
@@ -233,6 +244,11 @@ class EncodeStage:
             raise UserError(f"encode: {self.encode} does not take train_base. Use encode: said for it.")
         if self.trainer is not None and self.trainer.strategy in SHARDED:
             raise UserError(f"trainer.strategy={self.trainer.strategy} does not train an encode stage. Use ddp or auto.")
+        if self.trains and self.optimizer is not None and self.optimizer.schedule == "plateau":
+            raise UserError(
+                "optimizer.schedule=plateau waits for validation, and an encode stage has none. Give it a schedule of its own, "
+                "as stages.NAME.optimizer.schedule=constant."
+            )
         if self.encode == "tfidf" and self.trainer is not None and self.trainer.processes > 1:
             raise UserError(
                 f"encode: tfidf is counted by one process, not by {self.trainer.processes}. Leave trainer out of this stage."
@@ -327,6 +343,7 @@ class TuneStage:
     mask_history: bool = True
 
     def __post_init__(self) -> None:
+        _check_plateau(self.optimizer, self.trainer)
         if self.tune not in TUNINGS:
             raise unknown("method of the tune stage (tune)", self.tune, TUNINGS)
         if self.validate not in VALIDATIONS:
