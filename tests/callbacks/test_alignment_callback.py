@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lit_llmers.backbones.bpr_mf import BPRMF
 from lit_llmers.backbones.sasrec import SASRec
-from lit_llmers.callbacks.alignment import COLDEST, Alignment, Bank
+from lit_llmers.callbacks.alignment import Alignment
+from lit_llmers.callbacks.alignment_term import COLDEST, Bank
 from lit_llmers.errors import UserError
 from lit_llmers.losses import task
 from lit_llmers.losses.alignment import multi_kernel_mmd, soft_clip
