@@ -126,6 +126,28 @@ def test_who_has_no_text_is_never_hidden():
     assert set(torch.cat(drawn).tolist()) == set(range(10, 110)) - {60, 61}
 
 
+def test_a_share_of_the_hidden_nodes_has_the_loss_of_all_on_average():
+    student = student_of()
+    output = student({"user": torch.tensor([0]), "target": torch.tensor([1]), "negatives": torch.tensor([[2]])})
+    whole, some = (MaskedReconstruction(ITEMS, USERS, ratio=0.2, share=share) for share in (1.0, 0.25))
+    term = whole.build(student)
+    torch.manual_seed(1)
+    few = some.build(student)
+    few.load_state_dict(term.state_dict())
+    nodes = whole.draw(student.backbone)
+    expected = term(output, {KEY: nodes})
+    parts = [few(output, {KEY: nodes.roll(shift)}) for shift in range(len(nodes))]
+    assert len(nodes) == 22
+    torch.testing.assert_close(torch.stack(parts).mean(), expected)
+    assert max(parts) > expected + 0.01, "each asks others"
+
+
+@pytest.mark.parametrize("share", [0, 1.5, -0.1])
+def test_a_share_that_is_none(share):
+    with pytest.raises(UserError, match=r"masked_reconstruction: share is .* above 0 and at most 1"):
+        MaskedReconstruction(ITEMS, USERS, share=share)
+
+
 class Watch(L.Callback):
     """What the backbone's table is before, in and after a step."""
 
