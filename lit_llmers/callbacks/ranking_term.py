@@ -1,7 +1,7 @@
 """What ranking distillation computes at each step: the loss of the student's scores of the items in a teacher's list."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from lit_llmers.losses import ranking_weights as weighing
 from lit_llmers.losses.scores import list_scores, shared_scores
 from lit_llmers.students.output import StudentOutput
 
-if TYPE_CHECKING:
-    from lit_llmers.callbacks.ranking_distillation import RankingDistillation
-
 KEYS = ("teacher_items", "teacher_scores", "teacher_targets")
 OF_STUDENT = {"consistency", "discrepancy"}  # weights that depend on how the student ranks
 _SATURATED = 10  # from where on tanh is 1 in float32
@@ -27,7 +24,7 @@ class RankingTerm(Term):
     """The loss of the student's scores of listed items, see `RankingDistillation` for the settings.
 
     Args:
-        settings: the callback.
+        settings: the callback, a `RankingDistillation`, whose attributes are read.
         reduce: mean over the targets of a batch.
     """
 
@@ -35,7 +32,7 @@ class RankingTerm(Term):
     propensity: Tensor
     group_of: Tensor
 
-    def __init__(self, settings: "RankingDistillation", reduce: Reduce) -> None:
+    def __init__(self, settings: Any, reduce: Reduce) -> None:
         super().__init__()
         self.settings, self.reduce, self.epoch = settings, reduce, 0
         self.shares_softmax = settings.loss == "softmax" and settings.over == "catalogue" and settings.temperature == 1
@@ -212,7 +209,7 @@ class _Lists:
         self.valid = drawn
 
 
-def _deepest_rank(settings: "RankingDistillation") -> int:
+def _deepest_rank(settings: Any) -> int:
     """The student's rank from which on all ranks are alike to what reads them; 0: nothing does."""
     k = settings.ranking.k
     deepest = [settings.k or k] if "consistency" in settings.weights else [0]
