@@ -21,6 +21,7 @@ from lit_llmers.models import load_dataset, load_model
 from lit_llmers.ranking import Catalogue, target_ranks
 from lit_llmers.reporting.tables import markdown, with_spread
 from lit_llmers.resolving import resolve
+from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
 
 
@@ -36,6 +37,9 @@ def main() -> int:
     stages = [stage for stage in resolve(recipes.compose(name, overrides)) if stage.name == options.stage]
     dataset = load_dataset(stages[0])
     models = [load_model(stage, dataset) for stage in stages]
+    if isinstance(models[0], CountingRecommender):
+        print(f"error: stage '{options.stage}' counts and is not trained, so all its seeds are one model.", file=sys.stderr)
+        return 2
     config = stages[0].config
     found = {}
     for part in ("valid", "test"):

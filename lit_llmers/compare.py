@@ -102,7 +102,7 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
             return failed
         about = [(run.label, run.folder, shlex.join(["python", "-m", "lit_llmers.fit", *run.arguments])) for run in runs]
         command = shlex.join(["python", "-m", "lit_llmers.compare", *arguments])
-        report = write_report(root, comparison, about, failed, command, worked, asked.jobs)
+        report = write_report(root, comparison, about, failed, command, worked)
         loggers = Run(root, "compare", root.name, runs[0].stages[0].run.logger).loggers(root / "report", "compare", {})
         publish(root, comparison, loggers)
         finish_loggers(loggers)

@@ -31,15 +31,17 @@ PACKAGES = (
     "wandb",
 )
 
+JOBS = "LIT_LLMERS_JOBS"  # says to a stage that others are worked on beside it, and how many with it
 
-def recorded(folder: Path, worked: bool, **more: Any) -> dict[str, Any]:
-    """The folder's `environment.json`, written anew only where something was worked out now, with what else is to be known.
+
+def recorded(folder: Path, worked: bool) -> dict[str, Any]:
+    """The folder's `environment.json`, written anew only where something was worked out now.
 
     A run that is given again when all of it is done keeps the date and the machine that made it.
     """
     path = folder / "environment.json"
     if worked or not path.is_file():
-        write_json(path, environment() | more)
+        write_json(path, environment())
     return read_json(path)
 
 
@@ -72,6 +74,11 @@ def environment() -> dict[str, Any]:
 def cores() -> int:
     """The processor's cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def jobs() -> int:
+    """How many stages a comparison works on at a time, of which this process has one; else 1."""
+    return int(os.environ.get(JOBS, "1"))
 
 
 def threads(processes: int) -> dict[str, str]:

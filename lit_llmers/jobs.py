@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_llmers import preemption
 from lit_llmers.comparable import PlannedRun
-from lit_llmers.environment import threads
+from lit_llmers.environment import JOBS, threads
 from lit_llmers.errors import UserError
 from lit_llmers.stages import Stage
 
@@ -87,7 +87,8 @@ def share_of_machine(slot: int, number: int) -> dict[str, str]:
         return {}
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = [str(i) for i in range(torch.cuda.device_count())] if named is None else [d for d in named.split(",") if d]
-    return threads(number) | ({"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {})
+    own = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+    return threads(number) | own | {JOBS: str(number)}
 
 
 class InTurn(Executor):

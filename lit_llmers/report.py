@@ -123,7 +123,8 @@ def _results(results: Results) -> str:
 
 
 def _cost(results: Results) -> str:
-    parts = ["## Size and speed", "Measured in this run, on the machine named below.", tables.cost_table(results)]
+    note = " ".join(["Measured in this run, on the machine named below.", *sections.shared_times(results.stages)])
+    parts = ["## Size and speed", note, tables.cost_table(results)]
     ratios = tables.ratio_table(results)
     if ratios:
         parts.append(ratios)

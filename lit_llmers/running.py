@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from lit_llmers.environment import device, environment
+from lit_llmers.environment import device, environment, jobs
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import previous, read_json, remove, write_json
 from lit_llmers.launching import launch
@@ -141,7 +141,7 @@ def _run_one(stage: Stage, here: Processes) -> None:
 
         finish_loggers(stage.loggers(), {"seconds": seconds, **summary})
     machine = environment()
-    about = {"git": machine["git"], "device": device(machine)}
+    about = {"git": machine["git"], "device": device(machine), "jobs": jobs()}
     write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary, **about})
     _tidy(stage)
     log.info("%-24s done in %.1f s", stage.label, seconds)

@@ -46,7 +46,7 @@ def run(stage: Stage) -> dict[str, Any]:
         model: Any = build_model(stage, dataset)
     terms = build_callbacks(config, _sources(stage, dataset, data), offers(stage, dataset))
     plateau = config.optimizer.schedule == "plateau"
-    best = BestCheckpoint(stage.folder / "best.ckpt", MONITOR, config.trainer.patience, plateau)
+    best = BestCheckpoint(stage.folder / "best.ckpt", stage.label, MONITOR, config.trainer.patience, plateau)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), *terms, best, last])
@@ -70,7 +70,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "epochs": throughput.epochs,
         "train_seconds": throughput.seconds,
         **throughput.speed,
-        "best": {"epoch": best.epoch, MONITOR: best.score},
+        "best": best.summary,
     }
     finish_loggers(trainer.loggers, summary)
     return summary

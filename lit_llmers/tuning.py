@@ -40,7 +40,7 @@ def run(stage: Stage) -> dict[str, Any]:
         ranker = GroundedRecommender(model, wording, VALIDATING)
     module = InstructedModel(model, config, ranker)
     plateau = config.optimizer.schedule == "plateau"
-    best = BestCheckpoint(stage.folder / "best.ckpt", MONITORS[config.validate], config.trainer.patience, plateau)
+    best = BestCheckpoint(stage.folder / "best.ckpt", stage.label, MONITORS[config.validate], config.trainer.patience, plateau)
     last = LastCheckpoint(stage.folder / "last.ckpt", stage.fingerprint, config.trainer)
     throughput = Throughput()
     trainer = make_trainer(stage, [SeedEachStep(stage.seed), throughput, Progress(stage.label), best, last])
@@ -64,7 +64,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "epochs": throughput.epochs,
         "train_seconds": throughput.seconds,
         **throughput.speed,
-        "best": {"epoch": best.epoch, best.monitor: best.score},
+        "best": best.summary,
     }
     finish_loggers(trainer.loggers, summary)
     return summary

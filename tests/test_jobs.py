@@ -66,14 +66,15 @@ def test_each_gets_its_own_gpu_and_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(7)))
     assert jobs.share_of_machine(0, 1) == {}, "alone it has all there is"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert jobs.share_of_machine(1, 3) == {"OMP_NUM_THREADS": "2"}
+    assert jobs.share_of_machine(1, 3) == {"OMP_NUM_THREADS": "2", "LIT_LLMERS_JOBS": "3"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [jobs.share_of_machine(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-8f")
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert jobs.share_of_machine(1, 2) == {"CUDA_VISIBLE_DEVICES": "GPU-8f", "OMP_NUM_THREADS": "5"}
+    given = {"OMP_NUM_THREADS": "5", "LIT_LLMERS_JOBS": "2"}
+    assert jobs.share_of_machine(1, 2) == {"CUDA_VISIBLE_DEVICES": "GPU-8f", **given}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert jobs.share_of_machine(1, 2) == {"OMP_NUM_THREADS": "5"}, "none is to be used"
+    assert jobs.share_of_machine(1, 2) == given, "none is to be used"
 
 
 @pytest.mark.parametrize("given", ["jobs=0", "jobs=two", "jobs=-1", "jobs="])
@@ -112,6 +113,11 @@ def test_several_at_once_make_what_one_after_the_other_makes(tmp_path, monkeypat
     assert compare.main(command) == 0, "and nothing is done again"
     assert "starts" not in capfd.readouterr().err
     assert shared in (root / "compare.md").read_text(), "the times are still those"
+    assert shared in (root / "two" / "default" / "report.md").read_text(), "in a run's own report too"
+    for done in root.rglob("evaluate-*/DONE"):
+        done.unlink()
+    assert compare.main(command) == 0, "something is done, this time alone"
+    assert shared in (root / "compare.md").read_text(), "the students' times are still those"
 
 
 @pytest.mark.parametrize("number", [1, 2])

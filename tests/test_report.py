@@ -273,11 +273,11 @@ def test_of_two_controls_each_is_named_and_the_reason_said_once(tmp_path):
     assert text.count("need not be the teacher's knowledge") == 1
 
 
-def best_epoch(run: Path, stage: str, epoch: int, epochs: int = 12) -> None:
+def best_epoch(run: Path, stage: str, epoch: int, epochs: int = 12, **more: bool) -> None:
     """Have a stage of a made-up run, whose validations are of epochs 0 to 11, say which was best."""
     path = run / f"{stage}-abc123" / "DONE"
     done = json.loads(path.read_text())
-    write(path, done | {"summary": done["summary"] | {"epochs": epochs, "best": {"epoch": epoch, "val/NDCG@10": 0.1}}})
+    write(path, done | {"summary": done["summary"] | {"epochs": epochs, "best": {"epoch": epoch, "val/NDCG@10": 0.1} | more}})
 
 
 def test_a_training_that_still_rose_at_its_last_epoch_is_a_warning(tmp_path):
@@ -288,12 +288,18 @@ def test_a_training_that_still_rose_at_its_last_epoch_is_a_warning(tmp_path):
         best_epoch(run, stage, 11)
     best_epoch(run, "sasrec", 11, epochs=0)  # counted and not trained
     text = write_report(Results(run)).read_text()
-    warning = (
-        "stopped too early.** The best epoch is the last that trainer.max_epochs allows, of teacher (12), student (12, 2 of 3"
-    )
+    warning = "stopped too early.** trainer.max_epochs ended teacher (12), student (12, 2 of 3"
     assert warning in text
     assert text.index("student beats control") < text.index(warning) < text.index("## Results")
     assert warning.replace("**", "") in summary_table(Results(run))
+
+
+def test_so_is_a_plateau_that_did_not_come_to_its_lower_rate(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.2, "student": 2.0, "control": 1.6})
+    best_epoch(run, "control-seed0", 9, lowered=True)
+    assert "WARNING" not in write_report(Results(run)).read_text()
+    best_epoch(run, "control-seed1", 9, lowered=False)
+    assert "trainer.max_epochs ended control (12, 1 of 3 seeds)" in write_report(Results(run)).read_text()
 
 
 def test_a_training_without_validation_is_never_cut_short(tmp_path):

@@ -59,6 +59,20 @@ def test_a_plateau_is_left_once_at_a_tenth_of_the_rate(tmp_path, monkeypatch, wa
     rates[:warmup] = [1e-12 * (step + 1) / warmup for step in range(warmup)]
     assert [rate for _, rate in seen] == pytest.approx(rates, rel=1e-6)
     assert stage.summary["best"]["epoch"] == 0
+    assert stage.summary["best"]["lowered"] is True
+
+
+@pytest.mark.parametrize("epochs", [3, 2])
+def test_a_plateau_that_had_no_epoch_left_for_its_lower_rate_says_so(tmp_path, epochs):
+    stage = student(tmp_path, *PLATEAU, "student.optimizer.lr=1e-12", f"trainer.max_epochs={epochs}")
+    assert stage.summary["best"] == {"epoch": 0, "val/NDCG@10": stage.summary["best"]["val/NDCG@10"], "lowered": False}
+    assert stage.summary["epochs"] == epochs
+
+
+def test_a_plateau_counts_the_epochs_between_validations(tmp_path):
+    stage = student(tmp_path, *PLATEAU, "student.optimizer.lr=1e-12", "trainer.validate_every=2")
+    assert validated(stage) == [1, 3, 5]
+    assert stage.summary["best"]["lowered"] is True
 
 
 def test_a_plateau_wants_patience(tmp_path):

@@ -148,6 +148,7 @@ class BestCheckpoint(L.Callback):
 
     Args:
         path: the checkpoint to write.
+        title: name of the stage, in messages.
         monitor: a logged validation metric, the higher the better.
         patience: epochs without improvement before training stops; 0 trains to the last epoch. Where not every epoch is
             validated, those between two validations count.
@@ -155,10 +156,10 @@ class BestCheckpoint(L.Callback):
             steps when `last.ckpt` is already written, and has a patience of its own.)
     """
 
-    def __init__(self, path: Path, monitor: str, patience: int, plateau: bool = False) -> None:
-        self.path, self.monitor, self.patience = path, monitor, patience
+    def __init__(self, path: Path, title: str, monitor: str, patience: int, plateau: bool = False) -> None:
+        self.path, self.title, self.monitor, self.patience = path, title, monitor, patience
         self.score, self.epoch, self.waited = -math.inf, -1, 0
-        self.to_lower = plateau
+        self.plateau = self.to_lower = plateau
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -169,15 +170,21 @@ class BestCheckpoint(L.Callback):
             (save_weights if getattr(trainer.strategy, "in_folders", False) else save)(trainer, self.path)
         else:
             self.waited += trainer.check_val_every_n_epoch or 1
-        if self._exhausted and self.to_lower:
+        if self._exhausted and self.to_lower and trainer.current_epoch + 1 < (trainer.max_epochs or math.inf):
             self.to_lower, self.waited = False, 0
             lower_rate(trainer, LOWERED)
-            log.info("no better epoch in %d: the learning rate is %g of what it was", self.patience, LOWERED)
+            if trainer.is_global_zero:
+                log.info("%-24s waited %d epochs: the learning rate is %g of what it was", self.title, self.patience, LOWERED)
         trainer.should_stop = trainer.should_stop or self._exhausted
 
     @property
     def _exhausted(self) -> bool:
         return 0 < self.patience <= self.waited
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Of the best epoch `epoch` and what it reached, by the metric's name; `lowered`: if a plateau's end was trained."""
+        return {"epoch": self.epoch, self.monitor: self.score} | ({"lowered": not self.to_lower} if self.plateau else {})
 
     def state_dict(self) -> dict[str, Any]:
         return {"score": self.score, "epoch": self.epoch, "waited": self.waited, "to_lower": self.to_lower}

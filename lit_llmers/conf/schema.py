@@ -129,7 +129,8 @@ class TrainerConfig:
         accumulate_grad_batches: micro-batches per optimiser step.
         max_epochs: epochs at most.
         validate_every: epochs between two validations, from which the best epoch is chosen.
-        patience: epochs without a better validation NDCG@10 before training stops; 0 never stops early.
+        patience: epochs without a better validation NDCG@10 before training stops (with `schedule: plateau` before the learning
+            rate falls, and then again before it stops); 0 never stops early.
         gradient_clip_val: largest gradient norm; null does not clip.
         checkpoint_every: batches between two `last.ckpt`, the most that a killed run loses.
         log_every: optimiser steps between two log lines.

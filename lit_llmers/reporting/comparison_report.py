@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_llmers.environment import recorded
 from lit_llmers.files import atomic_write
@@ -24,7 +24,6 @@ def write_report(
     failed: Mapping[str, str],
     command: str,
     worked: bool = True,
-    jobs: int = 1,
 ) -> Path:
     """Write `compare.md`, `compare.png`, `compare.csv`, `compare.json` and `environment.json`.
 
@@ -34,15 +33,15 @@ def write_report(
         failed: the errors of those that failed, by label.
         command: the comparison's own.
         worked: whether a run was not done before; if all were, `environment.json` stays as it is.
-        jobs: stages that were worked on at a time.
 
     Returns:
         the path of `compare.md`.
     """
-    machine = recorded(root, worked, jobs=jobs)
+    machine = recorded(root, worked)
     write_comparison(comparison, root / "compare.png")
     _write_csv(comparison, root / "compare.csv")
     write_record(comparison, root)
+    stages = [stage for run in comparison.runs for stage in run.stages]
     parts = [
         f"# Comparison on {comparison.data['name']}" + (f" ({root.name})" if root.name != comparison.data["name"] else ""),
         sections.data_line(comparison),
@@ -50,7 +49,7 @@ def write_report(
         *short_warnings(comparison.runs),
         _failures(failed),
         tables.markdown(*comparison_table(comparison)),
-        "\n".join(f"- {note}" for note in [*notes(comparison), *_shared(machine)]),
+        "\n".join(f"- {note}" for note in [*notes(comparison), *sections.shared_times(stages)]),
         f"![{comparison.subject}](compare.png)",
         *_differences(comparison),
         "## Every metric",
@@ -103,13 +102,6 @@ def _failures(failed: Mapping[str, str]) -> str:
     lines = [f"> - {label}: {error}" for label, error in failed.items()]
     head = "> **These runs failed; the same command tries them again.** What they had evaluated stands below all the same."
     return "\n".join([head, ">", *lines])
-
-
-def _shared(machine: Mapping[str, Any]) -> list[str]:
-    """That models were in each other's way, where several were trained at once."""
-    if (jobs := machine.get("jobs", 1)) == 1:
-        return []
-    return [f"Up to {jobs} stages were worked on at a time: training times are those of a shared machine."]
 
 
 def _differences(comparison: Comparison) -> list[str]:

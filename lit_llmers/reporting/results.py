@@ -22,8 +22,8 @@ class StageResult:
 
     Attributes:
         folder: where it wrote; may not exist yet.
-        seconds, summary, git, device: from its `DONE`; None and empty until then. `git` is the code that ended it, and `device`
-            what it ran on, None where unknown.
+        seconds, summary, git, device, jobs: from its `DONE`; None and empty until then. `git` is the code that ended it, and
+            `device` what it ran on, None where unknown; `jobs` is how many stages were worked on at a time there.
         metrics: its `metrics.jsonl`, in order of the steps.
     """
 
@@ -36,6 +36,7 @@ class StageResult:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     git: dict[str, Any] | None = None
     device: str | None = None
+    jobs: int = 1
 
     @property
     def done(self) -> bool:
@@ -43,10 +44,11 @@ class StageResult:
 
     @property
     def cut_short(self) -> bool:
-        """Whether its best epoch is the last that was validated, so that `trainer.max_epochs` ended it; never untrained."""
+        """If `trainer.max_epochs` ended it in its best validated epoch, or before a plateau's lower rate; never untrained."""
         validated = [entry["epoch"] for entry in self.metrics if any(key.startswith("val/") for key in entry)]
-        best = self.summary.get("best", {}).get("epoch")
-        return bool(validated and self.summary.get("epochs")) and best == max(validated)
+        best = self.summary.get("best", {})
+        early = best.get("epoch") == max(validated, default=None) or best.get("lowered") is False
+        return bool(validated and self.summary.get("epochs")) and early
 
 
 class Evaluated:
@@ -206,7 +208,7 @@ class Results(Evaluated):
         folder = self.run / entry["folder"]
         done = read_json(folder / "DONE") if (folder / "DONE").is_file() else {"seconds": None, "summary": {}}
         metrics = read_metrics(folder / "metrics.jsonl")
-        ended = (done["seconds"], done["summary"], metrics, done.get("git"), done.get("device"))
+        ended = (done["seconds"], done["summary"], metrics, done.get("git"), done.get("device"), done.get("jobs", 1))
         return StageResult(entry["name"], entry["seed"], entry["verb"], folder, *ended)
 
     @cached_property

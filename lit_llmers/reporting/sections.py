@@ -1,11 +1,12 @@
 """What a report says of its data, its protocol and its machine, in words."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from lit_llmers.data.dropped import dropped_lines
 from lit_llmers.environment import device
 from lit_llmers.reporting import tables
-from lit_llmers.reporting.results import Evaluated
+from lit_llmers.reporting.results import Evaluated, StageResult
 
 
 def data_line(results: Evaluated) -> str:
@@ -85,6 +86,13 @@ def data_section(results: Evaluated) -> str:
     ]
     lines += [*dropped_lines(data["dropped"]), *data["notes"]]
     return "\n".join(["## Data\n", *(f"- {line}" for line in lines)])
+
+
+def shared_times(stages: Iterable[StageResult]) -> list[str]:
+    """That models were in each other's way, where several were trained or ranked at once."""
+    if (jobs := max((stage.jobs for stage in stages if stage.done), default=1)) == 1:
+        return []
+    return [f"Up to {jobs} stages were worked on at a time: times and speeds are those of a processor that they shared."]
 
 
 def machine(environment: dict[str, Any]) -> str:

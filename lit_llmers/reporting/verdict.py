@@ -72,8 +72,9 @@ def short_warnings(runs: Sequence[Results]) -> list[str]:
     if not found:
         return []
     return [
-        "> **WARNING: training may have been stopped too early.** The best epoch is the last that trainer.max_epochs allows, "
-        f"of {', '.join(found.values())}. More epochs may change these figures and the verdict: raise trainer.max_epochs."
+        f"> **WARNING: training may have been stopped too early.** trainer.max_epochs ended {', '.join(found.values())} in the "
+        "best epoch, or before the lower rate of optimizer.schedule=plateau. More epochs may change these figures and the "
+        "verdict: raise trainer.max_epochs."
     ]
 
 
