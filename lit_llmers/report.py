@@ -123,8 +123,8 @@ def _results(results: Results) -> str:
 
 
 def _cost(results: Results) -> str:
-    note = " ".join(["Measured in this run, on the machine named below.", *sections.shared_times(results.stages)])
-    parts = ["## Size and speed", note, tables.cost_table(results)]
+    measured = " ".join(["Measured in this run, on the machine named below.", *sections.shared_times(results.stages)])
+    parts = ["## Size and speed", measured, tables.cost_table(results)]
     ratios = tables.ratio_table(results)
     if ratios:
         parts.append(ratios)
