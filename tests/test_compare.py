@@ -194,7 +194,7 @@ def test_a_training_that_still_rose_at_its_end_is_named_with_its_run(folders, tm
     runs = {name: shutil.copytree(run, tmp_path / name) for name, run in folders.items()}
     best_epoch(runs["caser"], "student-seed1", 11)
     comparison = students(runs)
-    warning = "trainer.max_epochs allows, of slmrec/default: student (12, 1 of 3 seeds). More"
+    warning = "trainer.max_epochs ended slmrec/default: student (12, 1 of 3 seeds) in the best epoch"
     assert warning in comparison_report.write_report(tmp_path, comparison, [], {}, "").read_text()
     assert warning in comparison_report.summary_table(comparison)
 
