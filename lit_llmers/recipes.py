@@ -94,6 +94,12 @@ def groups(name: str) -> set[str]:
     return {group for group in GROUPS if f"/{group}" in listed}
 
 
+def own_student(path: Path) -> str | None:
+    """The student that a recipe names in its defaults."""
+    defaults = [entry for entry in read(path).get("defaults", []) if isinstance(entry, dict)]
+    return next((name for entry in defaults for key, name in entry.items() if key == "/student"), None)
+
+
 def group_of(override: str) -> str | None:
     """The group that an override chooses from or sets a key of, if it is one."""
     group = re.split("[.=]", override.lstrip("+~"), maxsplit=1)[0]
@@ -103,7 +109,8 @@ def group_of(override: str) -> str | None:
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Compose a recipe with command-line overrides (Hydra's syntax) and resolve it.
 
-    `scale=NAME` stands for the overrides that the recipe lists under `scales: NAME`; overrides given beside it win.
+    `scale=NAME` stands for the overrides that the recipe lists under `scales: NAME`; overrides given beside it win. What
+    it says of the student is of the recipe's own: another one that is given has what its file says.
 
     What an override says of the whole run wins over the student's own file and, of `trainer.*` alone, over what a stage of the
     recipe has for itself: how long and in which batches to train is the user's to choose, while a stage has its own learning
@@ -127,7 +134,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise unknown(f"option of {group}", option, options(group))
         if (chosen := group_of(override)) and chosen not in listed:
             raise UserError(f"Recipe '{name}' has no {chosen} to choose. {_own_text(path, chosen)}Leave '{override}' out.")
-    layers = [_scale_overrides(path, scale), given]
+    layers = [_scale_overrides(path, scale, given), given]
     others = [_open(override) for layer in layers for override in layer if not OF_STAGE.match(override)]
     with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
 
@@ -216,9 +223,13 @@ def scale_settings(path: Path, scale: str) -> dict[str, Any]:
     return {**shared, **own}
 
 
-def _scale_overrides(path: Path, scale: str | None) -> list[str]:
-    """The settings of a scale as overrides."""
-    return [f"{key}={written(value)}" for key, value in scale_settings(path, scale or "laptop").items()]
+def _scale_overrides(path: Path, scale: str | None, given: Sequence[str]) -> list[str]:
+    """The settings of a scale as overrides, without those of the student if `given` chooses another one."""
+    settings = scale_settings(path, scale or "laptop")
+    students = [override.partition("=")[2] for override in given if key_of(override) == "student"]
+    if students and students[-1] != own_student(path):
+        settings = {key: value for key, value in settings.items() if not key.startswith("student.")}
+    return [f"{key}={written(value)}" for key, value in settings.items()]
 
 
 def _open(override: str) -> str:

@@ -257,6 +257,27 @@ def test_a_word_beside_a_scale_wins_over_what_the_scale_says_of_the_student(mine
         assert (trainer.max_epochs, trainer.patience) == (expected, 3)
 
 
+def test_what_a_scale_says_of_the_student_is_of_the_recipes_own(mine, no_files):
+    text = SHALLOW.replace("/trainer: single", "/trainer: single, /student: sasrec").partition("  model:")[0]
+    says = "{student.model.heads: 1, student.loss: {kind: bce, negatives: 1}, trainer.patience: 3}"
+    mine.write_text(f'{text}  student: {{like: "${{student}}"}}\nscales: {{big: {says}}}\n')
+    own = by_name(resolve(recipes.compose(str(mine), ["scale=big", "student=sasrec"])))["student"].config
+    assert (own.model["heads"], own.loss.kind, own.trainer.patience) == (1, "bce", 3)
+    other = by_name(resolve(recipes.compose(str(mine), ["scale=big", "student=gru4rec"])))["student"].config
+    assert "heads" not in other.model
+    assert (other.loss.kind, other.trainer.patience) == ("cross_entropy", 3)
+
+
+@pytest.mark.parametrize("student", sorted(set(recipes.options("student")) - {"sasrec", "llm"}))
+def test_every_student_has_its_own_settings_at_the_papers_scale_of_another(student, no_files):
+    configs = [recipes.compose("student", [f"student={student}", *given]) for given in ([], ["scale=paper"])]
+    laptop, paper = [by_name(resolve(config))["student"].config for config in configs]
+    assert laptop.model == paper.model
+    for section in ("loss", "optimizer", "trainer"):
+        assert getattr(laptop, section) == getattr(paper, section)
+    assert paper.sequences.max_length == 200
+
+
 @pytest.mark.parametrize(("name", "scale"), SCALED)
 def test_every_scale_plans_and_is_what_the_recipe_says(name, scale, no_files):
     from omegaconf import OmegaConf
