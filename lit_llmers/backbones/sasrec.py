@@ -33,9 +33,13 @@ class SASRec(Backbone):
         init_std: standard deviation of the initial item and position embeddings. Items enter scaled by `sqrt(dim)`.
         sparse: gradients and optimiser steps for the items of a batch and its negatives alone, however large the catalogue
             is: see `lit_llmers.optimizer.RowwiseAdamW`. For a loss that draws negatives.
+        official_no_causal_mask: every position attends to the whole history, its future too, as in LLM-ESR's official code
+            (models/SASRec.py, for the method and its baseline). Only the read-out position may then be trained.
+        accept_visible_labels: with that, train on every position all the same, as there: a position sees its label.
 
     Raises:
-        UserError: `heads` does not divide `dim`, there is no layer, or a history is longer than `max_length`.
+        UserError: `heads` does not divide `dim`, there is no layer, a history is longer than `max_length`, or labels that are
+            not accepted would be visible.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class SASRec(Backbone):
         ffn: int = 1,
         init_std: float = 0.02,
         sparse: bool = False,
+        official_no_causal_mask: bool = False,
+        accept_visible_labels: bool = False,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -56,6 +62,7 @@ class SASRec(Backbone):
         if layers < 1:
             raise UserError(f"SASRec's layers is {layers}. It must be at least 1.")
         self.layers, self.width, self.dim, self.max_length, self.sparse = layers, dim, dim, max_length, sparse
+        self.past_only, self.sees_labels = not official_no_causal_mask, accept_visible_labels
         self.items = item_embedding(n_items, dim, init_std, sparse)
         self.positions = nn.Parameter(torch.randn(max_length, dim) * init_std)
         self.dropout = Dropout(dropout)
@@ -69,9 +76,14 @@ class SASRec(Backbone):
                 f"A history of {length} items reached a SASRec built for max_length={self.max_length}. "
                 "Use the max_length that it was trained with."
             )
+        if every_position and not (self.past_only or self.sees_labels):
+            raise UserError(
+                "A SASRec with official_no_causal_mask shows each position what it is to predict. Use "
+                "sequences.examples=prefixes, or accept_visible_labels=true to train so all the same."
+            )
         x = x * self.dim**0.5 + self.positions[self.max_length - length :]
         x = self.dropout(x)  # [B, L, D]
-        visible = _visible(mask)
+        visible = _visible(mask, self.past_only)
         states = [x]
         for index, block in enumerate(self.blocks):
             if index == self.layers - 1 and not every_position:  # only the read-out position goes further
@@ -114,10 +126,10 @@ class Block(nn.Module):
         return self.dropout.add(x, self.outer(F.relu(self.inner(self.ffn_norm(x)))))
 
 
-def _visible(mask: Tensor) -> Tensor:
-    """Keys that a query sees, `[B, 1, L, L]`: real ones up to itself; a padded query sees itself, lest it be NaN."""
+def _visible(mask: Tensor, past_only: bool = True) -> Tensor:
+    """Keys that a query sees, `[B, 1, L, L]`: real ones, up to itself if so; a padded query sees itself, lest it be NaN."""
     square = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-    return (mask[:, None, None, :] & square.tril()) | (square.tril() & square.triu())
+    return (mask[:, None, None, :] & (square.tril() if past_only else square)) | (square.tril() & square.triu())
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

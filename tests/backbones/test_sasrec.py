@@ -57,6 +57,22 @@ def test_a_longer_history_than_it_was_built_for_is_refused():
         SASRec(10, 5)(items, items > 0)
 
 
+@pytest.mark.parametrize(("official", "accepted"), [(False, False), (True, False), (True, True)])
+def test_who_sees_the_future(official, accepted):
+    torch.manual_seed(0)
+    items = torch.randint(1, 11, (2, 5))
+    later = items.clone()
+    later[:, -1] = later[:, -1] % 10 + 1
+    model = SASRec(10, 5, 8, official_no_causal_mask=official, accept_visible_labels=accepted, init_std=0.5).eval()
+    if official and not accepted:
+        assert model(items, items > 0)[-1].shape == (2, 1, 8)
+        with pytest.raises(UserError, match="accept_visible_labels"):
+            model(items, items > 0, every_position=True)
+    else:
+        before, after = (model(rows, rows > 0, every_position=True)[-1][:, :-1] for rows in (items, later))
+        assert torch.allclose(before, after, atol=1e-6) != official
+
+
 def test_who_sees_whom():
     """A padded query sees itself: where a softmax over nothing is NaN (ONNX), it would spread to all positions."""
     visible = _visible(torch.tensor([[False, False, True, True]]))[0, 0]
