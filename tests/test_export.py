@@ -45,11 +45,13 @@ MODELS = {
     "item-knn": ("item_knn", {"neighbours": 5, "shrink": 1.0}),
     "bpr-mf": ("bpr_mf", {"dim": DIM}),
     "lightgcn": ("lightgcn", {"dim": DIM, "layers": 2}),
+    "simgcl": ("lightgcn", {"dim": DIM, "layers": 2, "with_input": False}),
+    "mixgcf": ("mixgcf", {"dim": DIM, "layers": 2}),
     "sliding window": ("llm_decoder", llm("mistral", config=SIZES | {"model_type": "mistral", "sliding_window": 4})),
 }
 
 
-COLLABORATIVE = ("bpr-mf", "lightgcn")
+COLLABORATIVE = ("bpr-mf", "lightgcn", "simgcl", "mixgcf")
 
 
 def users() -> list[np.ndarray]:
