@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import assert_equal_weights, by_name, small
@@ -111,3 +112,16 @@ def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):
     exporting.folder.mkdir()
     export.run(exporting)
     assert_equal_weights(load_exported(exporting.folder).state_dict(), served.state_dict())
+
+
+@pytest.mark.parametrize("student", ["popularity", "item-knn"])
+def test_what_is_counted_needs_no_second_training_interaction(student, tmp_path):
+    """Of three interactions two are held out, so that no training row has a history and a target."""
+    ids = [str(item) for item in range(6)]
+    pairs = [(f"u{user}", ids[(user + step * step) % 6], step) for user in range(12) for step in range(3)]
+    pd.DataFrame(pairs, columns=["user_id", "item_id", "timestamp"]).to_parquet(tmp_path / "interactions.parquet")
+    pd.DataFrame({"item_id": ids, "title": ids}).to_parquet(tmp_path / "items.parquet")
+    given = ["data=local", f"data.path={tmp_path}", f"student={student}"]
+    stages = small(tmp_path / "runs", *given, recipe="student")
+    run(stages, "evaluate")
+    assert by_name(stages)["evaluate"].done

@@ -10,6 +10,7 @@ than there are processes, some get a row of another with weight 0, in which noth
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -228,8 +229,12 @@ class SequenceDataModule(L.LightningDataModule):
         super().__init__()
         self.dataset, self.config = dataset, config
         self.batch_size, self.mask_history, self.seed = batch_size, mask_history, seed
-        self.rows = TrainingRows(dataset, config)
         self.validation = EvaluationRows(dataset, "valid", config.max_length, users)
+
+    @cached_property
+    def rows(self) -> TrainingRows:
+        """Made when asked for: a student that is counted has none."""
+        return TrainingRows(self.dataset, self.config)
 
     def _ranks(self) -> dict[str, Any]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}

@@ -48,8 +48,12 @@ class TrainingRows:
             count = np.ones(len(self.user), np.int64)
         self.target_offset = np.concatenate([[0], np.cumsum(count)]).astype(np.int64)
         if not len(self):
+            k_core = dataset.info.get("k_core", 0)
+            cure = f"Lower data.k_core (it is {k_core}), take" if k_core > 1 else "Take"
             raise UserError(
-                "There is no training example: no user has two training interactions. Lower data.k_core or take more data."
+                f"There is no training example: no user has two training interactions, of which one precedes the other. {cure} "
+                "more data, or choose a student that learns from single ones, as student=bpr-mf or student=lightgcn with "
+                "recipe=student."
             )
 
     def __len__(self) -> int:

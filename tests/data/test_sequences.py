@@ -137,8 +137,13 @@ def test_a_fingerprint_names_data_and_targets(three):
 
 
 def test_no_user_with_two_training_items_is_an_error():
-    with pytest.raises(UserError, match="no user has two training interactions"):
-        rows_of(dataset([NONE]), "prefixes", 3)
+    data = dataset([NONE])
+    with pytest.raises(UserError, match=r"no user has two training.* Take more data, or .*student=bpr-mf") as error:
+        rows_of(data, "prefixes", 3)
+    assert "k_core" not in str(error.value), "which is no filter here"
+    data.info["k_core"] = 5
+    with pytest.raises(UserError, match=r"Lower data.k_core \(it is 5\), take more data, or"):
+        rows_of(data, "prefixes", 3)
 
 
 def test_leave_one_out_evaluates_once_per_user_on_all_that_came_before(three):
