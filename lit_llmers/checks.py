@@ -13,6 +13,8 @@ from lit_llmers.errors import UserError, nearest
 from lit_llmers.teachers.base import BaseConfig
 
 PAIRWISE = ("bpr", "bce", "sampled_softmax")  # losses of a collaborative student
+POSITIVE = ("dim", "heads", "hidden", "ffn", "horizontal", "vertical", "init_std")  # of 0 nothing is there, or nothing learns
+NOT_NEGATIVE = ("reg",)
 STUDENTS = {
     Backbone: "a student that reads histories, such as student=sasrec",
     CollaborativeBackbone: "one that learns users and items from pairs, such as student=lightgcn",
@@ -108,10 +110,14 @@ def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: se
 
 
 def _check_range(key: str, value: Any, where: str) -> None:
-    """What means the same in every model: widths and heads are counted from 1, and dropout is a share."""
-    if key in ("dim", "heads", "hidden") and isinstance(value, int) and value < 1:
-        raise UserError(f"'{where}' is {value}. It must be at least 1.")
-    if key.endswith("dropout") and isinstance(value, int | float) and not 0 <= value <= 1:
+    """What means the same in every model: see the names above; and dropout is a share."""
+    if not isinstance(value, int | float):
+        return
+    if key in POSITIVE and not value > 0:
+        raise UserError(f"'{where}' is {value}. It must be {'at least 1' if isinstance(value, int) else 'positive'}.")
+    if key in NOT_NEGATIVE and value < 0:
+        raise UserError(f"'{where}' is {value}. It must be 0 (no effect) or more.")
+    if key.endswith("dropout") and not 0 <= value <= 1:
         raise UserError(f"'{where}' is {value}. It is a share, from 0 to 1.")
 
 

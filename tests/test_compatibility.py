@@ -198,6 +198,31 @@ def test_a_student_s_and_a_fusion_s_settings_are_refused_as_early(overrides, mes
         planned(tmp_path, "stages.student.callbacks=[]", "student.model.dim=8", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("student", "key", "values", "bound"),
+    [
+        ("sasrec", "init_std", (-0.1, 0), "positive"),
+        ("lightgcn", "init_std", (-1, 0.0), "positive"),
+        ("sasrec", "ffn", (-1, 0), "at least 1"),
+        ("bert4rec", "ffn", (0,), "at least 1"),
+        ("caser", "horizontal", (-1, 0), "at least 1"),
+        ("caser", "vertical", (-1, 0), "at least 1"),
+        ("bpr-mf", "reg", (-1, -0.01), r"0 \(no effect\) or more"),
+        ("mixgcf", "reg", (-1e-4,), r"0 \(no effect\) or more"),
+    ],
+)
+def test_a_number_that_makes_no_model_or_one_that_cannot_learn_is_refused(student, key, values, bound, tmp_path):
+    for value in values:
+        with pytest.raises(UserError, match=rf"'stages.student.model.{key}' is {value}.*It must be {bound}"):
+            small(tmp_path, f"student={student}", f"student.model.{key}={value}", recipe="student")
+
+
+@pytest.mark.parametrize("value", [-0.2, 0.0])
+def test_a_temperature_that_is_not_positive_is_refused(value, tmp_path):
+    with pytest.raises(UserError, match=f"AlphaRec's temperature is {value}. It must be positive"):
+        small(tmp_path, f"stages.student.model.temperature={value}", recipe="alpharec")
+
+
 def test_a_constructor_that_needs_its_sources_waits_for_them(tmp_path, monkeypatch):
     def reads(self, items, weight=1.0):
         self.first = items[3]

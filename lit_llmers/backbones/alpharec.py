@@ -35,7 +35,8 @@ class AlphaRec(CollaborativeBackbone):
         temperature: tau; .15 or .2 in the paper.
 
     Raises:
-        UserError: there is no text at all, the inner layer has no column, or there are fewer layers than none.
+        UserError: there is no text at all, the inner layer has no column, there are fewer layers than none, or the
+            temperature is not positive.
     """
 
     features: Tensor
@@ -53,6 +54,8 @@ class AlphaRec(CollaborativeBackbone):
     ) -> None:
         super().__init__()
         check_layers(layers)
+        if not temperature > 0:
+            raise UserError(f"AlphaRec's temperature is {temperature}. It must be positive.")
         self.layers, self.width, self.dim = layers, dim, dim
         self.n_users, self.n_items, self.temperature = n_users, n_items, temperature
         edges = Edges.of(training_pairs, n_users, n_items)
