@@ -17,8 +17,9 @@ import torch
 from lit_llmers.candidates import check_enough, load_candidates, make_candidates, read_candidates, save_candidates
 from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.data.loader import Batch, EvaluationBatches
+from lit_llmers.data.loader import Batch, EvaluationBatches, seen_before
 from lit_llmers.data.sequences import EvaluationRows
+from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, read_json, readable, write_json
 from lit_llmers.metrics import Coverage, ranking_metrics
 from lit_llmers.models import load_dataset, load_model
@@ -44,6 +45,7 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset, path = load_dataset(stage), stage.folder / "evaluation.json"
     candidates, candidates_hash = _candidates(stage, dataset)
     rows = EvaluationRows(dataset, "test", 1, config.evaluation.users)
+    alone = _alone(config, rows)
     groups = row_groups(dataset, rows)
     with atomic_write(stage.folder / "groups.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **groups)  # type: ignore[arg-type]
@@ -55,7 +57,7 @@ def run(stage: Stage) -> dict[str, Any]:
             log.info("%-24s evaluated before", fitted.label)
             continue
         models.append(_evaluate(fitted, stage, dataset, candidates, groups))
-        write_json(path, {"protocol": protocol, **_legend(config.evaluation.cutoffs), "models": models})
+        write_json(path, {"protocol": protocol, "alone": alone, **_legend(config.evaluation.cutoffs), "models": models})
         figures = models[-1]["metrics"]["all"]
         log.info("%-24s test HR@10 %.4f  NDCG@10 %.4f", fitted.label, figures["HR@10"], figures["NDCG@10"])
     best = max(models, key=lambda model: model["metrics"]["all"]["NDCG@10"])
@@ -66,16 +68,46 @@ def check(stage: Stage) -> None:
     """Check that the stage can have its candidates, which is known once the data are prepared, before any training.
 
     Raises:
-        UserError: the user's own file does not fit the data, or the catalogue is too small for a sampled protocol.
+        UserError: the user's own file does not fit the data, the catalogue is too small for a sampled protocol, or no target
+            has anything to compete with.
     """
-    settings = stage.config.evaluation
-    if settings.candidates or settings.protocol != "full":
-        dataset = load_dataset(stage)
-        rows = EvaluationRows(dataset, "test", 1, settings.users)
-        if settings.candidates:
-            read_candidates(Path(settings.candidates), dataset, rows)
-        else:
-            check_enough(dataset, rows.user, _number(settings.protocol))
+    settings, dataset = stage.config.evaluation, load_dataset(stage)
+    rows = EvaluationRows(dataset, "test", 1, settings.users)
+    if settings.candidates:
+        read_candidates(Path(settings.candidates), dataset, rows)
+    elif settings.protocol != "full":
+        check_enough(dataset, rows.user, _number(settings.protocol))
+    else:
+        _alone(stage.config, rows)
+
+
+def _alone(config: EvaluateStage, rows: EvaluationRows) -> int:
+    """Number of rows whose target is first whatever a model says.
+
+    Raises:
+        UserError: all are.
+    """
+    settings = config.evaluation
+    if settings.candidates or settings.protocol != "full" or not settings.mask_history:
+        return 0  # candidates are checked when they are read or drawn
+    count = int(without_competitor(rows).sum())
+    if count == len(rows):
+        raise UserError(
+            f"Nothing competes with any of the {count} test items: their users had met all other {rows.dataset.n_items - 1} "
+            "items of the catalogue before, so every figure would be 1. Use evaluation.mask_history=false, or take more data."
+        )
+    return count
+
+
+def without_competitor(rows: EvaluationRows) -> np.ndarray:
+    """`[R]` bool: whether the user had met every item but the target before, so that with the history masked none competes."""
+    found, n_items = np.zeros(len(rows), bool), rows.dataset.n_items
+    enough = np.flatnonzero(rows.history_length >= n_items - 1)  # hardly ever a row: only for these are items looked at
+    seen = seen_before(rows.dataset, rows.user[enough], rows.at[enough], rows.target[enough])
+    met = np.zeros((len(enough), n_items + 1), bool)
+    met[seen["seen_row"], seen["seen_item"]] = True
+    found[enough] = met.sum(1) == n_items - 1
+    return found
 
 
 def _evaluate(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import by_name, dataset, small
@@ -143,6 +144,7 @@ def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):
     best = max(result["models"], key=lambda model: model["metrics"]["all"]["NDCG@10"])
     assert stage.summary == {"models": 6, "best": best["name"], "NDCG@10": best["metrics"]["all"]["NDCG@10"]}
     data = load_dataset(stage)
+    assert result["alone"] == 0
     assert result["protocol"] == {
         "name": "full",
         "history": "masked",
@@ -193,6 +195,32 @@ def test_head_and_short_worked_out_by_hand():
     assert groups["head"].tolist() == [True, True, False], "2 of 10 items: 1 and 2, by training counts alone"
     assert groups["short"].tolist() == [False, True, True], "histories of 6, 4 and 3, of which 4 is the median"
     assert groups["popularity"].tolist() == [1, 0, 0], "item 1 occurs five times in training"
+
+
+def test_targets_that_nothing_competes_with_are_counted(tmp_path):
+    """Of four items: met all others, met them twice over, a target met before beside all others, lacks one, repeats one."""
+    data = dataset([[1, 2, 3, 4], [1, 1, 2, 3, 2, 4], [4, 1, 2, 3, 4], [1, 2, 4], [1, 1, 2, 2, 3]], n_items=4)
+    rows = EvaluationRows(data, "test", 2)
+    assert evaluate.without_competitor(rows).tolist() == [True, True, True, False, False]
+    model, config = CountingRecommender(Popularity(4, data.training_pairs)), EvaluateStage("test", ["model"])
+    ranks = evaluate.rank_all(model, rows, config, None)[0]
+    assert evaluate._alone(config, rows) == 3
+    assert (ranks[:3] == 0).all()
+    kept = EvaluateStage("test", ["model"], EvaluationConfig(mask_history=False))
+    assert evaluate._alone(kept, rows) == 0
+    with pytest.raises(UserError, match=r"Nothing competes with any of the 1 test items.*mask_history=false"):
+        evaluate._alone(config, EvaluationRows(dataset([[1, 2, 3, 4]], n_items=4), "test", 2))
+
+
+def test_a_run_in_which_no_target_has_a_competitor_ends_before_anything_is_trained(tmp_path):
+    ids = list("abcd")
+    pairs = [(f"u{user}", item, place) for user in range(4) for place, item in enumerate(ids[user:] + ids[:user])]
+    pd.DataFrame(pairs, columns=["user_id", "item_id", "timestamp"]).to_parquet(tmp_path / "interactions.parquet")
+    pd.DataFrame({"item_id": ids, "title": ids}).to_parquet(tmp_path / "items.parquet")
+    planned = small(tmp_path / "runs", "data=local", f"data.path={tmp_path}", recipe="student")
+    with pytest.raises(UserError, match=r"Nothing competes with any of the 4 test items: .* all other 3 items"):
+        run(planned, None)
+    assert [stage.verb for stage in planned if stage.folder.exists()] == ["prepare"]
 
 
 def test_the_batch_size_changes_nothing(whole):

@@ -17,7 +17,7 @@ from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.report import publish, summary_table, write_report
-from lit_llmers.reporting import plots
+from lit_llmers.reporting import plots, sections
 from lit_llmers.reporting.comparison import Comparison, Contender
 from lit_llmers.reporting.comparison_report import write_report as write_comparison_report
 from lit_llmers.reporting.results import Evaluated, Results
@@ -367,6 +367,13 @@ def test_protocol_data_and_command_are_there(good):
     assert COMMAND in text
     assert "| `student-seed2-abc123` | `cccccccccccc` |" in text
     assert "Last stage by commit `aaaaaaaaaaaa` with local changes." in text
+
+
+def test_targets_that_nothing_competed_with_are_in_the_protocol(good):
+    results = Results(good)
+    assert "competes with" not in sections.protocol_section(results), "of a version that did not count them"
+    results.evaluation["alone"] = 7
+    assert f"**Nothing competes with 7 of the {USERS:,} held-out items**" in sections.protocol_section(results)
 
 
 def test_every_plot_is_there_and_shown(good):

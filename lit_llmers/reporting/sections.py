@@ -39,6 +39,7 @@ def protocol_section(results: Evaluated) -> str:
         f"{protocol['items']:,} items, {protocol['interactions']:,} interactions to predict.",
         f"Each held-out item is ranked against {against}; items that the user has met before {seen}. Ties count half.",
         *_sample(protocol),
+        *_alone(results.evaluation),
         *_several(results),
         "Epochs are selected on the validation part alone; the test part selects nothing.",
     ]
@@ -59,6 +60,17 @@ def _sample(protocol: dict[str, Any]) -> list[str]:
     """Whether some of the users stand for all."""
     number = protocol.get("sample")
     return [f"Only a random sample of {number:,} users is ranked, in validation too (`evaluation.users`)."] if number else []
+
+
+def _alone(evaluation: dict[str, Any]) -> list[str]:
+    """How many targets nothing competed with, where there are such; an older version did not count them."""
+    number, of = evaluation.get("alone", 0), evaluation["protocol"]["interactions"]
+    if not number:
+        return []
+    return [
+        f"**Nothing competes with {number:,} of the {of:,} held-out items**: their users had met all others before. Each "
+        "counts as ranked first, whatever the model."
+    ]
 
 
 def _several(results: Evaluated) -> list[str]:
