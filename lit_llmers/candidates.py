@@ -200,6 +200,11 @@ def read_candidates(path: Path, dataset: Dataset, rows: EvaluationRows) -> tuple
     return candidates.astype(np.int32), digest
 
 
+def _times(number: int) -> str:
+    """A number of times in words, none for 0."""
+    return {0: "", 1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
 def _from_table(path: Path, dataset: Dataset, rows: EvaluationRows) -> np.ndarray:
     """The candidates `[rows, N]` of a parquet table, in the order of the evaluation rows."""
     try:
@@ -223,6 +228,12 @@ def _from_table(path: Path, dataset: Dataset, rows: EvaluationRows) -> np.ndarra
     place = keys[0].get_indexer(keys[1])
     if (place < 0).any() or len(given) != len(wanted):
         user, item, _ = keys[1][place < 0][0] if (place < 0).any() else keys[0].difference(keys[1])[0]
+        stands, held = (_times(((x["user_id"] == user) & (x["item_id"] == item)).sum()) for x in (given, wanted))
+        if stands and held:
+            raise UserError(
+                f"{path}: user '{user}' with item '{item}' stands in it {stands} and is held out {held}. Give one row for each "
+                "held-out interaction."
+            )
         raise UserError(
             f"{path} is of another split: user '{user}' and item '{item}' are a held-out interaction in only one of the two. "
             "Set evaluation.candidates to a file of this split."
