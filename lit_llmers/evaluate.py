@@ -288,4 +288,4 @@ def _protocol(stage: Stage, dataset: Dataset, rows: int, candidates_hash: str | 
         "items": dataset.n_items,
         "interactions": rows,
         "candidates": candidates_hash,
-    }
+    } | ({"selected_on": "test"} if settings.official_select_on_test else {})

@@ -153,9 +153,10 @@ def data_module(stage: Stage, dataset: Dataset) -> SequenceDataModule | PairData
     """What the model of a fit stage trains and validates on."""
     config: FitStage = stage.config
     batch_size, mask_history, users = config.trainer.batch_size, config.mask_history, config.validation_users
+    part = "test" if config.official_select_on_test else "valid"
     if issubclass(find("backbones", config.fit), CollaborativeBackbone):
-        return PairDataModule(dataset, batch_size, config.loss.negatives, mask_history, stage.seed, users)
-    return SequenceDataModule(dataset, config.sequences, batch_size, mask_history, stage.seed, users)
+        return PairDataModule(dataset, batch_size, config.loss.negatives, mask_history, stage.seed, users, part)
+    return SequenceDataModule(dataset, config.sequences, batch_size, mask_history, stage.seed, users, part)
 
 
 def load_model(stage: Stage, dataset: Dataset) -> Recommender:

@@ -165,6 +165,8 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
     ranked = config["evaluation"]
     if verb == "fit":
         entry = {**entry, "mask_history": ranked["mask_history"], "validation_users": ranked["users"]}
+        if ranked.get("official_select_on_test"):
+            entry["official_select_on_test"] = True
     if verb == "tune":
         entry = {**entry, "mask_history": ranked["mask_history"]}
     trains = verb == "encode" and (entry["encode"] == "said" or entry.get("contrast") is not None)

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import by_name, dataset, small
+from tiny import arguments, by_name, dataset, small
 
 from lit_llmers import candidates as stored
-from lit_llmers import evaluate
+from lit_llmers import evaluate, fit
 from lit_llmers.backbones.popularity import Popularity
 from lit_llmers.conf.schema import EvaluationConfig
 from lit_llmers.conf.stages import EvaluateStage
@@ -23,6 +23,7 @@ from lit_llmers.data.dataset import TEST, TRAIN, Dataset
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.data.sources.demo import Demo
 from lit_llmers.errors import UserError
+from lit_llmers.files import read_json
 from lit_llmers.metrics import ranking_metrics
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.running import run
@@ -553,3 +554,17 @@ def test_a_sampled_protocol_of_any_number(sampled):
     stage = by_name(stages)["evaluate"]
     assert np.load(stage.folder / "candidates.npy").shape == (300, 20)
     assert read(stage)["protocol"]["name"] == "sampled-20"
+
+
+@pytest.mark.parametrize("student", ["sasrec", "bpr-mf"])
+def test_selection_on_test_is_asked_for_by_name_and_said_first(tmp_path, student):
+    given = [f"student={student}", "~stages.export"]
+    switch = "evaluation.official_select_on_test=true"
+    assert by_name(small(tmp_path, *given, recipe="student"))["student"].config.official_select_on_test is False
+    assert fit.main(["recipe=student", *arguments(tmp_path, *given, switch, recipe="student")]) == 0
+    stages = by_name(small(tmp_path, *given, switch, recipe="student"))
+    (model,) = read_json(stages["evaluate"].folder / "evaluation.json")["models"]
+    assert model["metrics"]["all"]["NDCG@10"] == pytest.approx(stages["student"].summary["best"]["val/NDCG@10"], abs=1e-6)
+    report = (stages["student"].run.folder / "report.md").read_text()
+    assert report.index("WARNING: epochs were chosen on the test items") < report.index("## Results")
+    assert "the test part selects nothing" not in report

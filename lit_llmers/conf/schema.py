@@ -221,6 +221,8 @@ class EvaluationConfig:
         mask_history: items that the user has seen do not compete; a repeated target still does. Validation too.
         batch_size: rows at a time; it changes no figure.
         cutoffs: k of the test's HR@k, NDCG@k, Recall@k and coverage@k; 10 is among them, by which models are compared.
+        official_select_on_test: choose the epochs of recommenders on the test rows, as DLLM2Rec's official code does: figures
+            to hold against its own, and no others. The report begins with that.
     """
 
     protocol: str = "full"
@@ -230,6 +232,7 @@ class EvaluationConfig:
     batch_size: int = 512
     candidate_seed: int = 0
     cutoffs: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata=ADDED)
+    official_select_on_test: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.protocol != "full" and not re.fullmatch("sampled-[1-9][0-9]*", self.protocol):

@@ -79,7 +79,8 @@ class FitStage:
         callbacks: list of one-key mappings, a file in `lit_llmers/callbacks` to its arguments; `from` names the stage that
             recorded the teacher. What a method adds to a model stands here, so `callbacks: []` makes its control.
         sequences, optimizer, trainer: override the run's own for this stage.
-        mask_history, validation_users: `evaluation.mask_history` and `evaluation.users` of the run.
+        mask_history, validation_users, official_select_on_test: `evaluation.mask_history`, `evaluation.users` and
+            `evaluation.official_select_on_test` of the run.
     """
 
     fit: str
@@ -95,6 +96,7 @@ class FitStage:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mask_history: bool = True
     validation_users: int | None = None
+    official_select_on_test: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
         _check_plateau(self.optimizer, self.trainer)

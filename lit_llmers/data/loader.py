@@ -214,7 +214,7 @@ class EvaluationBatches:
 class SequenceDataModule(L.LightningDataModule):
     """Training batches and validation rows (of `users`, as in `EvaluationRows`) of one dataset.
 
-    The test rows are not in reach of the Trainer.
+    The test rows are not in reach of the Trainer but with `part="test"`, which chooses epochs on them.
     """
 
     def __init__(
@@ -225,11 +225,12 @@ class SequenceDataModule(L.LightningDataModule):
         mask_history: bool,
         seed: int,
         users: int | None = None,
+        part: str = "valid",
     ) -> None:
         super().__init__()
         self.dataset, self.config = dataset, config
         self.batch_size, self.mask_history, self.seed = batch_size, mask_history, seed
-        self.validation = EvaluationRows(dataset, "valid", config.max_length, users)
+        self.validation = EvaluationRows(dataset, part, config.max_length, users)
 
     @cached_property
     def rows(self) -> TrainingRows:

@@ -164,7 +164,7 @@ class PairBatches(TrainingBatches):
 class PairDataModule(L.LightningDataModule):
     """Training pairs and validation rows (of `users`, as in `EvaluationRows`) of one dataset.
 
-    The test rows are not in reach of the Trainer.
+    The test rows are not in reach of the Trainer but with `part="test"`, which chooses epochs on them.
     """
 
     def __init__(
@@ -175,12 +175,13 @@ class PairDataModule(L.LightningDataModule):
         mask_history: bool,
         seed: int,
         users: int | None = None,
+        part: str = "valid",
     ) -> None:
         super().__init__()
         self.dataset, self.batch_size, self.negatives = dataset, batch_size, negatives
         self.mask_history, self.seed = mask_history, seed
         self.rows = PairRows(dataset)
-        self.validation = EvaluationRows(dataset, "valid", 1, users)  # a user is read from a table, not from a history
+        self.validation = EvaluationRows(dataset, part, 1, users)  # a user is read from a table, not from a history
 
     def _ranks(self) -> dict[str, Any]:
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}

@@ -41,7 +41,9 @@ def protocol_section(results: Evaluated) -> str:
         *_sample(protocol),
         *_alone(results.evaluation),
         *_several(results),
-        "Epochs are selected on the validation part alone; the test part selects nothing.",
+        "Epochs are selected on the test part."
+        if protocol.get("selected_on") == "test"
+        else "Epochs are selected on the validation part alone; the test part selects nothing.",
     ]
     if protocol["candidates"]:
         lines.append(f"Candidates: sha256 `{protocol['candidates']}`.")

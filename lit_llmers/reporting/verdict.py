@@ -79,7 +79,7 @@ def short_warnings(runs: Sequence[Results]) -> list[str]:
 
 
 def leak_warnings(runs: Sequence[Results]) -> list[str]:
-    """A warning, as a Markdown quotation, for every encode stage that read texts which may betray held-out items.
+    """A warning, as a Markdown quotation, that epochs were chosen on test, and for encode stages that read betraying texts.
 
     Of several runs those are named whose stage it is; a stage that reads the same in all of them is one warning.
     """
@@ -89,6 +89,11 @@ def leak_warnings(runs: Sequence[Results]) -> list[str]:
             if leaking := stage.summary.get("leaking"):
                 found.setdefault((stage.name, tuple(leaking)), []).append(f"{run.about['recipe']}/{run.about['run']}")
     out = []
+    if any((run.evaluation or {}).get("protocol", {}).get("selected_on") == "test" for run in runs):
+        out.append(
+            "> **WARNING: epochs were chosen on the test items** (evaluation.official_select_on_test), as in some official "
+            "codes: these figures are too high, and comparable with none but figures chosen so."
+        )
     for (name, texts), places in found.items():
         of = f" of {', '.join(dict.fromkeys(places))}" if len(runs) > 1 else ""
         out.append(
