@@ -64,10 +64,12 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     if config.k_core > 1:
         core = s.k_core(rows.users, rows.items, max(config.k_core, config.min_interactions), config.k_core)
         rows.keep(core, f"k_core={config.k_core}")
+    labelled = np.zeros(3, np.int64)  # interactions of each part, before users and items that nothing is known of go
     if config.split == "given":
         split = s.given(rows.table["split"].to_numpy(), tables.origin)
         split = split[rows.sort(split)]
         s.check_order(split, rows.users, rows.user_ids, tables.origin)
+        labelled = np.bincount(split, minlength=3)
         split = rows.keep_known(split, config.split, "users")
     else:
         rows.sort()
@@ -88,7 +90,7 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         leaks = " They may have been written with held-out items in view." if entry["leaks"] else ""
         rows.note(f"{name}: texts of {int((column != '').sum())} of {len(column)} {entry['of']}.{leaks}")
     parts = np.bincount(split, minlength=3).tolist()
-    _check(parts, len(item_ids), config)
+    _check(parts, labelled.tolist(), len(item_ids), config)
     if config.split == "leave-one-out" and (undecided := s.undecided(offsets, *rows.times)).any():
         rows.note(
             f"{undecided.sum()} of {len(user_ids)} users have their test or validation item at the same time as the item "
@@ -122,16 +124,26 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
     return Dataset((items + 1).astype(np.int32), offsets, split, user_ids, catalogue, info, user_texts)
 
 
-def _check(parts: list[int], n_items: int, config: DataConfig) -> None:
-    """Refuse what could be trained on but not evaluated."""
+def _check(parts: list[int], labelled: list[int], n_items: int, config: DataConfig) -> None:
+    """Refuse what could be trained on but not evaluated.
+
+    Args:
+        parts, labelled: interactions that train, validate and test, as they are and as the column of a given split has them.
+    """
     if n_items < 2:
         raise UserError(f"'{config.name}' has one item: there is nothing to rank. Relax the filters or take more data.")
-    for part, rows, purpose in zip(("validation", "test"), parts[1:], ("select an epoch on", "evaluate on"), strict=True):
+    named = (("validation", "select an epoch on"), ("test", "evaluate on"))
+    for (part, purpose), rows, before in zip(named, parts[1:], labelled[1:], strict=True):
         if not rows:
-            cure = "Move data.quantiles" if config.split == "temporal" else f"Correct the column '{config.columns.split}'"
+            why, cure = "", f"Correct the column '{config.columns.split}'"
+            if config.split == "temporal":
+                cure = "Move data.quantiles"
+            elif before:
+                why = f" All {before} interactions there are of users without a training interaction, who are dropped."
+                cure = "Let the earlier interactions of these users train"
             raise UserError(
-                f"The {part} part of '{config.name}' is empty with data.split={config.split}: nothing to {purpose}. {cure}, or "
-                "use data.split=leave-one-out."
+                f"The {part} part of '{config.name}' is empty with data.split={config.split}: nothing to {purpose}.{why} "
+                f"{cure}, or use data.split=leave-one-out."
             )
 
 

@@ -65,8 +65,8 @@ def check_tables(
     """Bring two tables into the form of `Tables`.
 
     Raises:
-        UserError: a column is missing; several may be the time; an id or a time is missing; a time is neither a date nor a
-            number from 0; an item id occurs twice among the items; an interaction has an item that is not among them.
+        UserError: a column is missing; several may be the time; an id, a time or a split is missing; a time is neither a date
+            nor a number from 0; an item id occurs twice among the items; an interaction has an item that is not among them.
     """
     wanted = {
         "user_id": interactions.require(columns.user, "user"),
@@ -83,6 +83,8 @@ def check_tables(
     result = pd.DataFrame({name: raw[column] for name, column in wanted.items()}).reset_index(drop=True)
     for name in ("user_id", "item_id"):
         result[name] = as_ids(result[name], wanted[name], interactions.origin)
+    if split:
+        _refuse_empty(result["split"].isna() | (result["split"] == ""), wanted["split"], interactions.origin)
     dates = _seconds(result["time"])
     result["time"] = _numbers(
         result["time"],

@@ -266,6 +266,25 @@ def test_an_empty_part_of_a_given_split(part: str, label: str, folder: Path, tmp
         prepare(local(folder, split="given"), tmp_path / "out")
 
 
+def test_a_given_split_of_other_users_says_why_its_part_is_empty(folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    table = pd.read_parquet(path)
+    table.assign(split=table["user_id"].map({"a": "train", "b": "valid", "c": "test"})).to_parquet(path)
+    message = r"The validation part .* All 3 interactions there are of users without a training interaction.* earlier"
+    with pytest.raises(UserError, match=message) as error:
+        prepare(local(folder, split="given"), tmp_path / "out")
+    assert "Correct the column" not in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [None, float("nan"), ""])
+def test_an_interaction_without_a_part_is_named_by_its_row(empty: object, folder: Path, tmp_path: Path) -> None:
+    path = folder / "interactions.parquet"
+    parts = ["test", "train", empty, "train", "valid", "test", "valid", "test", empty, "test"]
+    pd.read_parquet(path).assign(split=parts).to_parquet(path)
+    with pytest.raises(UserError, match=r"column 'split' is empty \(NaN or blank\) in 2 rows, first in row 3"):
+        prepare(local(folder, split="given"), tmp_path / "out")
+
+
 def test_a_catalogue_of_one_item(folder: Path, tmp_path: Path) -> None:
     path = folder / "interactions.parquet"
     pd.read_parquet(path).assign(item_id="1").to_parquet(path)
