@@ -291,7 +291,7 @@ def main(arguments: Sequence[str]) -> int:
         if "run" not in given:
             raise UserError("No run given. Add run=FOLDER, such as run=runs/slmrec/default.")
         if not given["top"].isdecimal():
-            raise UserError(f"top={given['top']} is not a number.")
+            raise UserError(f"top={given['top']} must be a whole number, at least 1.")
         if given.get("repeats", "true") not in REPEATS:
             raise unknown("value of repeats", given["repeats"], REPEATS)
         recommender = Recommender.load(given["run"], given.get("as"), REPEATS.get(given.get("repeats", "")))

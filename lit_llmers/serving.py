@@ -6,6 +6,7 @@ themselves and not by their histories has `users.parquet` beside them: who they 
 how to ask the graph without this project.
 """
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,21 @@ def find_export(folder: Path) -> Path:
     if not done:
         earlier = sorted(str(path.parent) for path in folder.glob("export-*/DONE"))
         hint = f" of its last command; of earlier ones, give one as run=: {', '.join(earlier)}" if earlier else ""
-        raise UserError(f"{folder} has no finished export{hint}. Finish the run: {record['command']}")
+        raise UserError(f"{folder} has no finished export{hint}. {_to_export(record['command'], bool(exports))}")
     if len(done) > 1:
         raise UserError(f"{folder} has several exports. Give one of them as run=: {', '.join(map(str, done))}.")
     return done[0]
+
+
+def _to_export(command: str, planned: bool) -> str:
+    """How a run gets an export: by its command, in which it may be `planned` or left out."""
+    if planned:
+        return f"Finish the run: {command}"
+    words = shlex.split(command)
+    kept = [word for word in words if not word.startswith("~stages.export")]
+    if len(kept) < len(words):
+        return f"Run it with its export stage: {shlex.join(kept)}"
+    return "Its recipe has no export stage: give it one, as recipes/student.yaml has."
 
 
 def read_config(folder: Path) -> dict[str, Any]:

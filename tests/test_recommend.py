@@ -263,7 +263,8 @@ def test_without_a_graph_torch_answers(run, tmp_path, capsys):
         (["history=Aladdin"], "No run given"),
         (["run={run}"], "The history is empty"),
         (["run={run}", "history=;"], "The history is empty"),
-        (["run={run}", "history=Aladdin", "top=many"], "top=many is not a number"),
+        (["run={run}", "history=Aladdin", "top=many"], "top=many must be a whole number, at least 1"),
+        (["run={run}", "history=Aladdin", "top=-1"], "top=-1 must be a whole number, at least 1"),
         (["run={run}", "history=Aladdin", "as=onx"], "Did you mean 'onnx'"),
         (["run={run}", "history=Aladdin", "repeats=yes"], "Unknown value of repeats 'yes'. There is: false, true."),
         (["run={run}", "histroy=Aladdin"], "Unknown key 'histroy'. Did you mean 'history'"),
@@ -296,7 +297,12 @@ def test_the_export_is_the_one_that_the_run_lists_as_done(run, tmp_path, capsys)
     assert "no finished export. Finish the run: python -m lit_llmers.fit recipe=tiny seed=1" in err
     record = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(record | {"stages": []}))
-    assert "no finished export" in command(capsys, f"run={copy}", "history=Aladdin")[2]
+    _, _, err = command(capsys, f"run={copy}", "history=Aladdin")
+    assert "no finished export. Its recipe has no export stage: give it one" in err
+    again = "python -m lit_llmers.fit recipe=student '~stages.export' 'data.path=/my data'"
+    (copy / "run.json").write_text(json.dumps(record | {"stages": [], "command": again}))
+    _, _, err = command(capsys, f"run={copy}", "history=Aladdin")
+    assert err.endswith("Run it with its export stage: python -m lit_llmers.fit recipe=student 'data.path=/my data'\n")
 
 
 def test_a_damaged_catalogue(run, tmp_path, capsys):
