@@ -101,7 +101,8 @@ def _check_arguments(cls: type, arguments: dict[str, Any], where: str, given: se
     own = [name for name in parameters if name not in given | INJECTED]
     for key in arguments:
         if key not in own:
-            raise UserError(f"Unknown configuration key '{where}.{key}'.{nearest(key, own)} It has: {', '.join(own)}.")
+            known = f"It has: {', '.join(own)}." if own else "It has no settings."
+            raise UserError(f"Unknown configuration key '{where}.{key}'.{nearest(key, own)} {known}")
         arguments[key] = checked(arguments[key], parameters[key].annotation, f"{where}.{key}")
         _check_range(key, arguments[key], f"{where}.{key}")
     for name in own:

@@ -171,6 +171,12 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"Recipe '{name}' needs a value for '{error.full_key}'. Add {error.full_key}=VALUE.") from error
     except (HydraException, OmegaConfBaseException) as error:
+        lacking = re.match(r"Interpolation key '((\w+)\.[\w.]+)' not found", str(error))
+        if lacking and (group := lacking[2]) in GROUPS:
+            raise UserError(
+                f"Recipe '{name}' reads '{lacking[1]}', a setting that the {group} given does not have, so the two do not go "
+                f"together. Choose another {group}."
+            ) from error
         raise UserError(f"Recipe '{name}' does not resolve: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     plain.pop("scales", None)

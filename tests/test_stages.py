@@ -358,6 +358,7 @@ BAD = [
         "t: {fit: sasrec, callbacks: [{ranking_distillation: {from: t, weights: {position: .nan}}}]}",
         r"stages.t.callbacks\[0\].ranking_distillation.weights.position' is nan. It must be a finite number",
     ),
+    ("t: {fit: popularity, model: {dim: 3}}", r"'stages.t.model.dim'. It has no settings\.$"),
     ("t: {fit: sasrec, model: {dim: 0}}", r"'stages.t.model.dim' is 0. It must be at least 1"),
     ("t: {fit: sasrec, model: {heads: 0}}", r"'stages.t.model.heads' is 0"),
     ("t: {fit: sasrec, model: {dropout: 2}}", r"'stages.t.model.dropout' is 2.0. It is a share"),

@@ -140,7 +140,13 @@ def test_a_student_of_another_task_is_refused_before_anything_runs(name, option,
 
 @pytest.mark.parametrize(
     ("name", "option", "cure"),
-    [("student", "student=llm", "such as recipe=slmrec"), ("dllm2rec", "student=bpr-mf", "such as student=sasrec")],
+    [
+        ("student", "student=llm", "such as recipe=slmrec"),
+        ("dllm2rec", "student=bpr-mf", "such as student=sasrec"),
+        ("llmemb", "student=popularity", r"reads 'student\.model\.dim', a setting that the student given does not have"),
+        ("llmemb", "student=llm", "Choose another student"),
+        ("slmrec", "student=caser", r"The 1 layer of .* caser always has as many, so it does not fit: .* as student=sasrec"),
+    ],
 )
 def test_a_student_that_does_not_fit_is_refused_with_what_does(name, option, cure, no_files):
     with pytest.raises(UserError, match=cure):
