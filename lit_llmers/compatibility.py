@@ -48,7 +48,7 @@ def check_blocks(stages: dict[str, Any]) -> None:
             if blocks < 1 or layers % blocks:
                 fit, depth = stages[model].fit, f"{layers} layer{'s' if layers != 1 else ''}"
                 cure = f"Choose stages.{model}.model.layers divisible by them, or other blocks."
-                if "layers" not in inspect.signature(find("backbones", fit)).parameters:
+                if blocks > 0 and "layers" not in inspect.signature(find("backbones", fit)).parameters:
                     cure = f"{fit} always has as many, so it does not fit: choose one that has model.layers, as student=sasrec."
                 raise UserError(
                     f"The {depth} of stage '{model}' cannot be cut into the {blocks} equal blocks that stage "
