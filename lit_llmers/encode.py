@@ -6,7 +6,6 @@ if __name__ == "__main__":
     no_command("encode")  # before anything that takes time is imported
 
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from lit_llmers.text.tfidf import tfidf_svd
 from lit_llmers.text.transformer import TextEncoder
 from lit_llmers.text.vectors import Projection, Recorder
 
-log = logging.getLogger(__name__)
+NAMED = 3  # items or users in a message
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -38,6 +37,8 @@ def run(stage: Stage) -> dict[str, Any]:
     dataset = load_dataset(stage)
     leaking = check_leaks(config, dataset)
     texts = item_texts(dataset.catalogue, config.fields, config.prompt)
+    if any(texts):  # without any, each encoder says so
+        check_items(stage, dataset, np.array([not text for text in texts]))
     users: np.ndarray | None = None
     summary: dict[str, Any] = {}
     if config.encode == "tfidf":
@@ -56,6 +57,9 @@ def run(stage: Stage) -> dict[str, Any]:
         users = None if users is None else users[random.permutation(len(users))]
     if config.users == "mean":
         users = mean_of_histories(table, dataset.training_pairs, dataset.n_users)
+    check_items(stage, dataset, ~has_vector(table[1:]))  # a text may hold no word that counts
+    if users is not None:
+        check_users(stage, dataset, ~has_vector(users))
     _save(stage.folder / TABLE, table)
     summary = {"items": len(texts), "dim": table.shape[1], "without_text": int((~has_vector(table[1:])).sum())} | summary
     if users is not None:
@@ -89,11 +93,45 @@ def check_leaks(config: EncodeStage, dataset: Dataset) -> list[str]:
     return leaking
 
 
+def check_items(stage: Stage, dataset: Dataset, missing: np.ndarray) -> None:
+    """Refuse items, true in `[n]`, that have nothing to encode, unless the stage says that they have no vector then.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    first = dataset.catalogue[missing][:NAMED]
+    named = [f"'{item}' ({title or 'no title'})" for item, title in zip(first["item_id"], first["title"], strict=True)]
+    lack = f"items have no text to encode in {', '.join(stage.config.fields)} (fields)"
+    _check_missing(stage, missing, named, lack, f"Name a field that has text of them in stages.{stage.name}.fields")
+
+
+def check_users(stage: Stage, dataset: Dataset, missing: np.ndarray) -> None:
+    """The same of users, true in `[U]`."""
+    named = [f"'{user}'" for user in dataset.users[missing][:NAMED]]
+    lack = {
+        "mean": "users have no training item with a vector",
+        "history": "users have no training item with a title",
+        "profile": f"users have no text to encode in {stage.config.profile} (profile)",
+    }
+    _check_missing(
+        stage, missing, named, lack[stage.config.users], f"Encode users otherwise, as stages.{stage.name}.users=mean"
+    )
+
+
+def _check_missing(stage: Stage, missing: np.ndarray, named: list[str], lack: str, cure: str) -> None:
+    if missing.any() and stage.config.missing == "refuse":
+        raise UserError(
+            f"Stage '{stage.name}': {int(missing.sum())} of {len(missing)} {lack}, first {', '.join(named)}. {cure}, or set "
+            f"stages.{stage.name}.missing=zero: they have no vector then, and docs/methods.md says what that means."
+        )
+
+
 def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """The tables of items and users, and what they cost."""
     config: EncodeStage = stage.config
     mine = Processes.here().of(stage)
     encoder = TextEncoder(config, mine.local_rank)
+    of_users = _user_texts(stage, dataset, encoder)
     settings: list[Any] = [config.pooling, config.max_tokens, config.normalise]
     tuned = tune_by_contrast(stage, dataset, encoder) if config.contrast else {}
     identity = digest([encoder.base.name, encoder.revision, stage.content, *settings, *([stage.fingerprint] if tuned else [])])
@@ -104,17 +142,24 @@ def _transformer(stage: Stage, dataset: Dataset, texts: list[str]) -> tuple[np.n
         raise UserError(
             f"The {len(texts)} item texts hold no word. Name text columns in the stage's fields, or encode other data."
         )
-    if not filled.all():
-        log.warning("%d of %d items have no text; their text vectors are zero", int((~filled).sum()), len(texts))
     project = Projection.fit(vectors[filled], config.reduce, stage.seed, config.whiten)
-    users = None
-    if config.users == "history":
-        users = project(record(history_texts(dataset, encoder.lengths, config.max_tokens, config.user_prompt)))
-    elif config.users == "profile":
-        assert dataset.user_texts is not None
-        users = project(record(dataset.user_texts[config.profile].tolist()))
+    users = None if of_users is None else project(record(of_users))
     table = np.concatenate([np.zeros((1, vectors.shape[1]), np.float32), vectors])
     return project(table), users, {"model": encoder.base.name, "identity": identity, **record.cost(), **tuned}
+
+
+def _user_texts(stage: Stage, dataset: Dataset, encoder: TextEncoder) -> list[str] | None:
+    """U texts, where those of users are encoded."""
+    config: EncodeStage = stage.config
+    if config.users not in ("history", "profile"):
+        return None
+    if config.users == "history":
+        texts = history_texts(dataset, encoder.lengths, config.max_tokens, config.user_prompt)
+    else:
+        assert dataset.user_texts is not None
+        texts = dataset.user_texts[config.profile].tolist()
+    check_users(stage, dataset, np.array([not text for text in texts]))
+    return texts
 
 
 def _save(path: Path, table: np.ndarray) -> None:

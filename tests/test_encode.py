@@ -30,7 +30,7 @@ RECIPE = """\
 defaults: [/base, /data: local, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
 stages:
   prepare: {prepare: interactions}
-  text: {encode: transformer, model: MODEL, fields: [title, categories], max_tokens: 16, batch_size: 4}
+  text: {encode: transformer, model: MODEL, fields: [title, categories], missing: zero, max_tokens: 16, batch_size: 4}
 """
 
 
@@ -113,7 +113,9 @@ def test_reduced_tables_keep_the_padding_and_the_size(stages):
 
 
 def test_all_principal_components_of_any_encoder_are_centred(stages):
-    planned = done(stages("stages.text.reduce=all", more="  words: {encode: tfidf, fields: [title], dim: 8, reduce: all}\n"))
+    planned = done(
+        stages("stages.text.reduce=all", more="  words: {encode: tfidf, fields: [title], missing: zero, dim: 8, reduce: all}\n")
+    )
     for name, width in (("text", 16), ("words", 8)):
         found = table(planned[name])
         assert found.shape == (N + 1, width)
@@ -209,7 +211,7 @@ def test_a_pass_that_failed_goes_on_to_the_same_bits(stages, tmp_path, monkeypat
 
 @pytest.mark.parametrize("encoder", ["tfidf", "transformer"])
 def test_mean_of_the_training_items(stages, encoder):
-    more = "  words: {encode: tfidf, dim: 3, users: mean}\n"
+    more = "  words: {encode: tfidf, missing: zero, dim: 3, users: mean}\n"
     planned = done(stages("stages.text.users=mean", more=more))
     stage = planned["words" if encoder == "tfidf" else "text"]
     items, users, dataset = table(stage), table(stage, "user_table"), load_dataset(stage)
@@ -298,6 +300,51 @@ def test_a_text_of_users_is_no_field_and_must_be_there(stages):
         done(stages("stages.text.users=profile", "stages.text.profile=llm_user_profile", allowed))
 
 
+# ---- who has no text ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "of", "message"),
+    [
+        (
+            ["fields=[title,categories]"],
+            "text",
+            r"1 of 40 items have no text to encode in title, categories \(fields\), first '40' \(no title\)",
+        ),
+        (["fields=[title]"], "words", r"1 of 40 items have no text to encode in title \(fields\), first '40' \(no title\)"),
+        (
+            ["fields=[llm_item_some]"],
+            "text",
+            r"37 of 40 items .* llm_item_some \(fields\), first '\d+' \(\w.*\), '\d+' \(.*\. Name",
+        ),
+        (["fields=[llm_item_letter]"], "words", r"1 of 40 items .* llm_item_letter \(fields\), first '3'"),  # no word of TF-IDF
+        (
+            ["fields=[llm_item_knowledge]", "users=profile", "profile=llm_user_profile", "allow_leaking=[llm_user_profile]"],
+            "text",
+            r"1 of 31 users have no text to encode in llm_user_profile \(profile\), first '30'\. Encode users",
+        ),
+    ],
+)
+def test_without_text_is_refused_unless_the_stage_says_what_holds_then(stages, data, overrides, of, message):
+    knowledge = pd.read_parquet(data / "llm_item_knowledge.parquet")
+    knowledge[:3].to_parquet(data / "llm_item_some.parquet")
+    knowledge.replace({"llm_text": {knowledge["llm_text"][2]: "a"}}).to_parquet(data / "llm_item_letter.parquet")
+    given = ["data.texts=[llm_item_knowledge,llm_item_some,llm_item_letter,llm_user_profile]"]
+    given += [f"stages.{of}.{override}" for override in overrides]
+    words = "  words: {encode: tfidf, dim: 2}\n" if of == "words" else ""
+    refused = stages(*given, f"stages.{of}.missing=refuse", more=words)
+    run(list(refused.values()), "prepare")
+    with pytest.raises(UserError, match=rf"Stage '{of}': {message}.*or set stages\.{of}\.missing=zero"):
+        run([refused[of]], None)
+    assert not (refused[of].folder / "item_table.npy").exists()
+    assert not (refused[of].run.folder / encode.RECORDS).exists(), "found before anything is encoded"
+    run([stages(*given, f"stages.{of}.missing=zero", more=words)[of]], None)
+
+
+def test_a_recipe_s_choice_of_text_takes_the_fallback(tmp_path):
+    assert by_name(small(tmp_path, "text.missing=zero", "text.dim=8", recipe="llm2x"))["text"].config.missing == "zero"
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +383,7 @@ def test_the_model_s_content_names_the_stage_and_its_place_does_not(stages, mode
         ({"whiten": True}, "whiten .* is of principal components. Say how many, as reduce: 128"),
         ({"encode": "tfidf", "model": None, "users": "history"}, r"does not take users: history \(use mean\)"),
         ({"users": "profile"}, "goes with profile: NAME"),
+        ({"missing": "zeros"}, "'zeros'. Did you mean 'zero'"),
         ({"profile": "llm_user_profile"}, "goes with profile: NAME"),
     ],
 )

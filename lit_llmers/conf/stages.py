@@ -19,6 +19,7 @@ from lit_llmers.errors import UserError, unknown
 ENCODERS = ("tfidf", "transformer", "said")
 POOLINGS = ("mean", "last", "eos", "cls")
 USER_VECTORS = ("mean", "history", "profile")
+MISSING = ("refuse", "zero")
 RECORDABLE = ("block_states", "ranking")
 REDUCTIONS = ("pca", "random", "uniform", "variance")
 ALL = "all"  # of the principal components
@@ -170,6 +171,7 @@ class EncodeStage:
         user_prompt: of `history`, with `{history}` where the titles go; null takes the default.
         profile: of `profile`, the user text among `data.texts`.
         allow_leaking: names of texts that are read although they may have been written with held-out items in view.
+        missing: what is done where an item or a user has no text: `refuse`, or `zero`: it has no vector, a row of zeros.
         contrast: of `transformer`: tune the model by contrast before it encodes.
         train_base: of `said`: the language model is trained too, its `lora` adapters or all of it. A base with random weights
             says nothing otherwise.
@@ -197,6 +199,7 @@ class EncodeStage:
     user_prompt: str | None = field(default=None, metadata=ADDED)
     profile: str | None = field(default=None, metadata=ADDED)
     allow_leaking: list[str] = field(default_factory=list, metadata=ADDED)
+    missing: str = field(default="refuse", metadata=ADDED)
     contrast: ContrastConfig | None = field(default=None, metadata=ADDED)
     train_base: bool = field(default=False, metadata=ADDED)
     vocabulary: int = field(default=2048, metadata=ADDED)
@@ -208,6 +211,7 @@ class EncodeStage:
             ("encode", self.encode, ENCODERS),
             ("pooling", self.pooling, POOLINGS),
             ("users", self.users, (None, *USER_VECTORS)),
+            ("missing", self.missing, MISSING),
             ("dtype", self.dtype, (None, *BASE_DTYPES)),
         ):
             if value not in known:

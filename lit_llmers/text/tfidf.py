@@ -1,13 +1,10 @@
 """Text vectors without a language model: TF-IDF and a truncated SVD (latent semantic analysis)."""
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from lit_llmers.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def tfidf_svd(texts: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
@@ -45,8 +42,6 @@ def tfidf_svd(texts: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
             f"dim={dim} is more than these texts can give: {int(filled.sum())} of {len(texts)} items have text, with "
             f"{terms.shape[1]} different terms. Set text.dim={possible} or less."
         )
-    if not filled.all():
-        log.warning("%d of %d items have no text; their text vectors are zero", int((~filled).sum()), len(texts))
     table = np.zeros((len(texts) + 1, dim), dtype=np.float32)
     vectors = TruncatedSVD(dim, n_iter=5, random_state=seed).fit_transform(terms[filled])
     table[1:][filled] = vectors / np.sqrt(np.mean(np.square(vectors)))

@@ -27,11 +27,12 @@ stages:
     encode: transformer
     model: MODEL
     fields: [title, categories]
+    missing: zero
     max_tokens: 16
     batch_size: 1   # no text has another beside it, so the bits are the same whoever encodes it
     reduce: 8
     users: history
-  said: {encode: said, model: "${teacher}", dim: 6, fields: [title], vocabulary: 400, trainer: {batch_size: 64}}
+  said: {encode: said, model: "${teacher}", dim: 6, fields: [title], missing: zero, vocabulary: 400, trainer: {batch_size: 64}}
 """
 TWO = ["stages.text.trainer={devices: 2, accelerator: cpu}", "stages.said.trainer.devices=2"]
 

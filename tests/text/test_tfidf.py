@@ -1,7 +1,5 @@
 """TF-IDF vectors against the formula written out, and their contract."""
 
-import logging
-
 import numpy as np
 import pytest
 
@@ -49,12 +47,6 @@ def test_shape_scale_padding_and_determinism():
     assert np.flatnonzero(empty).tolist() == [0, 5, 6, 7, 8]
     assert np.mean(table[~empty] ** 2) == pytest.approx(1, rel=1e-5)
     assert np.array_equal(table, tfidf_svd(texts, 5, seed=1))
-
-
-def test_empty_texts_are_counted_and_do_not_move_the_others(caplog):
-    with caplog.at_level(logging.WARNING):
-        tfidf_svd(["", *SPACE, ""], 2)
-    assert "2 of 6 items have no text" in caplog.text
 
 
 def test_case_does_not_matter():
