@@ -36,30 +36,38 @@ def load_dataset(stage: Stage) -> Dataset:
     return Dataset.load(stage.need("prepare").folder)
 
 
-def load_item_table(stage: Stage) -> torch.Tensor | None:
+def load_item_table(stage: Stage, dataset: Dataset) -> torch.Tensor | None:
     """The item tables that a fit stage reads, side by side: `[n+1, sum of d]` float32.
 
     With several tables, each is scaled to the root mean square of the first, so that none drowns the others' part of the
     dot product.
 
     Raises:
-        UserError: a table has no vector at all.
+        UserError: see `_load_table`.
     """
-    tables = [_load_table(stage.need(name), TABLE) for name in stage.config.items]
+    tables = [_load_table(stage.need(name), TABLE, dataset) for name in stage.config.items]
     if not tables:
         return None
     size = [float(np.sqrt(np.mean(np.square(table[has_vector(table)])))) for table in tables]
     return torch.from_numpy(np.concatenate([table * (size[0] / own) for table, own in zip(tables, size, strict=True)], 1))
 
 
-def _load_table(source: Stage, file: str) -> np.ndarray:
+def _load_table(source: Stage, file: str, dataset: Dataset) -> np.ndarray:
     """The vectors that a stage left, `[n+1, d]` or `[U, d]`; a row of zeros is none.
 
     Raises:
-        UserError: there is not one vector among them, one is not finite, or the file is damaged.
+        UserError: they are of another number of items or users, there is not one vector among them, one is not finite, or the
+            file is damaged.
     """
     with readable(source.folder / file, source.folder):
         table: np.ndarray = np.load(source.folder / file, allow_pickle=False)
+    rows = dataset.n_items + 1 if file == TABLE else dataset.n_users
+    if table.ndim != 2 or len(table) != rows:
+        of = f"{dataset.n_items} items and the padding" if file == TABLE else f"{dataset.n_users} users"
+        raise UserError(
+            f"{source.folder / file} is {list(table.shape)}, but {of} need [{rows}, D]: it is not of these data. Remove the "
+            f"folder {source.folder.resolve()} and give the same command again."
+        )
     if len(wrong := np.flatnonzero(~np.isfinite(table).all(1))):
         raise UserError(
             f"Stage '{source.name}' leaves vectors that are not finite: {len(wrong)} of {len(table)} rows of its {file}, first "
@@ -111,7 +119,7 @@ def offers(stage: Stage, dataset: Dataset) -> dict[str, Any]:
         "n_items": dataset.n_items,
         "n_users": dataset.n_users,
         "max_length": length,
-        "item_table": lambda: load_item_table(stage),
+        "item_table": lambda: load_item_table(stage, dataset),
         "training_pairs": lambda: dataset.training_pairs,
         "popularity": lambda: torch.from_numpy(dataset.popularity()),
         "histories": lambda: Histories(dataset, length),
@@ -133,12 +141,12 @@ def load_sources(stage: Stage, dataset: Dataset, room: str, models: bool = True)
 def _load_source(source: Stage, kind: str, dataset: Dataset) -> Any:
     if kind == "model":
         return load_model(source, dataset).backbone
-    return torch.from_numpy(_load_table(source, TABLE if kind == "items" else USER_TABLE))
+    return torch.from_numpy(_load_table(source, TABLE if kind == "items" else USER_TABLE, dataset))
 
 
 def _initial_tables(stage: Stage, config: InitialConfig, dataset: Dataset, backbone: Any) -> dict[str, torch.Tensor]:
     """What a backbone's tables start from; a row of zeros where there is nothing to start from."""
-    table = _load_table(stage.need(config.items), TABLE).astype(np.float32)
+    table = _load_table(stage.need(config.items), TABLE, dataset).astype(np.float32)
     if config.reduce is not None and table.shape[1] != backbone.dim:
         table = reduce_table(table, backbone.dim, config.reduce, dataset.popularity(), stage.seed)
     if config.std is not None:

@@ -1,5 +1,6 @@
 """What stages left, read back: items without a vector, and models without those that they started from."""
 
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiny import assert_equal_weights, by_name, small
 from lit_llmers import export
 from lit_llmers.errors import UserError
 from lit_llmers.export import load_exported
-from lit_llmers.models import TABLE, build_model, load_dataset, load_item_table, load_model
+from lit_llmers.models import TABLE, USER_TABLE, build_model, load_dataset, load_item_table, load_model
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
 
@@ -20,12 +21,17 @@ RECIPE = """\
 defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
 stages:
   prepare: {prepare: interactions}
-  text: {encode: tfidf, dim: 12}
+  text: {encode: tfidf, dim: 12, users: mean}
   other: {encode: tfidf, dim: 6}
   plain: {fit: bpr_mf, model: {dim: 8}, loss: {kind: bpr, negatives: 1}}
   started: {like: plain, initial: {items: text, reduce: REDUCE, std: 0.3}}
   reader: {fit: alpharec, items: [text, other], loss: {kind: bpr, negatives: 1}}
   aligned: {like: plain, callbacks: [{alignment: {from: text}}]}
+  beside: {like: plain, callbacks: [{alignment: {from: text, users: text}}]}
+  masked: {like: plain, fit: lightgcn, callbacks: [{masked_reconstruction: {from: text}}]}
+  hinted: {fit: sasrec, model: {dim: 8}, callbacks: [{embedding_distillation: {from: text}}]}
+  near: {fit: sasrec, model: {dim: 8}, callbacks: [{self_distillation: {from: text}}]}
+  fused: {fit: sasrec, model: {dim: 8}, fusion: [{frozen_adapter: {from: text}}]}
 """
 
 
@@ -70,7 +76,7 @@ def test_what_has_no_vector_keeps_its_random_start_and_counts_nowhere(reduce, tm
 def test_tables_side_by_side_are_of_one_size_whoever_has_no_text(tmp_path):
     stages = planned(tmp_path)
     silence(stages["other"], slice(1, 90))
-    table = load_item_table(stages["reader"])
+    table = load_item_table(stages["reader"], load_dataset(stages["reader"]))
     first, second = table[1:, :12], table[90:, 12:]
     assert not table[1:90, 12:].any()
     assert second.square().mean().item() == pytest.approx(first.square().mean().item(), rel=1e-5)
@@ -96,6 +102,26 @@ def test_a_vector_that_is_not_finite_is_refused_by_who_reads_it(name, value, tmp
         UserError, match=r"'text' leaves vectors that are not finite: 1 of \d+ rows of its item_table.npy, first row 3"
     ):
         run([stages[name]], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *((name, TABLE) for name in ("started", "reader", "aligned", "masked", "hinted", "fused")),
+        *((name, USER_TABLE) for name in ("beside", "masked", "near")),
+    ],
+)
+def test_a_table_of_another_number_of_rows_is_refused_by_who_reads_it(name, file, tmp_path):
+    stages = planned(tmp_path)
+    path = stages["text"].folder / file
+    table = np.load(path)
+    for other in (table[:-3], np.concatenate([table, table[-1:]]), table[:, 0]):
+        np.save(path, other)
+        shape, folder = re.escape(str(list(other.shape))), re.escape(str(path.parent.resolve()))
+        with pytest.raises(
+            UserError, match=rf"{file} is {shape}, but .* need \[{len(table)}, D\].* Remove the folder {folder} "
+        ):
+            run([stages[name]], None)
 
 
 def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):

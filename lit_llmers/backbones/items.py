@@ -28,8 +28,8 @@ def copy_table(table: Tensor, values: Tensor, what: str = "items") -> None:
     """
     if values.shape != table.shape:
         raise UserError(
-            f"The initial table of the {what} is {list(values.shape)}, but the model needs {list(table.shape)}. Make it from "
-            "the same dataset, and cut it to the model's width with initial.reduce."
+            f"The initial table of the {what} is {list(values.shape)}, but the model needs {list(table.shape)}. Cut it to the "
+            "model's width with initial.reduce."
         )
     filled = has_vector(values)
     table.data[filled] = values[filled].to(table)

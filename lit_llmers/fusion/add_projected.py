@@ -23,7 +23,7 @@ class AddProjected(Fusion):
         epsilon: weight of the text.
 
     Raises:
-        UserError: the text is of other items, or its weight is below 0.
+        UserError: its weight is below 0.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}

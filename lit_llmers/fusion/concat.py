@@ -29,7 +29,7 @@ class Concat(Fusion):
         dropout: probability, on the input of every layer but the first.
 
     Raises:
-        UserError: the text is of other items, another fusion stands inside, or `start` is another model.
+        UserError: another fusion stands inside, or `start` is another model.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items"), "start": ("id", "model")}

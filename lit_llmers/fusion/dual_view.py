@@ -43,7 +43,7 @@ class DualView(Fusion):
         accept_visible_labels: with that, train on every position all the same.
 
     Raises:
-        UserError: the text is of other items, `heads` does not divide dim, or labels that are not accepted would be visible.
+        UserError: `heads` does not divide dim, or labels that are not accepted would be visible.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}

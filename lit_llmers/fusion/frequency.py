@@ -43,8 +43,7 @@ class Frequency(Fusion):
         cosine_temperature: items are scored by cosine over this; null: as the backbone does.
 
     Raises:
-        UserError: the text is of other items, the backbone is not causal, there is no expert, or a history is longer than
-            `max_length`.
+        UserError: the backbone is not causal, there is no expert, or a history is longer than `max_length`.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}

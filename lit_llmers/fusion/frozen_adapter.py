@@ -32,7 +32,7 @@ class FrozenAdapter(Fusion):
         with_id: keep the backbone's own item vectors and add them.
 
     Raises:
-        UserError: the text is of other items; or another fusion stands inside, which would be without effect.
+        UserError: another fusion stands inside, which would be without effect.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items")}

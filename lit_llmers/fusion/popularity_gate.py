@@ -32,8 +32,7 @@ class PopularityGate(Fusion):
         bins: of popularity.
 
     Raises:
-        UserError: the text or the counts are of other items, another fusion stands inside, a trained model is another, or
-            there is no bin.
+        UserError: another fusion stands inside, a trained model is another, or there is no bin.
     """
 
     sources: ClassVar[Sources] = {"items": ("from", "items"), "start": ("id", "model"), "aligned": ("aligned", "model")}
@@ -61,8 +60,6 @@ class PopularityGate(Fusion):
         for tower, trained, key in ((self.inner, start, "id"), (self.aligned, aligned, "aligned")):
             if trained is not None:
                 copy_weights(tower, trained, key)
-        if len(popularity) != len(items):
-            raise UserError(f"The popularity is of {len(popularity) - 1} items, the text of {len(items) - 1}. Use one dataset.")
         self.each = backbone.dim
         self.width, self.dim = 3 * backbone.width, 3 * backbone.dim
         self.register_buffer("bin", equal_mass_bins(popularity, bins))

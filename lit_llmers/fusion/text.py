@@ -150,19 +150,10 @@ class TextView(nn.Module):
         items: `[n+1, D]` text vectors.
         backbone: whose items they are.
         adapter: makes `[N, d]` of `[N, D]`.
-
-    Raises:
-        UserError: the text is of another number of items.
     """
 
     def __init__(self, items: Tensor, backbone: Backbone, adapter: nn.Module) -> None:
         super().__init__()
-        n_items = len(backbone.item_table()) - 1
-        if items.dim() != 2 or len(items) != n_items + 1:
-            raise UserError(
-                f"The text vectors are {list(items.shape)}, but the model's {n_items} items need [{n_items + 1}, D], a row for "
-                "padding before theirs. Let 'from' name a stage that encodes the items of the same dataset."
-            )
         self.source, self.adapter = TextTable(items), adapter
         self._kept = Kept()
 

@@ -209,7 +209,5 @@ def test_wrong_arguments_are_named(arguments, message):
         MaskedReconstruction(**{"items": ITEMS, "users": USERS, **arguments})
 
 
-def test_texts_of_another_dataset_are_refused():
-    with pytest.raises(UserError, match="signals of 60 users and 40 items, but the student has 60 and 50"):
-        MaskedReconstruction(ITEMS[:41], USERS).build(student_of())
-    assert not issubclass(BPRMF, MaskedReconstruction.fits), "it needs a graph"
+def test_it_needs_a_graph():
+    assert not issubclass(BPRMF, MaskedReconstruction.fits)

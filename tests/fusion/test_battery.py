@@ -29,7 +29,6 @@ from lit_llmers.backbones.gru4rec import GRU4Rec
 from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.conf.schema import LossConfig
 from lit_llmers.data.pairs import UnmetItems
-from lit_llmers.errors import UserError
 from lit_llmers.fusion import Fusion
 from lit_llmers.fusion.add_projected import AddProjected
 from lit_llmers.fusion.concat import Concat
@@ -253,12 +252,6 @@ def test_losses_on_sampled_negatives_train_it_too(fusion, kind, items):
     loss = student.task_loss(student(batch), batch)
     loss.backward()
     assert torch.isfinite(loss)
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_text_of_another_number_of_items_is_named(fusion):
-    with pytest.raises(UserError, match=r"text vectors are \[40, 24\].*40 items need \[41, D\].*'from'"):
-        FUSIONS[fusion](SASRec(N_ITEMS, MAX_LENGTH, DIM), torch.zeros(N_ITEMS, TEXT))
 
 
 def test_a_chain_of_fusions_is_a_backbone(items):

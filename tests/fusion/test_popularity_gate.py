@@ -201,8 +201,6 @@ def test_wrong_arguments_are_named():
         PopularityGate(AddProjected(SASRec(10, 5, dim=8), text), text, popularity)
     with pytest.raises(UserError, match="'aligned' names trained another model: they differ in 'text.adapter.layers.2"):
         PopularityGate(SASRec(10, 5, dim=8), text, popularity, aligned=Concat(SASRec(10, 5, dim=8), text, layers=2))
-    with pytest.raises(UserError, match="of 11 items, the text of 10"):
-        PopularityGate(SASRec(10, 5, dim=8), text, torch.arange(12))
     for bins in (0, -1):
         with pytest.raises(UserError, match=f"bins is {bins}. It must be at least 1"):
             PopularityGate(SASRec(10, 5, dim=8), text, popularity, bins=bins)
