@@ -1,5 +1,6 @@
 """The artefacts of `prepare` and `fit` stages, read back: data, item tables and trained models."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from lit_llmers.data.loader import SequenceDataModule
 from lit_llmers.data.pairs import PairDataModule, UnmetItems
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
-from lit_llmers.files import readable
-from lit_llmers.stages import Stage
+from lit_llmers.files import readable, sha256
+from lit_llmers.stages import TABLE, USER_TABLE, Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.negatives import UnmetDraw
@@ -26,9 +27,6 @@ from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.grounding import load_grounded
 from lit_llmers.text.reduction import mean_of_histories, reduce_table
 from lit_llmers.text.tables import has_vector
-
-TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
-USER_TABLE = "user_table.npy"  # the user vectors that an encode stage may leave, [U, d] float32
 
 
 def load_dataset(stage: Stage) -> Dataset:
@@ -56,11 +54,17 @@ def _load_table(source: Stage, file: str, dataset: Dataset) -> np.ndarray:
     """The vectors that a stage left, `[n+1, d]` or `[U, d]`; a row of zeros is none.
 
     Raises:
-        UserError: they are of another number of items or users, there is not one vector among them, one is not finite, or the
-            file is damaged.
+        UserError: the file is damaged or altered, its rows are not those of the items or users, there is not one vector among
+            them, or one is not finite.
     """
     with readable(source.folder / file, source.folder):
         table: np.ndarray = np.load(source.folder / file, allow_pickle=False)
+    left = source.checksums.get(file)
+    if left is not None and _checksum(source.folder / file, (source.folder / file).stat().st_mtime_ns) != left:
+        raise UserError(
+            f"{source.folder / file} was altered: its SHA-256 is not the one in DONE, of what stage '{source.name}' left. "
+            f"Remove the folder {source.folder.resolve()} and give the same command again."
+        )
     rows = dataset.n_items + 1 if file == TABLE else dataset.n_users
     if table.ndim != 2 or len(table) != rows:
         of = f"{dataset.n_items} items and the padding" if file == TABLE else f"{dataset.n_users} users"
@@ -80,6 +84,12 @@ def _load_table(source: Stage, file: str, dataset: Dataset) -> np.ndarray:
             "(fields, data.texts), or name another stage."
         )
     return table
+
+
+@cache
+def _checksum(path: Path, changed: int) -> str:
+    """SHA-256 of a file as it is since it was `changed`, worked out once: several stages of a process read a table."""
+    return sha256(path)
 
 
 def build_model(stage: Stage, dataset: Dataset, trained: bool = False) -> Recommender:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from lit_llmers.environment import device, environment, jobs
 from lit_llmers.errors import UserError, unknown
-from lit_llmers.files import previous, read_json, remove, write_json
+from lit_llmers.files import previous, read_json, remove, sha256, write_json
 from lit_llmers.launching import launch
 from lit_llmers.locks import LOCK, Busy, alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import Processes
-from lit_llmers.stages import MODULES, Stage
+from lit_llmers.stages import MODULES, TABLE, USER_TABLE, Stage
 
 LAST = "last.ckpt"
 PATIENCE = 60  # seconds that a stage waits for whoever holds its folder: a sibling job that sweeps it, for one
@@ -142,7 +142,8 @@ def _run_one(stage: Stage, here: Processes) -> None:
         finish_loggers(stage.loggers(), {"seconds": seconds, **summary})
     machine = environment()
     about = {"git": machine["git"], "device": device(machine), "jobs": jobs()}
-    write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary, **about})
+    tables = {name: sha256(path) for name in (TABLE, USER_TABLE) if (path := stage.folder / name).is_file()}
+    write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary, "sha256": tables, **about})
     _tidy(stage)
     log.info("%-24s done in %.1f s", stage.label, seconds)
 

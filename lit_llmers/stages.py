@@ -42,6 +42,8 @@ REVISIONS: dict[str, int] = {
     "export": 2,  # model.onnx misread histories longer than max_length
     "callbacks.sequence_contrast": 1,  # a row's contrast weighed as much as all of its targets
 }
+TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
+USER_TABLE = "user_table.npy"  # the user vectors that an encode stage may leave, [U, d] float32
 CHECKSUMS = {  # of a key of `content` -> the paths that it makes up for, where it is there
     "base": {"model.base.path", "base.path"},
     "candidates": {"evaluation.candidates"},
@@ -124,6 +126,11 @@ class Stage:
     def summary(self) -> dict[str, Any]:
         """What the stage reported when it was done."""
         return read_json(self.folder / "DONE")["summary"]
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the tables that it left, by file; none of what an older version left."""
+        return read_json(self.folder / "DONE").get("sha256", {}) if self.done else {}
 
     @property
     def processes(self) -> int:

@@ -16,7 +16,6 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.files import atomic_write
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import (
-    TABLE,
     build_model,
     count_parameters,
     data_module,
@@ -26,7 +25,7 @@ from lit_llmers.models import (
     offers,
 )
 from lit_llmers.record import open_signals
-from lit_llmers.stages import Stage
+from lit_llmers.stages import TABLE, Stage
 from lit_llmers.strategies import construction, make_strategy
 
 MONITOR = "val/NDCG@10"

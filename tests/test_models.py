@@ -12,9 +12,10 @@ from tiny import assert_equal_weights, by_name, small
 from lit_llmers import export
 from lit_llmers.errors import UserError
 from lit_llmers.export import load_exported
-from lit_llmers.models import TABLE, USER_TABLE, build_model, load_dataset, load_item_table, load_model
+from lit_llmers.files import read_json, sha256, write_json
+from lit_llmers.models import build_model, load_dataset, load_item_table, load_model
 from lit_llmers.running import run
-from lit_llmers.stages import Stage
+from lit_llmers.stages import TABLE, USER_TABLE, Stage
 
 RECIPE = """\
 # For tests.
@@ -35,19 +36,27 @@ stages:
 """
 
 
-def planned(folder, reduce: str = "pca") -> dict[str, Stage]:
+def planned(folder, reduce: str = "pca", more: str = "") -> dict[str, Stage]:
     """A recipe whose encode stages are done."""
-    (folder / "mine.yaml").write_text(RECIPE.replace("REDUCE", reduce))
+    (folder / "mine.yaml").write_text(RECIPE.replace("REDUCE", reduce) + more)
     stages = small(folder, recipe=str(folder / "mine.yaml"))
     run(stages, "other")
     return by_name(stages)
+
+
+def leave(stage: Stage, file: str, table: np.ndarray) -> None:
+    """Let a stage have left this table, and no checksum of it, as an older version did."""
+    np.save(stage.folder / file, table)
+    done = read_json(stage.folder / "DONE")
+    done.pop("sha256", None)
+    write_json(stage.folder / "DONE", done)
 
 
 def silence(stage: Stage, items: np.ndarray | slice) -> np.ndarray:
     """Let an encode stage have found no text for these items; its table."""
     table = np.load(stage.folder / TABLE)
     table[items] = 0
-    np.save(stage.folder / TABLE, table)
+    leave(stage, TABLE, table)
     return table
 
 
@@ -97,7 +106,7 @@ def test_a_vector_that_is_not_finite_is_refused_by_who_reads_it(name, value, tmp
     stages = planned(tmp_path)
     table = np.load(stages["text"].folder / TABLE)
     table[3, 1] = value
-    np.save(stages["text"].folder / TABLE, table)
+    leave(stages["text"], TABLE, table)
     with pytest.raises(
         UserError, match=r"'text' leaves vectors that are not finite: 1 of \d+ rows of its item_table.npy, first row 3"
     ):
@@ -116,12 +125,42 @@ def test_a_table_of_another_number_of_rows_is_refused_by_who_reads_it(name, file
     path = stages["text"].folder / file
     table = np.load(path)
     for other in (table[:-3], np.concatenate([table, table[-1:]]), table[:, 0]):
-        np.save(path, other)
+        leave(stages["text"], file, other)
         shape, folder = re.escape(str(list(other.shape))), re.escape(str(path.parent.resolve()))
         with pytest.raises(
             UserError, match=rf"{file} is {shape}, but .* need \[{len(table)}, D\].* Remove the folder {folder} "
         ):
             run([stages[name]], None)
+
+
+@pytest.mark.parametrize(("source", "file"), [("text", TABLE), ("text", USER_TABLE), ("plain", TABLE)])
+def test_a_table_that_was_altered_is_refused(source, file, tmp_path):
+    """Any finite numbers would do for a student, who would learn from them without a word."""
+    stages = planned(tmp_path, more="  learner: {like: plain, callbacks: [{embedding_distillation: {from: plain}}]}\n")
+    reader = stages["learner" if source == "plain" else "masked"]
+    run([*reader.needs], None)
+    path = stages[source].folder / file
+    table = np.load(path)
+    np.save(path, np.random.default_rng(0).normal(size=table.shape).astype(np.float32))
+    folder = re.escape(str(path.parent.resolve()))
+    with pytest.raises(UserError, match=rf"{file} was altered: .* stage '{source}' left. Remove the folder {folder} and give"):
+        run([reader], None)
+    np.save(path, table)
+    run([reader], None)
+
+
+def test_a_table_without_a_checksum_is_read(tmp_path):
+    stages = planned(tmp_path)
+    leave(stages["text"], TABLE, np.load(stages["text"].folder / TABLE))
+    run([stages["started"]], None)
+
+
+def test_a_table_is_checked_once(tmp_path, monkeypatch):
+    stages, read = planned(tmp_path), []
+    monkeypatch.setattr("lit_llmers.models.sha256", lambda path: read.append(path) or sha256(path))
+    for _ in range(2):
+        load_item_table(stages["reader"], load_dataset(stages["reader"]))
+    assert read == [stages[name].folder / TABLE for name in ("text", "other")]
 
 
 def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):

@@ -15,8 +15,8 @@ from lit_llmers.conf.stages import ExportStage, FitStage
 from lit_llmers.data import DataConfig
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
 from lit_llmers.files import write_json
-from lit_llmers.models import TABLE, build_model
-from lit_llmers.stages import Run, Stage, describe
+from lit_llmers.models import build_model
+from lit_llmers.stages import TABLE, Run, Stage, describe
 
 N_ITEMS, MAX_LENGTH, DIM = 30, 9, 8
 FIRST = ["Toy Story (1995)", "Toy Story 2 (1999)", "Matrix, The (1999)", "Aladdin (1992)", "Salt &amp; Pepper; A Tale"]
