@@ -158,7 +158,8 @@ def _initial_tables(stage: Stage, config: InitialConfig, dataset: Dataset, backb
     """What a backbone's tables start from; a row of zeros where there is nothing to start from."""
     table = _load_table(stage.need(config.items), TABLE, dataset).astype(np.float32)
     if config.reduce is not None and table.shape[1] != backbone.dim:
-        table = reduce_table(table, backbone.dim, config.reduce, dataset.popularity(), stage.seed)
+        where = f"stages.{stage.name}.model.dim"
+        table = reduce_table(table, backbone.dim, config.reduce, dataset.popularity(), stage.seed, where)
     if config.std is not None:
         table = table * (config.std / max(float(table[has_vector(table)].std()), 1e-12))
     tables = {"items": table}

@@ -91,6 +91,13 @@ def test_tables_side_by_side_are_of_one_size_whoever_has_no_text(tmp_path):
     assert second.square().mean().item() == pytest.approx(first.square().mean().item(), rel=1e-5)
 
 
+def test_a_model_wider_than_the_texts_can_give_is_named_by_its_stage(tmp_path):
+    """In hint and rrd it is the teacher's start, and not the student, that asks for more."""
+    stages = planned(tmp_path, more="  teacher: {like: started, model: {dim: 13}}\n")
+    with pytest.raises(UserError, match=r"cannot be cut to 13 columns by pca.* Set stages\.teacher\.model\.dim=12 or less"):
+        run([stages["teacher"]], None)
+
+
 @pytest.mark.parametrize("name", ["started", "reader", "aligned"])
 def test_a_table_without_any_vector_is_refused(name, tmp_path):
     stages = planned(tmp_path)

@@ -8,7 +8,7 @@ from lit_llmers.text.tables import has_vector
 POPULAR = 0.2  # share of the items with a vector whose columns' variance is looked at
 
 
-def reduce_table(table: np.ndarray, dim: int, how: str, popularity: np.ndarray, seed: int) -> np.ndarray:
+def reduce_table(table: np.ndarray, dim: int, how: str, popularity: np.ndarray, seed: int, where: str) -> np.ndarray:
     """Cut a table to `dim` columns. Items without a vector have no part in which, and none in the result.
 
     `pca`: the directions of largest variance, centred. The others pick columns, as LLMInit ("LLMInit: A Free Lunch from Large
@@ -22,6 +22,7 @@ def reduce_table(table: np.ndarray, dim: int, how: str, popularity: np.ndarray, 
         how: `pca`, `random`, `uniform` or `variance`.
         popularity: `[n+1]` training interactions of each item.
         seed: of `random` and of the randomised decomposition.
+        where: the key of `dim`, for the error message.
 
     Returns:
         `[n+1, dim]` float32, rows of zeros where there is no vector.
@@ -35,7 +36,7 @@ def reduce_table(table: np.ndarray, dim: int, how: str, popularity: np.ndarray, 
     if dim > possible:
         raise UserError(
             f"{len(items)} item vectors of width {width} cannot be cut to {dim} columns by {how}: {possible} is the most. Set "
-            f"student.model.dim={possible} or less{', or make the vectors wider (text.dim)' if width == possible else ''}."
+            f"{where}={possible} or less{', or make the vectors wider (text.dim)' if width == possible else ''}."
         )
     reduced = np.zeros((len(table), dim), np.float32)
     if how == "pca":
