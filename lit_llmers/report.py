@@ -43,7 +43,8 @@ def write_report(results: Results) -> Path:
         parts += [verdict(results), *teacher_warnings(results), *short_warnings([results]), _results(results), _cost(results)]
     elif any(stage.done for stage in results.stages if stage.verb in ("fit", "tune")):
         parts += ["## Training so far", tables.training_table(results), *short_warnings([results])]
-    parts += [_plots(plots), sections.protocol_section(results), sections.data_section(results), _reproducibility(results)]
+    parts += [_plots(plots), sections.protocol_section(results), sections.data_section(results), _text(results)]
+    parts.append(_reproducibility(results))
     path = results.run / "report.md"
     with atomic_write(path) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -144,6 +145,15 @@ def _plots(plots: dict[str, Path]) -> str:
 
 
 # ---- how it was done -------------------------------------------------------------------------------------------------
+
+
+def _text(results: Results) -> str:
+    parts = []
+    if encoded := tables.encode_table(results):
+        parts += ["Texts and tokens are those that a stage read itself, not those that it found encoded.", encoded]
+    if said := tables.said_table(results):
+        parts += ["What was said after a history is a title of the catalogue, or stands for those nearest to it.", said]
+    return "\n\n".join(["## Text", *parts]) if parts else ""
 
 
 def _reproducibility(results: Results) -> str:

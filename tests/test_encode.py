@@ -80,6 +80,14 @@ def vectors(model, texts: list[str], **settings) -> np.ndarray:
     return torch.cat([made.vectors(made.tokens([text])) for text in texts]).numpy()
 
 
+def report_of(planned) -> str:
+    """The report of a run whose stages are done."""
+    folder = planned["text"].run.folder
+    about = {"recipe": "mine", "run": "default", "command": "", "data": planned["prepare"].summary, "pairs": []}
+    (folder / "run.json").write_text(json.dumps(about | {"stages": describe(list(planned.values()))}))
+    return write_report(Results(folder)).read_text()
+
+
 # ---- items -----------------------------------------------------------------------------------------------------------
 
 
@@ -274,22 +282,15 @@ def test_a_text_that_may_have_seen_held_out_items_is_refused_unless_allowed(stag
         done(refused)
     assert not (refused["text"].folder / "item_table.npy").exists()
     planned = done(stages(f"data.texts=[{name}]", *overrides, f"stages.text.allow_leaking=[{name}]"))
-    folder = planned["text"].run.folder
-    about = {"recipe": "mine", "run": "default", "command": "", "data": planned["prepare"].summary, "pairs": []}
-    (folder / "run.json").write_text(json.dumps(about | {"stages": describe(list(planned.values()))}))
     warning = f"WARNING: held-out items may have been seen.** Stage 'text' encodes `{name}`"
-    report = write_report(Results(folder)).read_text()
+    report = report_of(planned)
     assert warning in report
     assert report.index(warning) < report.index("## "), "at the head of the report"
-    assert warning.replace("**", "") in summary_table(Results(folder))
+    assert warning.replace("**", "") in summary_table(Results(planned["text"].run.folder))
 
 
 def test_no_warning_without_such_a_text(stages):
-    planned = done(stages())
-    folder = planned["text"].run.folder
-    about = {"recipe": "mine", "run": "default", "command": "", "data": planned["prepare"].summary, "pairs": []}
-    (folder / "run.json").write_text(json.dumps(about | {"stages": describe(list(planned.values()))}))
-    assert "held-out items may" not in write_report(Results(folder)).read_text()
+    assert "held-out items may" not in report_of(done(stages()))
 
 
 def test_a_text_of_users_is_no_field_and_must_be_there(stages):
@@ -339,6 +340,13 @@ def test_without_text_is_refused_unless_the_stage_says_what_holds_then(stages, d
     assert not (refused[of].folder / "item_table.npy").exists()
     assert not (refused[of].run.folder / encode.RECORDS).exists(), "found before anything is encoded"
     run([stages(*given, f"stages.{of}.missing=zero", more=words)[of]], None)
+
+
+def test_the_report_counts_who_has_no_vector_and_what_was_read(stages, model):
+    planned = done(stages("stages.text.users=mean"))
+    (line,) = [line for line in report_of(planned).splitlines() if line.startswith(f"| text | 0 | {model.name} |")]
+    tokens = f"{planned['text'].summary['tokens']:,}"
+    assert f"| {N} | 1 | {U + 1} | 0 | {N - 1} | {tokens} | " in line
 
 
 def test_a_recipe_s_choice_of_text_takes_the_fallback(tmp_path):

@@ -584,6 +584,36 @@ def test_stages_name_their_device_where_several_machines_took_part(tmp_path):
     assert of_teacher.endswith("| NVIDIA H100 |")
 
 
+def test_who_has_no_vector_and_how_fast_texts_were_read(tmp_path):
+    run = make_run(tmp_path, {"teacher": 2.2, "student": 2.0, "control": 1.6})
+    assert "## Text" not in write_report(Results(run)).read_text()
+    about = json.loads((run / "run.json").read_text())
+    tables = {"items": 98, "without_text": 44, "users": 1200, "users_without_vector": 7}
+    read = {"model": "minilm", "texts": 54, "tokens": 5400, "tokens_per_second": 1350.4}
+    titles = {"generated_titles": 1200, "said_is_a_title": 0.973, "tokens_per_second": 350.0}
+    for name, verb, summary in (
+        ("text", "encode", tables | read),
+        ("again", "encode", tables | read | {"tokens": 0, "texts": 0, "tokens_per_second": 0.0}),
+        ("words", "encode", {"items": 98, "without_text": 0}),
+        ("lists", "record", titles | {"prompt_tokens_per_second": 2000.0}),
+        ("older", "record", titles),
+        ("waits", "encode", None),
+    ):
+        about["stages"].append({"name": name, "seed": 0, "verb": verb, "folder": f"{name}-abc123", "fingerprint": "abc123"})
+        if summary is not None:
+            (run / f"{name}-abc123").mkdir()
+            write(run / f"{name}-abc123" / "DONE", {"seconds": 1.0, "summary": summary, "device": "NVIDIA H100"})
+    write(run / "run.json", about)
+    lines = section(write_report(Results(run)).read_text(), "## Text").splitlines()
+    assert [line for line in lines if "H100" in line] == [
+        "| text | 0 | minilm | 98 | 44 | 1,200 | 7 | 54 | 5,400 | 1,350 | NVIDIA H100 |",
+        "| again | 0 | minilm | 98 | 44 | 1,200 | 7 | - | - | - | NVIDIA H100 |",
+        "| words | 0 | TF-IDF | 98 | 0 | - | - | - | - | - | NVIDIA H100 |",
+        "| lists | 0 | 1,200 | 97 % | 2,000 | 350 | NVIDIA H100 |",
+        "| older | 0 | 1,200 | 97 % | - | 350 | NVIDIA H100 |",
+    ]
+
+
 def test_the_command_waits_for_a_run_that_writes_its_own_report(good, capsys, monkeypatch):
     monkeypatch.setattr(report, "PATIENCE", 0)
     with alone(good, deep=False), atomic_write(good / "report.md") as temporary:

@@ -175,6 +175,34 @@ def stage_table(results: Results) -> str:
     return markdown(["stage", "seed", "does", "time", "folder", "commit", *["device"][:several]], rows)
 
 
+def encode_table(results: Results) -> str:
+    """Every encode stage that is done: who has no vector, and how fast texts were read; a dash where none were read here."""
+    header = ["stage", "seed", "encoder", "items", "items without a vector", "users", "users without a vector"]
+    rows = []
+    for stage in results.stages:
+        if stage.verb != "encode" or not stage.done:
+            continue
+        found = stage.summary
+        tables = [
+            count(found[key]) if key in found else NONE for key in ("items", "without_text", "users", "users_without_vector")
+        ]
+        work = [count(found[key]) if found.get(key) else NONE for key in ("texts", "tokens", "tokens_per_second")]
+        rows.append([stage.name, str(stage.seed), found.get("model", "TF-IDF"), *tables, *work, stage.device or NONE])
+    return markdown([*header, "texts", "tokens", "tokens/s", "device"], rows) if rows else ""
+
+
+def said_table(results: Results) -> str:
+    """Every stage that asked a language model for titles: how many it said, how often one of the catalogue, and how fast."""
+    header = ["stage", "seed", "titles asked for", "of the catalogue", "tokens read/s", "tokens said/s", "device"]
+    rows = []
+    for stage in results.stages:
+        if "said_is_a_title" in (said := stage.summary):
+            exact = f"{100 * said['said_is_a_title']:.0f} %"
+            speeds = [count(said[key]) if key in said else NONE for key in ("prompt_tokens_per_second", "tokens_per_second")]
+            rows.append([stage.name, str(stage.seed), count(said["generated_titles"]), exact, *speeds, stage.device or NONE])
+    return markdown(header, rows) if rows else ""
+
+
 def commit(git: dict[str, Any]) -> str:
     """A checkout's commit, and whether it had changes of its own."""
     return f"`{git['commit'][:12]}`{' with local changes' if git['dirty'] else ''}"

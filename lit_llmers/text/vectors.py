@@ -39,7 +39,7 @@ class Work:
     @property
     def summary(self) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)
-        measured = {"tokens": self.tokens, "cut_texts": self.cut, "encode_seconds": self.seconds}
+        measured = {"texts": self.texts, "tokens": self.tokens, "cut_texts": self.cut, "encode_seconds": self.seconds}
         return measured | {"tokens_per_second": self.tokens / seconds, "texts_per_second": self.texts / seconds}
 
 
