@@ -14,7 +14,10 @@ from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbo
 from lit_llmers.building import RECORDS, Reference, build_backbone, build_callbacks, build_fusions, find, references
 from lit_llmers.callbacks.distillation import Distillation
 from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
-from lit_llmers.errors import UserError
+from lit_llmers.data import DataConfig
+from lit_llmers.data.sources import about_texts
+from lit_llmers.data.texts import check_leaks
+from lit_llmers.errors import UserError, unknown
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
@@ -22,6 +25,32 @@ from lit_llmers.students.sequential import SequentialRecommender
 from lit_llmers.teachers.base import BaseConfig, load_base, without_weights
 
 log = logging.getLogger(__name__)
+
+
+def check_texts(stages: dict[str, Any]) -> None:
+    """Check that texts of items and of users are read as such, and none that may betray held-out items unless it is allowed.
+
+    Args:
+        stages: typed settings of all stages, by name.
+
+    Raises:
+        UserError: one is not.
+    """
+    about = {
+        name: entry for data in stages.values() if isinstance(data, DataConfig) for name, entry in about_texts(data).items()
+    }
+    of_users = [name for name, entry in about.items() if entry["of"] == "users"]
+    for name, stage in stages.items():
+        if not isinstance(stage, EncodeStage | TuneStage):
+            continue
+        if isinstance(stage, EncodeStage) and stage.profile is not None and stage.profile not in of_users:
+            raise unknown("text of users (profile), to be named in data.texts too", stage.profile, of_users)
+        for text in stage.fields:
+            if text in of_users:
+                raise UserError(
+                    f"'{text}' (stages.{name}.fields) is a text of users. Encode it with users: profile and profile: {text}."
+                )
+        check_leaks(name, stage.read if isinstance(stage, EncodeStage) else stage.fields, stage.allow_leaking, about)
 
 
 def check_blocks(stages: dict[str, Any]) -> None:

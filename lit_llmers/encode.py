@@ -13,7 +13,8 @@ import numpy as np
 
 from lit_llmers.conf.stages import EncodeStage
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.errors import UserError, unknown
+from lit_llmers.data.texts import leaking
+from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, digest
 from lit_llmers.locks import RECORDS
 from lit_llmers.models import load_dataset
@@ -35,7 +36,6 @@ def run(stage: Stage) -> dict[str, Any]:
     """Write `item_table.npy`, `[n+1, d]` float32, and with `users` also `user_table.npy`, `[U, d]` float32."""
     config: EncodeStage = stage.config
     dataset = load_dataset(stage)
-    leaking = check_leaks(config, dataset)
     texts = item_texts(dataset.catalogue, config.fields, config.prompt)
     if any(texts):  # without any, each encoder says so
         check_items(stage, dataset, np.array([not text for text in texts]))
@@ -65,32 +65,8 @@ def run(stage: Stage) -> dict[str, Any]:
     if users is not None:
         _save(stage.folder / USER_TABLE, users)
         summary |= {"users": len(users), "users_without_vector": int((~has_vector(users)).sum())}
-    return summary | ({"leaking": leaking} if leaking else {})
-
-
-def check_leaks(config: EncodeStage, dataset: Dataset) -> list[str]:
-    """The texts that the stage reads although they may have been written with held-out items in view.
-
-    Raises:
-        UserError: one of them is not in `allow_leaking`.
-    """
-    about = dataset.info.get("texts", {})
-    of_users = [name for name, entry in about.items() if entry["of"] == "users"]
-    if config.profile is not None and config.profile not in of_users:
-        raise unknown("text of users (profile), to be named in data.texts too", config.profile, of_users)
-    for name in config.fields:
-        if name in of_users:
-            raise UserError(f"'{name}' (fields) is a text of users. Encode it with users: profile and profile: {name}.")
-    read = [*config.fields, *([config.profile] if config.profile else [])]
-    leaking = [name for name in read if name in about and about[name]["leaks"]]
-    for name in leaking:
-        if name not in config.allow_leaking:
-            raise UserError(
-                f"'{name}' was written from users' interactions, the held-out ones perhaps among them: test figures of what "
-                f"reads it may be too high. To read it all the same, with a warning in the report, set allow_leaking: [{name}] "
-                "in the encode stage."
-            )
-    return leaking
+    leaks = leaking(config.read, dataset.info.get("texts", {}))
+    return summary | ({"leaking": leaks} if leaks else {})
 
 
 def check_items(stage: Stage, dataset: Dataset, missing: np.ndarray) -> None:

@@ -61,9 +61,10 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
         planned[name] = [
             Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
         ]
-    from lit_llmers.compatibility import check_blocks, check_parts, check_targets
+    from lit_llmers.compatibility import check_blocks, check_parts, check_targets, check_texts
 
     settings = {name: stages[0].config for name, stages in planned.items()}
+    check_texts(settings)
     check_targets(settings)
     check_blocks(settings)
     check_parts(settings)

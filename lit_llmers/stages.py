@@ -28,7 +28,7 @@ MODULES = {
 PLACE = {f"trainer.{key}" for key in ("accelerator", "strategy", "devices", "num_nodes", "compile")}
 OFTEN = {f"trainer.{key}" for key in ("checkpoint_every", "log_every")}
 NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings that cannot change the artefact
-    "prepare": {"root", "path"},  # the checksums of the files are in `content`
+    "prepare": {"root", "path", "made_from"},  # the checksums of the files are in `content`, and whether a text leaks
     # those of the model and the adapter are too
     "encode": PLACE | OFTEN | {"model", "adapter", "contrast.gradient_checkpointing"},
     "fit": PLACE | OFTEN | {"model.base.gradient_checkpointing"},

@@ -9,6 +9,7 @@ from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEach
 from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.conf.schema import SHARDED
 from lit_llmers.conf.stages import VALIDATING, TuneStage
+from lit_llmers.data.texts import leaking
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset
 from lit_llmers.stages import Stage
@@ -67,4 +68,5 @@ def run(stage: Stage) -> dict[str, Any]:
         "best": best.summary,
     }
     finish_loggers(trainer.loggers, summary)
-    return summary
+    leaks = leaking(config.fields, dataset.info.get("texts", {}))
+    return summary | ({"leaking": leaks} if leaks else {})

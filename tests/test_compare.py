@@ -184,7 +184,7 @@ def test_a_text_that_may_betray_held_out_items_is_warned_of_at_the_head(folders,
         (runs[name] / "text-1" / "DONE").write_text(json.dumps(done))
     comparison, recipe = students(runs), about["recipe"]
     text = comparison_report.write_report(tmp_path, comparison, [], {}, "").read_text()
-    warning = f"held-out items may have been seen.** Stage 'text' of {recipe}/caser, {recipe}/sasrec encodes `llm_user_profile`"
+    warning = f"held-out items may have been seen.** Stage 'text' of {recipe}/caser, {recipe}/sasrec reads `llm_user_profile`"
     assert text.count("WARNING") == 1
     assert text.index(warning) < text.index("| model")
     assert warning.replace("**", "") in comparison_report.summary_table(comparison)

@@ -47,7 +47,9 @@ def data(tmp_path_factory):
     knowledge = pd.DataFrame({"item_id": range(1, N + 1), "llm_text": [f"glass {title}" for title in titles]})
     for name in ("llm_item_knowledge", "llm_item_memory"):
         knowledge.to_parquet(folder / f"{name}.parquet")
+    (folder / "llm_item_knowledge.json").write_text(json.dumps({"made_from": "attributes"}))
     (folder / "llm_item_memory.json").write_text(json.dumps({"made_from": "interactions"}))
+    knowledge.to_parquet(folder / "llm_item_silent.parquet")
     profiles = pd.DataFrame({"user_id": range(U), "profile": random.choice(TITLES, U)})
     profiles.to_parquet(folder / "llm_user_profile.parquet")
     return folder
@@ -273,20 +275,29 @@ def test_a_text_of_items_is_a_field(stages):
     ("name", "overrides"),
     [
         ("llm_item_memory", ["stages.text.fields=[title,llm_item_memory]"]),
+        ("llm_item_silent", ["stages.text.fields=[title,llm_item_silent]"]),
         ("llm_user_profile", ["stages.text.users=profile", "stages.text.profile=llm_user_profile"]),
     ],
 )
 def test_a_text_that_may_have_seen_held_out_items_is_refused_unless_allowed(stages, name, overrides):
-    refused = stages(f"data.texts=[{name}]", *overrides, "stages.text.allow_leaking=[other]")
-    with pytest.raises(UserError, match=rf"'{name}' was written from users' interactions.*set allow_leaking: \[{name}\]"):
-        done(refused)
-    assert not (refused["text"].folder / "item_table.npy").exists()
+    message = rf"'{name}' was or may have been written from users' interactions.*set stages\.text\.allow_leaking=\[{name}\]"
+    with pytest.raises(UserError, match=message):  # before anything runs
+        stages(f"data.texts=[{name}]", *overrides, "stages.text.allow_leaking=[other]")
     planned = done(stages(f"data.texts=[{name}]", *overrides, f"stages.text.allow_leaking=[{name}]"))
-    warning = f"WARNING: held-out items may have been seen.** Stage 'text' encodes `{name}`"
+    warning = f"WARNING: held-out items may have been seen.** Stage 'text' reads `{name}`"
     report = report_of(planned)
     assert warning in report
     assert report.index(warning) < report.index("## "), "at the head of the report"
     assert warning.replace("**", "") in summary_table(Results(planned["text"].run.folder))
+
+
+def test_a_tuned_model_reads_no_such_text_either_unless_it_is_allowed(stages):
+    more = "  tuned: {tune: bigrec, base: '${teacher}', fields: [title, llm_item_memory], samples: 8, validation_users: 4}\n"
+    given = ["data.texts=[llm_item_memory]", "trainer.max_epochs=1"]
+    with pytest.raises(UserError, match=r"'llm_item_memory' was or may .*set stages\.tuned\.allow_leaking=\[llm_item_memory\]"):
+        stages(*given, more=more)
+    planned = done(stages(*given, "stages.tuned.allow_leaking=[llm_item_memory]", more=more))
+    assert "Stage 'tuned' reads `llm_item_memory`" in report_of(planned)
 
 
 def test_no_warning_without_such_a_text(stages):
@@ -331,6 +342,7 @@ def test_without_text_is_refused_unless_the_stage_says_what_holds_then(stages, d
     knowledge[:3].to_parquet(data / "llm_item_some.parquet")
     knowledge.replace({"llm_text": {knowledge["llm_text"][2]: "a"}}).to_parquet(data / "llm_item_letter.parquet")
     given = ["data.texts=[llm_item_knowledge,llm_item_some,llm_item_letter,llm_user_profile]"]
+    given.append("data.made_from={llm_item_some: attributes, llm_item_letter: attributes}")
     given += [f"stages.{of}.{override}" for override in overrides]
     words = "  words: {encode: tfidf, dim: 2}\n" if of == "words" else ""
     refused = stages(*given, f"stages.{of}.missing=refuse", more=words)
@@ -362,7 +374,9 @@ def test_settings_that_came_later_leave_old_names_alone(stages):
     prepare, words = planned["prepare"], planned["words"]
     before = {"encode": "tfidf", "fields": ["title", "categories", "text"], "dim": 8}
     assert words.fingerprint == digest([FORMAT, "encode", before, 0, {}, [prepare.fingerprint]])
-    settings = {key: value for key, value in asdict(prepare.config).items() if key not in ("root", "path", "texts")}
+    settings = {
+        key: value for key, value in asdict(prepare.config).items() if key not in ("root", "path", "texts", "made_from")
+    }
     assert prepare.fingerprint == digest([FORMAT, "prepare", settings, 0, prepare.content, []])
 
 

@@ -272,6 +272,11 @@ class EncodeStage:
             )
 
     @property
+    def read(self) -> list[str]:
+        """The columns and texts that are encoded."""
+        return [*self.fields, *([self.profile] if self.profile else [])]
+
+    @property
     def trains(self) -> bool:
         """Whether there is something to train; `trainer` otherwise says only how many processes encode."""
         return self.encode == "said" or self.contrast is not None
@@ -329,6 +334,7 @@ class TuneStage:
         sequences: which training targets there are.
         optimizer, trainer: override the run's own for this stage, as `sequences` does.
         mask_history: `evaluation.mask_history` of the run.
+        allow_leaking: names of texts among `fields`, as of an encode stage.
     """
 
     tune: str
@@ -347,6 +353,7 @@ class TuneStage:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mask_history: bool = True
+    allow_leaking: list[str] = field(default_factory=list, metadata=ADDED)
 
     def __post_init__(self) -> None:
         _check_plateau(self.optimizer, self.trainer)

@@ -6,6 +6,7 @@ from lit_llmers.conf.typed import ADDED
 from lit_llmers.errors import UserError, unknown
 
 SPLITS = ("leave-one-out", "temporal", "given")
+ORIGINS = ("attributes", "interactions")
 SOURCES = ("demo", "movielens", "amazon", "folder")
 
 
@@ -96,6 +97,8 @@ class DataConfig:
         min_rating: interactions rated lower are dropped. null: ratings are not read.
         texts: texts that an LLM wrote, to be read besides: names of files beside the interactions, `llm_item_NAME` (texts of
             items, columns of the catalogue) or `llm_user_NAME` (texts of users).
+        made_from: what is known of texts of items by name, `attributes` of the items or `interactions` of users, where no file
+            beside them says it: see `lit_llmers.data.texts`.
     """
 
     name: str = "demo"
@@ -111,6 +114,7 @@ class DataConfig:
     min_rating: float | None = None
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     texts: list[str] = field(default_factory=list, metadata=ADDED)
+    made_from: dict[str, str] = field(default_factory=dict, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -132,3 +136,10 @@ class DataConfig:
                 raise UserError(f"data.texts has '{name}'. A file of texts is called llm_item_NAME or llm_user_NAME.")
         if len(set(self.texts)) < len(self.texts):
             raise UserError(f"data.texts is {self.texts}. It names a text twice.")
+        for name, origin in self.made_from.items():
+            if not name.startswith("llm_item_"):
+                raise UserError(
+                    f"data.made_from has '{name}'. It is about texts of items, llm_item_NAME; those of users count as leaking."
+                )
+            if origin not in ORIGINS:
+                raise unknown(f"origin of a text (data.made_from.{name})", str(origin), ORIGINS)

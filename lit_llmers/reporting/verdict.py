@@ -79,7 +79,7 @@ def short_warnings(runs: Sequence[Results]) -> list[str]:
 
 
 def leak_warnings(runs: Sequence[Results]) -> list[str]:
-    """A warning, as a Markdown quotation, that epochs were chosen on test, and for encode stages that read betraying texts.
+    """A warning, as a Markdown quotation, that epochs were chosen on test, and for stages that read betraying texts.
 
     Of several runs those are named whose stage it is; a stage that reads the same in all of them is one warning.
     """
@@ -97,9 +97,9 @@ def leak_warnings(runs: Sequence[Results]) -> list[str]:
     for (name, texts), places in found.items():
         of = f" of {', '.join(dict.fromkeys(places))}" if len(runs) > 1 else ""
         out.append(
-            f"> **WARNING: held-out items may have been seen.** Stage '{name}'{of} encodes "
-            f"{', '.join(f'`{text}`' for text in texts)}, written from users' interactions without regard to this split: test "
-            "figures of every model that reads this stage may be too high and prove nothing."
+            f"> **WARNING: held-out items may have been seen.** Stage '{name}'{of} reads "
+            f"{', '.join(f'`{text}`' for text in texts)}, which may have been written from users' interactions without regard "
+            "to this split: test figures of every model that reads this stage may be too high and prove nothing."
         )
     return out
 

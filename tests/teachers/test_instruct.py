@@ -125,16 +125,13 @@ def test_items_without_title_are_left_out_and_titles_are_text_whatever_they_look
         wording_of(titled([[1, 2, 3]], ["", "", ""]))
 
 
-def test_the_fields_tell_of_items_and_what_leaks_is_refused():
+def test_the_fields_tell_of_items():
     data = titled(HISTORIES)
     data.catalogue["categories"] = "drama"
     wording = wording_of(data, fields=["title", "categories"], instruction="Say {it}.")
     assert f"{TITLES[0]}. drama\n{TITLES[1]}. drama" in wording.text([1, 2])
     assert "Say {it}." in wording.text([1, 2])
     assert wording.tokenizer.decode(wording.response(1)) == TITLES[0] + "</s>"
-    data.info["texts"] = {"categories": {"of": "items", "leaks": True}}
-    with pytest.raises(UserError, match="'categories'.*held-out"):
-        wording_of(data, fields=["title", "categories"])
 
 
 def test_the_tokenizer_of_the_titles_knows_every_text_and_is_always_the_same():

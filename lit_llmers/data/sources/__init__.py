@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from lit_llmers.data import DataConfig
+from lit_llmers.data import DataConfig, texts
 from lit_llmers.data.interactions import Tables
 from lit_llmers.data.sources.amazon import AmazonReviews2023
 from lit_llmers.data.sources.demo import Demo
@@ -24,6 +24,12 @@ class Source(Protocol):
         Raises:
             UserError: it cannot be had, or what it says is wrong.
         """
+
+
+def about_texts(config: DataConfig) -> dict[str, dict[str, Any]]:
+    """What is known of `data.texts` before they are read: `lit_llmers.data.texts.about_texts`."""
+    source = source_of(config)
+    return texts.about_texts(source.path, config) if isinstance(source, Folder) else {}
 
 
 def source_of(config: DataConfig) -> Source:

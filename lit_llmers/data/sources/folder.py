@@ -18,7 +18,7 @@ class Folder:
     config: DataConfig
 
     def fingerprint(self) -> dict[str, Any]:
-        texts = texts_fingerprint(self.path, self.config.texts)
+        texts = texts_fingerprint(self.path, self.config)
         files = folder_fingerprint(self.path) | ({"texts": texts} if texts else {})
         names = column_names(find_table(self.path, "interactions"))
         # only where it has an effect, so that data without it keep the fingerprint that they had before there was such an order
@@ -32,4 +32,4 @@ class Folder:
             split=self.config.split == "given",
             rating=self.config.min_rating is not None,
         )
-        return add_texts(tables, self.path, self.config.texts, self.config.columns)
+        return add_texts(tables, self.path, self.config)
