@@ -221,7 +221,7 @@ class Rankings:
             user = torch.arange(start, min(start + self.batch_size, rows.stop))
             items, mask = self.histories.latest(user)
             batch = {"user": user, "items": items, "mask": mask, "target": torch.zeros_like(user)}
-            batch |= seen_before(self.dataset, user.numpy(), self.histories.stop[user.numpy()])
+            batch |= self.histories.seen(user)
             with torch.inference_mode():
                 yield user.numpy(), self.model.top_items(_on(device, batch), self.k, self.tables)
 

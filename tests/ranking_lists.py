@@ -7,6 +7,7 @@ from lit_llmers.callbacks.teacher_lists import read_lists
 from lit_llmers.students.output import StudentOutput
 
 N_ITEMS, K = 30, 8
+NOTHING_MET = torch.zeros(2, 0, dtype=torch.int64).unbind()
 POPULARITY = torch.arange(N_ITEMS + 1).flip(0) ** 2
 METHODS = {
     "dllm2rec": {
@@ -64,6 +65,7 @@ def case(targets: int = 12, dim: int = 4):
     lists = Lists(targets)
     batch = {"teacher_items": lists.items, "teacher_scores": lists.scores}
     batch["target"] = torch.randint(1, N_ITEMS + 1, (targets,), generator=generator)
+    batch["items"] = torch.zeros(targets, 1, dtype=torch.int64)  # nothing came before
     return StudentOutput(user, table.requires_grad_()), batch
 
 

@@ -130,6 +130,8 @@ def test_to_recompute_layers_changes_memory_and_no_artefact(tmp_path, recipe, ke
     [
         ("callbacks.feature_distillation", ["student", "evaluate", "export"]),
         ("backbones.llm_decoder", ["teacher", "signals", "student", "control", "evaluate", "export"]),
+        ("callbacks.feature_distillation backbones.llm_decoder", ["student", "evaluate", "export"]),
+        ("callbacks.feature_distillation backbones.sasrec", []),
         ("evaluate", ["evaluate"]),
         ("callbacks.hint", []),
     ],

@@ -4,7 +4,7 @@ One callback for DLLM2Rec (RecSys 2024), RD (KDD 2018), RRD (CIKM 2020), DCD (CI
 top-K: they differ in the items drawn from the list, in their weights and in the loss.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from lit_llmers.backbones import Backbone, CollaborativeBackbone
 from lit_llmers.callbacks.distillation import Distillation, Readers, check_share
 from lit_llmers.callbacks.ranking_term import KEYS, OF_STUDENT, RankingTerm
-from lit_llmers.callbacks.teacher_lists import RankingSource, read_lists
+from lit_llmers.callbacks.teacher_lists import RankingSource, of_drawn, read_lists
+from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
 
 _OF_LIST = ("top", "rank", "discrepancy")
@@ -24,6 +25,14 @@ LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
     "pairwise": ("popularity",),
 }
 WEIGHTS = ("position", "confidence", "consistency", "discrepancy")
+
+
+class SeenSource(Protocol):
+    """Where it is known what users have met in training."""
+
+    def seen(self, users: Tensor) -> Batch:
+        """`seen_row` `[P]`, places in the users `[N]` in order, and `seen_item` `[P]`."""
+        ...
 
 
 class RankingDistillation(Distillation):
@@ -41,13 +50,19 @@ class RankingDistillation(Distillation):
     sequential student has no ranking of users. UnKD's groups are those of the items in the list, of which a list may hold few
     unpopular ones: record long lists for it. Draws are made anew at each step, where the papers draw once an epoch or once at
     all. RD's random items are the same for all targets of a step, and 16 neighbouring targets share their items off the list.
-    The student's ranks leave out the items before the target in its row; what is further back competes, unlike in the
-    teacher's list (DLLM2Rec's code has the history in both). In a GRU4Rec of amazon-beauty 3 items of a history stand above a
-    listed one, all of them in the row; of ml-1m 31, and 9 of them in the row of 50.
+
+    What was met, which the teacher's list has not. The ranks of a student that reads histories leave out the items before the
+    target in its row; what is further back competes (DLLM2Rec's code has the history in both). In a GRU4Rec of amazon-beauty
+    3 items of a history stand above a listed one, all of them in the row; of ml-1m 31, and 9 of them in the row of 50. What it
+    draws off the list is besides none of the row's later items. A collaborative student learns from pairs, which have no
+    order: its ranks leave out, and it draws none of, all training items of the user, as in a list that is `per: user`. To
+    look them up takes the longer the more there are: on ml-1m, with 400 of a pair's user, 14 of the 98 ms of RRD's step with a
+    LightGCN (lists of 2,048 of 8,192 pairs, one core).
 
     Args:
         ranking: the teacher's lists.
         popularity: `[n+1]` training interactions of each item, read by `dros` and `loss: pairwise`.
+        histories: tells what the users of a collaborative student have met.
         loss: `bce`, `listwise` (relaxed, RRD's), `pairwise` (UnKD's) or `softmax`.
         k: items that a step takes of each list; null is all of it, as always for `pairwise`.
         sampler: which k: the `top`; by `rank`, p ~ e^(-r / rank_temperature); by `discrepancy`, p ~ tanh(epsilon (r_S - r_T))
@@ -57,7 +72,7 @@ class RankingDistillation(Distillation):
             logits: of a teacher with distances (BIGRec) take `confidence`, which scales them.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
-        negatives: of `bce`: items off the list, and not in the row, to be scored low.
+        negatives: of `bce`: items off the list that were not met, to be scored low.
         uninteresting: of `listwise`: such items under the list; 0 leaves the correction alone.
         underestimated, overestimated: of `listwise`: DCD's correction, a second list-wise loss of equal weight. So many items
             of the list that the student ranks lower than the teacher, drawn by discrepancy, above so many that it ranks higher.
@@ -121,6 +136,7 @@ class RankingDistillation(Distillation):
         self,
         ranking: RankingSource,
         popularity: Tensor | None = None,
+        histories: SeenSource | None = None,
         loss: str = "bce",
         k: int | None = None,
         sampler: str | None = None,
@@ -155,6 +171,7 @@ class RankingDistillation(Distillation):
     ) -> None:
         super().__init__(weight, decay_epochs)
         self.ranking, self.popularity = ranking, None if popularity is None else torch.as_tensor(popularity)
+        self.histories = histories
         self.loss, self.k, self.weights, self.combine = loss, k, dict(weights or {}), combine
         self.normalise, self.negatives, self.uninteresting = normalise, negatives, uninteresting
         self.underestimated, self.overestimated = underestimated, overestimated
@@ -218,6 +235,11 @@ class RankingDistillation(Distillation):
         """Whether a draw depends on how the student ranks."""
         return self.sampler == "discrepancy" or self.underestimated > 0
 
+    @property
+    def draws_others(self) -> bool:
+        """Whether items off the list are drawn."""
+        return (self.negatives if self.loss == "bce" else self.loss == "listwise" and self.uninteresting) > 0
+
     def build(self, student: Any) -> RankingTerm:
         if self.k is not None and self.k > self.ranking.k:
             raise UserError(
@@ -233,6 +255,10 @@ class RankingDistillation(Distillation):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         whole = self.k is None or self.sampler != "top" or self.underestimated
         read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)
+        if "items" not in batch and pl_module.distillation[self.name].reads_met:  # type: ignore[index, union-attr]
+            assert self.histories is not None
+            seen = self.histories.seen(of_drawn(batch["user"], batch.get(KEYS[2])))
+            batch |= {key: values.to(pl_module.device, non_blocking=True) for key, values in seen.items()}
 
 
 def _choice(what: str, name: str, known: Any) -> None:

@@ -3,6 +3,8 @@
 A place is a 0-based rank in the teacher's list, `[T, K]` lists have their best item at place 0.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from lit_llmers.callbacks.teacher_lists import of_drawn
 from lit_llmers.data.loader import Batch
 from lit_llmers.losses.ranking import estimated_rank
 from lit_llmers.losses.scores import in_memory
+
+Met = tuple[Tensor, Tensor]  # `[P]` numbers of targets, ascending, and `[P]` items that do not compete there; item 0 is none
 
 _TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
 _CELLS = {"cpu": 2**20, "other": 2**26}  # of a table of draws x items in memory at once
@@ -61,15 +65,33 @@ def discrepancy_log_weight(rank: Tensor, place: Tensor, epsilon: float) -> Tenso
     return torch.tanh(epsilon * (rank - place)).clamp(min=0).log()
 
 
-def met_before(batch: Batch, drawn: Tensor | None = None) -> Tensor | None:
-    """Items `[T, L]` that come before each target in its row, which no teacher's list has; 0 fills up. None for pairs."""
+def met_before(batch: Batch, drawn: Tensor | None = None) -> Met:
+    """What each target's student has met by then, which no teacher's list has.
+
+    Of a row those are the items before the target. A pair has no before: it is all that its user has met in training.
+    """
     if "items" not in batch:
-        return None
+        return batch["seen_row"], batch["seen_item"]
     if batch["target"].dim() == 1:
-        return of_drawn(batch["items"], drawn)
+        return _one_by_one(of_drawn(batch["items"], drawn))
     row, last = of_drawn(batch["target"].nonzero(), drawn).unbind(1)  # the item at a target's own position comes before it
     items = batch["items"].index_select(0, row)
-    return items.masked_fill_(torch.arange(items.shape[1], device=items.device) > last[:, None], 0)
+    return _one_by_one(items.masked_fill_(torch.arange(items.shape[1], device=items.device) > last[:, None], 0))
+
+
+def _one_by_one(items: Tensor) -> Met:
+    """Those of rows `[T, L]`."""
+    return torch.arange(len(items), device=items.device)[:, None].expand_as(items).reshape(-1), items.reshape(-1)
+
+
+def _cut(met: Met, targets: int, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """So many targets at a time: which, and of those their places among them `[p]` and the items `[p]`."""
+    starts = range(0, targets, size)
+    target, item = met
+    ends = torch.searchsorted(target, torch.tensor([*starts, targets], device=target.device)).tolist()
+    for number, start in enumerate(starts):
+        own = slice(ends[number], ends[number + 1])
+        yield slice(start, start + size), target[own] - start, item[own]
 
 
 def student_ranks(
@@ -77,9 +99,9 @@ def student_ranks(
     item_table: Tensor,
     items: Tensor,
     listed: Tensor,
+    met: Met,
     samples: int | None,
     deepest: int,
-    met: Tensor | None = None,
 ) -> Tensor:
     """The student's own 0-based rank of listed items among the items that were not met: `[T, K]`, without gradient.
 
@@ -88,34 +110,37 @@ def student_ranks(
         item_table: `[n+1, d]`.
         items: `[T, K]`.
         listed: `[T, K]` their scores.
+        met: what does not compete.
         samples: random items, the same for all targets, that the rank is estimated from; None: the exact rank, from the
             scores of the whole catalogue.
         deepest: exact ranks from this on count as it, so that not all of a row need be put in order.
-        met: `[T, L]` items that do not compete, 0 fills up; None: all compete.
     """
     user, item_table = user.detach().to(listed.dtype), item_table.detach().to(listed.dtype)
     n_items = len(item_table) - 1
     if samples is not None:
         drawn = torch.randint(1, n_items + 1, (samples,), device=user.device)
         scores = _products(user, item_table[drawn])  # [T, M]
-        if met is not None:
-            column = drawn.new_full((n_items + 1,), samples)  # where an item was drawn, samples: nowhere
-            column[drawn] = torch.arange(samples, device=drawn.device)
-            hit = met.new_zeros(len(met), samples + 1, dtype=torch.bool).scatter_(1, column[met], True)
-            scores = scores.masked_fill_(hit[:, column[drawn]], -torch.inf)  # a repeated item has one column
+        column = drawn.new_full((n_items + 1,), samples)  # where an item was drawn, samples: nowhere
+        column[drawn] = torch.arange(samples, device=drawn.device)
+        hit = torch.zeros(len(user), samples + 1, dtype=torch.bool, device=user.device)
+        _mark(hit, met[0], column.index_select(0, met[1]), True)
+        scores = scores.masked_fill_(hit[:, column[drawn]], -torch.inf)  # a repeated item has one column
         return estimated_rank(listed, scores, n_items)
     rank = torch.empty_like(listed)
     item_table = F.pad(item_table, (0, 0, 0, -len(item_table) % _GROUP))
-    for start in range(0, len(user), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for rows, target, item in _cut(met, len(user), _ROWS):
         scores = _products(user[rows], item_table)  # [c, n+1 and what fills it up]
         own = scores.gather(1, items[rows])  # rounded as the others are
         scores[:, 0] = scores[:, n_items + 1 :] = -torch.inf
-        if met is not None:
-            scores.scatter_(1, met[rows], -torch.inf)
+        _mark(scores, target, item, -torch.inf)
         best = _best(scores, deepest)
         rank[rows] = (best.shape[1] - torch.searchsorted(best, own, right=True)).clamp_(max=deepest).to(rank.dtype)
     return rank
+
+
+def _mark(table: Tensor, row: Tensor, column: Tensor, value: float) -> None:
+    """Set these cells of a table, in place."""
+    table.view(-1).index_fill_(0, row * table.shape[1] + column, value)
 
 
 def _products(user: Tensor, items: Tensor) -> Tensor:
@@ -228,45 +253,50 @@ def draw_pairs(group: Tensor, quotas: list[int], temperature: float) -> tuple[Te
 # ---- items off the list ------------------------------------------------------------------------------------------------
 
 
-def met_items(batch: Batch, drawn: Tensor | None = None) -> Tensor:
-    """Items `[T, E]` that each target's row names: the target, and the whole history where the batch has it. 0 fills up."""
+def met_items(batch: Batch, drawn: Tensor | None = None) -> Met:
+    """What each target's user is known to have met: the row and the target, or all that a pair's user has in training."""
+    if "items" not in batch:
+        return batch["seen_row"], batch["seen_item"]
     target = batch["target"]
     rows = None
     if target.dim() == 2:
         rows = target.nonzero()[:, 0]
         met = torch.cat([batch["items"], target[:, -1:]], 1)  # every target but the last is an item of the row
     else:
-        met = torch.cat([batch["items"], target[:, None]], 1) if "items" in batch else target[:, None]
+        met = torch.cat([batch["items"], target[:, None]], 1)
     if drawn is not None:
         rows = drawn if rows is None else rows[drawn]
-    return met if rows is None else met.index_select(0, rows)
+    return _one_by_one(met if rows is None else met.index_select(0, rows))
 
 
-def draw_others(taken: Tensor, number: int, n_items: int) -> tuple[Tensor, Tensor]:
-    """Draw items uniformly, with replacement; what is taken does not count.
+def draw_others(listed: Tensor, met: Met, number: int, n_items: int) -> tuple[Tensor, Tensor]:
+    """Draw items uniformly, with replacement; what is in the list or was met does not count.
 
     As many neighbouring targets as `_TOGETHER` share a draw: their scores then are a matrix product, at a tenth of the cost.
 
     Args:
-        taken: `[T, E]` items that are no candidates of a target.
+        listed: `[T, K]` items of each target's list, 0 fills up.
+        met: the others that are no candidates.
         number: N.
         n_items: n.
 
     Returns:
         `[R, N]` items 1..n, those of target t in row `t // ceil(T / R)`; and which of them count, `[T, N]`.
     """
-    draws = -(-len(taken) // _TOGETHER)
-    together = -(-len(taken) // draws)
-    drawn = torch.randint(1, n_items + 1, (draws, number), device=taken.device)
-    free = torch.empty(len(taken), number, dtype=torch.bool, device=taken.device)
-    step = max(1, _CELLS["cpu" if taken.device.type == "cpu" else "other"] // (n_items + 1))
-    for start in range(0, len(drawn), step):
-        own = drawn[start : start + step]
-        targets = slice(start * together, (start + len(own)) * together)
+    targets, device = len(listed), listed.device
+    draws = -(-targets // _TOGETHER)
+    together = -(-targets // draws)
+    drawn = torch.randint(1, n_items + 1, (draws, number), device=device)
+    free = torch.empty(targets, number, dtype=torch.bool, device=device)
+    step = max(1, _CELLS["cpu" if device.type == "cpu" else "other"] // (n_items + 1))
+    for start, (part, target, item) in zip(range(0, draws, step), _cut(met, targets, step * together), strict=True):
+        own, lists = drawn[start : start + step], listed[part]
         column = own.new_full((len(own), n_items + 1), number)  # where an item was drawn, number: nowhere
-        column.scatter_(1, own, torch.arange(number, device=own.device).expand_as(own))
-        row = torch.arange(len(taken[targets]), device=own.device).div(together, rounding_mode="floor")
+        column.scatter_(1, own, torch.arange(number, device=device).expand_as(own))
+        row = torch.arange(len(lists), device=device).div(together, rounding_mode="floor")
+        first = row * (n_items + 1)
         hit = free.new_zeros(len(row), number + 1)
-        hit.scatter_(1, column.view(-1).take(taken[targets] + (row * (n_items + 1))[:, None]), True)
-        free[targets] = ~hit.gather(1, column.gather(1, own)[row])  # a repeated item has one column
+        hit.scatter_(1, column.view(-1).take(lists + first[:, None]), True)
+        _mark(hit, target, column.view(-1).index_select(0, first.index_select(0, target).add_(item)), True)
+        free[part] = ~hit.gather(1, column.gather(1, own)[row])  # a repeated item has one column
     return drawn, free

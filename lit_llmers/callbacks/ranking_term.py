@@ -23,9 +23,15 @@ _SATURATED = 10  # from where on tanh is 1 in float32
 class RankingTerm(Term):
     """The loss of the student's scores of listed items, see `RankingDistillation` for the settings.
 
+    A batch of pairs, which has no rows that name what a user has met, brings it as `seen_row` and `seen_item`: the numbers of
+    the lists `[P]` and the items `[P]`, see `reads_met`.
+
     Args:
         settings: the callback, a `RankingDistillation`, whose attributes are read.
         reduce: mean over the targets of a batch.
+
+    Attributes:
+        reads_met: whether it asks what users have met.
     """
 
     requires = frozenset(KEYS[:2])
@@ -37,6 +43,7 @@ class RankingTerm(Term):
         self.settings, self.reduce, self.epoch = settings, reduce, 0
         self.shares_softmax = settings.loss == "softmax" and settings.over == "catalogue" and settings.temperature == 1
         self.deepest = _deepest_rank(settings)
+        self.reads_met = bool(self.deepest) or settings.draws_others
         popularity = settings.popularity
         if settings.dros:
             assert popularity is not None
@@ -135,8 +142,8 @@ class RankingTerm(Term):
         settings, device = self.settings, lists.items.device
         number = settings.k or lists.items.shape[1]
         if others:
-            taken = torch.cat([lists.items, samples.met_items(batch, drawn)], 1)
-            other, lists.free = samples.draw_others(taken, others, len(lists.table) - 1)
+            met = samples.met_items(batch, drawn)
+            other, lists.free = samples.draw_others(lists.items, met, others, len(lists.table) - 1)
             lists.others = shared_scores(lists.user, lists.table, other)
         if settings.sampler == "top":
             lists.cut(number)
@@ -169,8 +176,8 @@ class RankingTerm(Term):
 
     def _ranks(self, lists: "_Lists") -> Tensor:
         if lists.rank is None:
-            own = (lists.user, lists.table, lists.items, lists.listed)
-            lists.rank = samples.student_ranks(*own, self.settings.rank_samples, self.deepest, lists.met)
+            own = (lists.user, lists.table, lists.items, lists.listed, lists.met)
+            lists.rank = samples.student_ranks(*own, self.settings.rank_samples, self.deepest)
         return lists.rank
 
 
@@ -180,7 +187,7 @@ class _Lists:
     listed: Tensor  # the student's scores
     others: Tensor | None = None  # [T, N] of items that stand under the list
     free: Tensor | None = None  # [T, N] which of them count
-    met: Tensor | None = None  # [T, L] items of its row before each target, if the student's ranks are asked for
+    met: samples.Met  # what does not compete, if the student's ranks are asked for
     target: Tensor | None = None  # [T], if the student's own cross-entropy of it serves the list too
     labels: Tensor  # then those of the list, without gradient
 

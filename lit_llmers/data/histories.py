@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lit_llmers.data.dataset import TRAIN, Dataset
-from lit_llmers.data.loader import windows
+from lit_llmers.data.loader import Batch, seen_before, windows
 
 
 class Histories:
@@ -40,6 +40,11 @@ class Histories:
         """As `latest`, but without each user's last training item: what his latest training row reads, whose target it is."""
         user = users.cpu().numpy()
         return self._before(users, np.maximum(self.stop[user] - 1, self.dataset.offsets[user]), length)
+
+    def seen(self, users: Tensor) -> Batch:
+        """All that the users `[N]` have met, uncut: `seen_row` and `seen_item`, see `seen_before`; on the CPU."""
+        user = users.cpu().numpy()
+        return seen_before(self.dataset, user, self.stop[user])
 
     def _before(self, users: Tensor, stop: np.ndarray, length: int | None) -> tuple[Tensor, Tensor]:
         start = np.maximum(stop - (length or self.length), self.dataset.offsets[users.cpu().numpy()])

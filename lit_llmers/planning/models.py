@@ -17,6 +17,7 @@ from lit_llmers.callbacks.distillation import Distillation
 from lit_llmers.conf.stages import ContrastConfig, EncodeStage, FitStage, RecordStage, TuneStage
 from lit_llmers.conf.typed import build
 from lit_llmers.data.histories import Histories
+from lit_llmers.data.loader import Batch
 from lit_llmers.planning.bases import on_paper
 from lit_llmers.planning.data import Known
 from lit_llmers.planning.sharing import dtype_of
@@ -84,11 +85,16 @@ class FakeGrounded(GroundedRecommender):
 
 
 class FakeHistories(Histories):
-    """Everybody's history is full."""
+    """Everybody's history is full, and whose pairs a batch holds has met as much as such a user has on average."""
 
     def inputs(self, users: Tensor, length: int | None = None) -> tuple[Tensor, Tensor]:
         items = torch.ones(len(users), length or self.length, dtype=torch.long)
         return items, items > 0
+
+    def seen(self, users: Tensor) -> Batch:
+        met = self.stop - self.dataset.offsets[:-1]
+        pairs = round(len(users) * float((met**2).sum() / max(1, met.sum())))
+        return dict.fromkeys(("seen_row", "seen_item"), torch.ones(pairs, dtype=torch.long))
 
 
 class Papers:

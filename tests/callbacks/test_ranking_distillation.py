@@ -3,6 +3,7 @@
 import math
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from ranking_lists import METHODS, N_ITEMS, POPULARITY, Lists, case, share_of, term
@@ -14,8 +15,9 @@ from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.callbacks import ranking_samples as samples
 from lit_llmers.callbacks.ranking_distillation import KEYS, RankingDistillation
 from lit_llmers.conf.schema import LossConfig, OptimizerConfig, SequenceConfig
+from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import SequenceDataModule
-from lit_llmers.data.pairs import PairDataModule
+from lit_llmers.data.pairs import PairBatches, PairDataModule, PairRows
 from lit_llmers.errors import UserError
 from lit_llmers.losses import ranking as losses
 from lit_llmers.losses import sampled
@@ -109,7 +111,7 @@ def test_dcd_puts_what_is_underrated_above_what_is_overrated():
 def test_dcd_is_rrd_and_its_correction(monkeypatch):
     output, batch = case()
     fixed = torch.tensor([[21, 22, 23, 24, 25, 26]]), torch.ones(12, 6, dtype=torch.bool)
-    monkeypatch.setattr(samples, "draw_others", lambda taken, number, n_items: fixed)
+    monkeypatch.setattr(samples, "draw_others", lambda listed, met, number, n_items: fixed)
     settings = METHODS["dcd"] | {"underestimated": 8, "overestimated": 8, "rank_samples": None}
     dcd = term(**settings)
     both = dcd(output, batch)
@@ -201,7 +203,7 @@ def test_golden_total_of_dllm2rec_with_the_targets_own_dros(golden, monkeypatch)
     z = golden("dllm2rec/case_a")
     alpha, factor, k = z["hp.alpha"].item(), z["hp.lam"].item(), int(z["hp.K"])
     negative = z["in.negative"][:, None] + 1, torch.ones(6, 1, dtype=torch.bool)
-    monkeypatch.setattr(samples, "draw_others", lambda taken, number, n_items: negative)
+    monkeypatch.setattr(samples, "draw_others", lambda listed, met, number, n_items: negative)
     scores = z["in.student_scores"].requires_grad_()
     n_items = scores.shape[1]
     callback = RankingDistillation(
@@ -221,6 +223,7 @@ def test_golden_total_of_dllm2rec_with_the_targets_own_dros(golden, monkeypatch)
     module = callback.build(type("", (), {"reduce": staticmethod(lambda loss, batch: loss.mean())}))
     batch = {"target": z["in.target"] + 1, "teacher_items": z["in.teacher_candidates"][:, :k] + 1}
     batch["teacher_scores"] = -z["in.teacher_distances"][:, :k]
+    batch["items"] = torch.zeros_like(batch["target"])[:, None]  # the code leaves nothing out of the student's ranks
     output = StudentOutput(scores, F.pad(torch.eye(n_items, dtype=torch.float64), (0, 0, 1, 0)))
     total = sampled.binary(scores.gather(1, z["in.target"][:, None])[:, 0], scores.gather(1, z["in.negative"][:, None])).mean()
     total = total + factor * module(output, batch)
@@ -262,6 +265,7 @@ def train(callback, kind: str, folder, epochs: int = 4, share_of_task: float = 1
         backbone = BPRMF(n_items=N_ITEMS, n_users=40, dim=8)
         model = CollaborativeRecommender(backbone, OptimizerConfig(lr=0.03), LossConfig(kind="bpr", negatives=1))
         data = PairDataModule(dataset, batch_size=32, negatives=1, mask_history=True, seed=0)
+        callback.histories = Histories(dataset, 8)
     callback.ranking = Lists(data.rows.targets)
     by_epoch: dict[int, list[float]] = {}
     model.log_losses = lambda values, batch: by_epoch.setdefault(model.current_epoch, []).append(  # type: ignore[method-assign]
@@ -294,6 +298,38 @@ def test_every_method_teaches_both_kinds_of_students(method, kind, tmp_path):
     assert means[-1] < means[0]
     assert (model.item_table()[0] == 0).all()
     assert model.terms["ranking"].epoch == 3
+
+
+@pytest.mark.parametrize("method", ["dllm2rec", "rrd", "dcd", "rd", "unkd"])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_what_a_collaborative_students_users_have_met_is_no_candidate(method, share, monkeypatch):
+    """Neither among the items off the list nor among those that its own ranks count, as in the teacher's list of a user."""
+    data = random_dataset(users=9, n_items=N_ITEMS, longest=20)
+    rows = PairRows(data)
+    model = CollaborativeRecommender(BPRMF(n_items=N_ITEMS, n_users=9, dim=8))
+    settings = {**METHODS[method], "share": share, "start_epoch": 0} if method == "rd" else {**METHODS[method], "share": share}
+    callback = RankingDistillation(Lists(len(rows)), POPULARITY, Histories(data, 2), **settings)
+    callback.setup(None, model, "fit")
+    batch = PairBatches(rows, 32, 1, seed=0).collate(np.arange(0, len(rows), 2))
+    callback.on_train_batch_start(None, model, batch, 0)
+    owner = batch["user"][batch.get(KEYS[2], slice(None))]
+    met = torch.zeros(9, N_ITEMS + 1, dtype=torch.bool)
+    met[rows.user, rows.item] = True
+    off_list, ranks = [], []
+    draw_others, student_ranks = samples.draw_others, samples.student_ranks
+    monkeypatch.setattr(samples, "draw_others", lambda *given: off_list.append(draw_others(*given)) or off_list[-1])
+    monkeypatch.setattr(samples, "student_ranks", lambda *given: ranks.append(given) or student_ranks(*given))
+    model.terms["ranking"](model(batch), batch)
+    for drawn, free in off_list:
+        of_target = drawn[torch.arange(len(owner)) // math.ceil(len(owner) / len(drawn))]
+        assert free.any()
+        assert not (free & met[owner].gather(1, of_target)).any()
+    for user, table, items, listed, seen, _, deepest in ranks:
+        scores = (user @ table.T)[:, 1:].masked_fill(met[owner][:, 1:], -torch.inf)
+        exact = (scores[:, None] > listed[:, :, None] + 1e-6).sum(2).clamp(max=deepest)
+        assert torch.equal(student_ranks(user, table, items, listed, seen, None, deepest), exact.float())
+    assert (len(off_list), len(ranks)) == {"dllm2rec": (1, 1), "rrd": (1, 0), "dcd": (1, 1), "rd": (0, 1)}.get(method, (0, 0))
+    assert ("seen_row" in batch) == (method != "unkd"), "what nobody asks for is not looked up"
 
 
 def test_same_seed_same_draws(tmp_path):

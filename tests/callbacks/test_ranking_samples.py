@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from ranking_lists import METHODS, N_ITEMS, K, case, term
+from ranking_lists import METHODS, N_ITEMS, NOTHING_MET, K, case, term
 from torch.nn import functional as F
 
 from lit_llmers.callbacks import ranking_samples as samples
@@ -73,26 +73,33 @@ def test_ranks_exact_and_estimated():
     user, table = output.user.detach(), output.items.detach()
     order = (user @ table[1:].T).argsort(1, descending=True).argsort(1)
     listed = list_scores(user, table, items)
-    exact = samples.student_ranks(user, table, items, listed, None, N_ITEMS)
+    exact = samples.student_ranks(user, table, items, listed, NOTHING_MET, None, N_ITEMS)
     assert torch.equal(exact, order.gather(1, items - 1).double())
     torch.manual_seed(0)
-    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200, 1) for _ in range(50)])
+    estimates = torch.stack([samples.student_ranks(user, table, items, listed, NOTHING_MET, 200, 1) for _ in range(50)])
     bias = estimates.mean(0) - exact * (N_ITEMS - 1) / N_ITEMS  # what is drawn may be the item itself; and it is rounded down
     assert bias.abs().max() < 1.5
     assert bias.mean().item() == pytest.approx(-0.5, abs=0.3)
-    assert (samples.student_ranks(user.float(), table.float(), items, listed.float(), None, N_ITEMS) - exact).abs().max() <= 1
+    in_single = samples.student_ranks(user.float(), table.float(), items, listed.float(), NOTHING_MET, None, N_ITEMS)
+    assert (in_single - exact).abs().max() <= 1
+
+
+def by_target(met: samples.Met) -> list[list[int]]:
+    """The items of each target, fillers too."""
+    target, item = met
+    assert (target.diff() >= 0).all()
+    return [item[target == number].tolist() for number in target.unique()]
 
 
 def test_what_was_met_before_a_target_is_its_row_so_far():
     items = torch.tensor([[0, 4, 5, 6], [7, 8, 9, 3]])
     every = {"items": items, "target": torch.tensor([[0, 5, 0, 2], [8, 0, 3, 1]])}
     met = [[0, 4, 0, 0], [0, 4, 5, 6], [7, 0, 0, 0], [7, 8, 9, 0], [7, 8, 9, 3]]
-    assert samples.met_before(every).tolist() == met
-    assert samples.met_before(every, torch.tensor([1, 3])).tolist() == [met[1], met[3]]
+    assert by_target(samples.met_before(every)) == met
+    assert by_target(samples.met_before(every, torch.tensor([1, 3]))) == [met[1], met[3]]
     one = {"items": items, "target": torch.tensor([2, 1])}
-    assert torch.equal(samples.met_before(one), items)
-    assert samples.met_before(one, torch.tensor([1])).tolist() == [[7, 8, 9, 3]]
-    assert samples.met_before({"user": torch.tensor([1]), "target": torch.tensor([2])}) is None
+    assert by_target(samples.met_before(one)) == items.tolist()
+    assert by_target(samples.met_before(one, torch.tensor([1]))) == [[7, 8, 9, 3]]
     assert items[0].tolist() == [0, 4, 5, 6], "the batch is as it was"
 
 
@@ -101,13 +108,14 @@ def test_what_was_met_is_in_nobodys_way(monkeypatch):
     output, batch = case()
     items = batch["teacher_items"].clamp(min=1)
     user, table = output.user.detach(), output.items.detach()
-    met = torch.randint(0, N_ITEMS + 1, (12, 9), generator=torch.Generator().manual_seed(5))
-    scores = (user @ table.T).scatter(1, met, -torch.inf)
+    generator = torch.Generator().manual_seed(5)
+    met = torch.arange(12).repeat_interleave(torch.arange(12)), torch.randint(0, N_ITEMS + 1, (66,), generator=generator)
+    scores = (user @ table.T).index_put(met, torch.tensor(-torch.inf, dtype=torch.float64))
     listed = list_scores(user, table, items)
     exact = (scores[:, None, 1:] > listed[:, :, None] + 1e-12).sum(2)
-    assert torch.equal(samples.student_ranks(user, table, items, listed, None, N_ITEMS, met), exact.double())
+    assert torch.equal(samples.student_ranks(user, table, items, listed, met, None, N_ITEMS), exact.double())
     torch.manual_seed(0)
-    estimates = torch.stack([samples.student_ranks(user, table, items, listed, 200, 1, met) for _ in range(50)])
+    estimates = torch.stack([samples.student_ranks(user, table, items, listed, met, 200, 1) for _ in range(50)])
     bias = estimates.mean(0) - exact * (N_ITEMS - 1) / N_ITEMS
     assert bias.abs().max() < 1.5
     assert bias.mean().item() == pytest.approx(-0.5, abs=0.3)
@@ -138,7 +146,7 @@ def test_exact_ranks_end_where_nothing_tells_them_apart_any_more(deepest):
     table[7] = table[9]  # a tie
     scores = user @ table.T
     exact = (scores[:, None, 1:] > scores.gather(1, items)[..., None]).sum(2)
-    rank = samples.student_ranks(user, table, items, list_scores(user, table, items), None, deepest)
+    rank = samples.student_ranks(user, table, items, list_scores(user, table, items), NOTHING_MET, None, deepest)
     assert torch.equal(rank, exact.clamp(max=deepest).double())
 
 
@@ -152,7 +160,7 @@ def test_the_best_are_in_the_groups_that_are_looked_at(n_items, deepest):
     exact = (scores[:, None, 1:] > scores.gather(1, items)[..., None]).sum(2)
     assert (exact < deepest).sum() > 9
     with torch.autocast("cpu", torch.bfloat16):
-        rank = samples.student_ranks(user, table, items, listed, None, deepest)
+        rank = samples.student_ranks(user, table, items, listed, NOTHING_MET, None, deepest)
     assert torch.equal(rank, exact.clamp(max=deepest).float())
 
 
@@ -217,19 +225,27 @@ def test_a_group_without_a_quota_gives_no_pair():
 def test_other_items_are_uniform_and_what_is_taken_does_not_count(monkeypatch, cells):
     monkeypatch.setitem(samples._CELLS, "cpu", cells)
     torch.manual_seed(0)
-    taken = torch.randint(0, N_ITEMS + 1, (5003, 6))
-    drawn, free = samples.draw_others(taken, 40, N_ITEMS)
+    listed = torch.randint(0, N_ITEMS + 1, (5003, 3))
+    number = torch.randint(0, 6, (5003,))  # of items that were met
+    met = torch.arange(5003).repeat_interleave(number), torch.randint(0, N_ITEMS + 1, (int(number.sum()),))
+    drawn, free = samples.draw_others(listed, met, 40, N_ITEMS)
     of_target = drawn[torch.arange(5003) // math.ceil(5003 / len(drawn))]
     assert free.shape == (5003, 40)
-    assert torch.equal(free, ~(of_target[:, :, None] == taken[:, None]).any(2))
+    taken = torch.zeros(5003, N_ITEMS + 1, dtype=torch.bool).scatter(1, listed, True)
+    taken[met] = True
+    assert torch.equal(free, ~taken.gather(1, of_target))
     assert drawn.min() == 1
     torch.testing.assert_close(shares(drawn, N_ITEMS + 1)[1:], torch.full((N_ITEMS,), 1 / N_ITEMS), atol=0.006, rtol=0)
 
 
-def test_met_items_are_those_of_the_row_as_far_as_the_batch_knows_them():
+def test_met_items_are_those_of_the_row():
     items, target = torch.tensor([[0, 4, 5], [7, 8, 9]]), torch.tensor([[0, 5, 6], [0, 9, 10]])
-    met = samples.met_items({"items": items, "target": target})
-    assert met.tolist() == [[0, 4, 5, 6]] * 2 + [[7, 8, 9, 10]] * 2
-    assert samples.met_items({"items": items, "target": target}, torch.tensor([1, 2])).tolist() == met[1:3].tolist()
-    assert samples.met_items({"items": items, "target": torch.tensor([6, 10])}).tolist() == [[0, 4, 5, 6], [7, 8, 9, 10]]
-    assert samples.met_items({"target": torch.tensor([6, 10])}).tolist() == [[6], [10]]
+    met = [[0, 4, 5, 6]] * 2 + [[7, 8, 9, 10]] * 2
+    assert by_target(samples.met_items({"items": items, "target": target})) == met
+    assert by_target(samples.met_items({"items": items, "target": target}, torch.tensor([1, 2]))) == met[1:3]
+    assert by_target(samples.met_items({"items": items, "target": torch.tensor([6, 10])})) == [[0, 4, 5, 6], [7, 8, 9, 10]]
+
+
+def test_what_a_pairs_user_has_met_comes_with_the_batch():
+    batch = {"target": torch.tensor([6, 10]), "seen_row": torch.tensor([0, 0, 1]), "seen_item": torch.tensor([6, 2, 10])}
+    assert by_target(samples.met_items(batch)) == by_target(samples.met_before(batch)) == [[6, 2], [10]]

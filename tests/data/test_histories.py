@@ -31,3 +31,9 @@ def test_inputs_end_before_the_last_training_item_as_the_training_rows_do():
     assert batch["user"].tolist() == [0, 3]
     assert torch.equal(histories.inputs(batch["user"], 5)[0], batch["items"])
     assert histories.inputs(torch.tensor([2]))[0].tolist() == [[0]]
+
+
+def test_what_a_user_has_met_is_uncut_and_in_order():
+    seen = Histories(dataset([[1, 2, 3, 4, 5], [6, 7, 8], [2, 9]]), 2).seen(torch.tensor([1, 0, 2, 0]))
+    assert seen["seen_row"].tolist() == [0, 1, 1, 1, 3, 3, 3]
+    assert seen["seen_item"].tolist() == [6, 1, 2, 3, 1, 2, 3]
