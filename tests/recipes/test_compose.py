@@ -322,6 +322,7 @@ def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_
     torch.manual_seed(0)
     items = torch.rand(40, 120).argsort(1)[:, :100] + 1
     batch = {"target": items[:, 3], "teacher_items": items, "teacher_scores": -torch.rand(40, 100).cumsum(1)}
+    batch["items"] = torch.zeros(40, 1, dtype=torch.int64)  # nothing came before
     user, table = torch.randn(40, 9), torch.randn(121, 9)
     user[:, -1], table[:, -1] = 1, 0
     higher = table + torch.eye(9)[-1] * 20  # every item's score
@@ -361,6 +362,7 @@ def test_lists_of_distances_teach_the_same_in_any_unit_and_their_best_item_is_pu
         losses = []
         for scores in (-distances, -1000 - 7 * distances):
             batch = {"target": items[:, 3], f"{prefix}_items": items, f"{prefix}_scores": scores}
+            batch["items"] = torch.zeros(20, 1, dtype=torch.int64)  # nothing came before
             torch.manual_seed(1)
             table = (torch.randn(121, 4) / 20).requires_grad_()
             losses.append(term(StudentOutput(torch.ones(20, 4), table), batch))
