@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,7 @@ def check_parts(stages: dict[str, Any]) -> None:
             _rehearse(name, lambda: load_base(replace(BaseConfig.of(stage.base), prompt=False), layers=1))  # noqa: B023
         if not isinstance(stage, FitStage):
             continue
+        _check_initial(name, stage, stages)
         callbacks = _rehearse(
             name,
             lambda: build_callbacks(stage, _sources(stage, stages), _offered(stage, stages)),  # noqa: B023
@@ -166,15 +168,34 @@ def _check_terms(
                 _rehearse(name, lambda: callback.build(student))  # noqa: B023
 
 
+def _check_initial(name: str, stage: FitStage, stages: dict[str, Any]) -> None:
+    """A table that is copied as it is must be as wide as the one that it is copied to, which stands inside all fusions."""
+    if stage.initial is None or stage.initial.reduce is not None:
+        return
+    own, theirs = _inner_dim(stage), _dim(stages[stage.initial.items])
+    if own is not None and theirs is not None and own != theirs:
+        raise UserError(
+            f"'stages.{name}.initial' copies vectors as they are, but those of '{stage.initial.items}' have {theirs} numbers "
+            f"and the item table of '{name}' {own}. Set stages.{name}.initial.reduce=pca, or give both the same dim."
+        )
+
+
 def _dim(stage: Any) -> int | None:
-    """Width of a stage's item vectors, where its settings say so."""
+    """Width of the item vectors that a stage leaves, where its settings say so."""
     if isinstance(stage, EncodeStage):
         if isinstance(stage.reduce, str):
             return None
         return stage.reduce if stage.encode == "transformer" else stage.dim
+    inner = _inner_dim(stage)
+    return None if inner is None else inner * math.prod(find("fusion", fusion).widens for fusion, _ in stage.fusions)
+
+
+def _inner_dim(stage: FitStage) -> int | None:
+    """Width of a backbone's own item vectors, where its settings say so."""
     argument = inspect.signature(find("backbones", stage.fit)).parameters.get("dim")
-    known = argument is not None and isinstance(argument.default, int) and not stage.fusion
-    return stage.model.get("dim", argument.default) if known and argument is not None else None
+    if argument is None or not isinstance(argument.default, int):
+        return None
+    return int(stage.model.get("dim", argument.default))
 
 
 def _recommender(stage: FitStage, stages: dict[str, Any]) -> Recommender:

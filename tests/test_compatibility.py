@@ -277,3 +277,29 @@ def test_vectors_of_two_widths_that_nothing_maps_are_refused_before_anything_run
         planned(tmp_path, added, "student.model.dim=12")
     assert planned(tmp_path, added, "student.model.dim=8")
     assert planned(tmp_path, added.replace("none", "linear"), "student.model.dim=12")
+
+
+@pytest.mark.parametrize(
+    ("fusion", "wide"), [("frozen_adapter", 12), ("concat", 12), ("dual_view", 24), ("popularity_gate", 36)]
+)
+def test_the_width_of_what_a_fusion_leaves_is_known_before_anything_runs(fusion, wide, tmp_path):
+    teacher = [
+        "stages.teacher.model.dim=12",
+        f"+stages.teacher.fusion=[{{{fusion}:{{from:text}}}}]",
+        "~stages.states",
+        "~stages.deep",
+    ]
+    compared = "stages.student.callbacks=[{embedding_distillation:{from:teacher,map:none}}]"
+    with pytest.raises(UserError, match=f"those of 'student' have 8 numbers and those of 'teacher' {wide}"):
+        planned(tmp_path, *teacher, compared, "student.model.dim=8")
+    assert planned(tmp_path, *teacher, compared, f"student.model.dim={wide}")
+    aligned = "stages.student.callbacks=[{alignment:{from:teacher,projector:none}}]"
+    with pytest.raises(UserError, match=f"those of 'student' have 8 numbers and those of 'teacher' {wide}"):
+        planned(tmp_path, *teacher, aligned, "student.model.dim=8")
+    copied = ["stages.student.callbacks=[]", "+stages.student.initial={items:teacher,reduce:null}"]
+    message = (
+        f"'stages.student.initial' copies vectors as they are, but those of 'teacher' have {wide} numbers and the item table"
+    )
+    with pytest.raises(UserError, match=f"{message} of 'student' 8. Set stages.student.initial.reduce=pca"):
+        planned(tmp_path, *teacher, *copied, "student.model.dim=8")
+    assert planned(tmp_path, *teacher, *copied, f"student.model.dim={wide}", "+stages.student.fusion=[{dual_view:{from:text}}]")

@@ -19,12 +19,14 @@ class Fusion(Backbone):
 
     Attributes:
         inner: the backbone inside.
+        widens: how many times as wide its vectors are as those of the backbone inside.
         sources: which constructor arguments are made by other stages: argument -> (key in the recipe that names the stage,
             kind of artefact), see `lit_llmers.building`.
         whole_rows: whether it needs a backbone that hides no items of the rows that it trains on.
         reads_ahead: whether a position sees what comes after it, so that only the read-out position may be trained.
     """
 
+    widens: ClassVar[int] = 1
     sources: ClassVar[Sources] = {}
     whole_rows: ClassVar[bool] = False
     reads_ahead: ClassVar[bool] = False

@@ -46,6 +46,7 @@ class DualView(Fusion):
         UserError: `heads` does not divide dim, or labels that are not accepted would be visible.
     """
 
+    widens = 2
     sources: ClassVar[Sources] = {"items": ("from", "items")}
 
     def __init__(
@@ -62,7 +63,7 @@ class DualView(Fusion):
         dim = backbone.dim
         if dim % heads:
             raise UserError(f"dual_view cannot cut the student's dim={dim} into heads={heads}. Choose heads that divide dim.")
-        self.width, self.dim = 2 * backbone.width, 2 * dim
+        self.width, self.dim = self.widens * backbone.width, self.widens * dim
         self.past_only = backbone.causal and not official_no_causal_mask
         self.reads_ahead = official_no_causal_mask and not accept_visible_labels  # type: ignore[misc]
         adapter = Adapter(items.shape[-1], dim, hidden=hidden)

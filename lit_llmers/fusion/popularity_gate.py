@@ -35,6 +35,7 @@ class PopularityGate(Fusion):
         UserError: another fusion stands inside, a trained model is another, or there is no bin.
     """
 
+    widens = 3
     sources: ClassVar[Sources] = {"items": ("from", "items"), "start": ("id", "model"), "aligned": ("aligned", "model")}
     bin: Tensor
 
@@ -61,7 +62,7 @@ class PopularityGate(Fusion):
             if trained is not None:
                 copy_weights(tower, trained, key)
         self.each = backbone.dim
-        self.width, self.dim = 3 * backbone.width, 3 * backbone.dim
+        self.width, self.dim = self.widens * backbone.width, self.widens * backbone.dim
         self.register_buffer("bin", equal_mass_bins(popularity, bins))
         slope = torch.linspace(0, 1, bins + 1)
         self.gate = nn.Parameter(torch.stack([1 - slope, -4 - slope, slope]))  # a, [3, bins + 1]; bin 0 is padding's
