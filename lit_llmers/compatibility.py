@@ -253,11 +253,17 @@ def check_targets(stages: dict[str, Any]) -> None:
         stages: typed settings of all stages, by name.
 
     Raises:
-        UserError: a model does not read histories in order, or a student takes other targets of a user than its teacher.
+        UserError: a model does not read histories in order, a student takes other targets of a user than its teacher, or a
+            teacher is to stand beside a student that asks for lists.
     """
     for name, stage in stages.items():
+        if isinstance(stage, RecordStage) and stage.signals.online and not any(_online(each) for each in stages.values()):
+            raise UserError(
+                f"signals.online=true has no effect: stage '{name}' records lists, which are made before a student trains, and "
+                "no stage records hidden states, for which the teacher can stand beside it. Leave signals.online out."
+            )
         if isinstance(stage, RecordStage) and stage.of_targets and not _in_order(stages[stage.of]):
-            cure = "Record it with per: user." if stage.record == "ranking" else "Record another one."
+            cure = f"Set stages.{name}.per=user." if stage.record == "ranking" else "Record another one."
             raise UserError(
                 f"Stage '{stage.of}' cannot answer '{name}' after each training target, for it does not read a history up to "
                 f"there. {cure}"
@@ -266,6 +272,10 @@ def check_targets(stages: dict[str, Any]) -> None:
             record = stages[reference.stage]
             if reference.kind in RECORDS and record.of_targets and not record.online:
                 _check_same_targets(name, stage, reference, record, stages[record.of].sequences.most_targets)
+
+
+def _online(stage: Any) -> bool:
+    return isinstance(stage, RecordStage) and stage.online
 
 
 def _in_order(stage: FitStage | TuneStage) -> bool:
@@ -285,7 +295,7 @@ def _check_same_targets(name: str, stage: FitStage, reference: Reference, record
     if stage.sequences.examples == "last":
         cures.insert(0, f"{where}.examples=prefixes")
     cure = [" ".join(cures)] if own is not None else []
-    cure += [f"per: user in stage '{reference.stage}'"] if record.record == "ranking" else []
+    cure += [f"stages.{reference.stage}.per=user"] if record.record == "ranking" else []
     taken = "users, and none of their targets" if own is None else f"{_targets(own)} of a user"
     raise UserError(
         f"'stages.{name}.{reference.where}': stage '{reference.stage}' has an answer for {_targets(most)} of a user, as "

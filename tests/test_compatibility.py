@@ -59,7 +59,7 @@ def test_the_same_targets_however_rows_are_cut(overrides, tmp_path):
             ["stages.student.sequences.max_length=5"],
             r"'stages.student.callbacks.ranking_distillation.from': stage 'lists' has an answer for the latest 8 targets of a "
             r"user, as 'teacher' trains on, but 'student' trains on the latest 5 targets of a user. "
-            r"Set stages.student.sequences.targets_per_user=8, or per: user in stage 'lists'.",
+            r"Set stages.student.sequences.targets_per_user=8, or stages.lists.per=user.",
         ),
         (
             ["stages.teacher.sequences.targets_per_user=0"],
@@ -69,14 +69,14 @@ def test_the_same_targets_however_rows_are_cut(overrides, tmp_path):
             ["stages.student.sequences.examples=last"],
             r"on the latest target of.*stages.student.sequences.examples=prefixes stages.student.sequences.targets_per_user=8,",
         ),
-        (GRAPH, r"'student' trains on users, and none of their targets. Set per: user in stage 'lists'"),
+        (GRAPH, r"'student' trains on users, and none of their targets. Set stages.lists.per=user"),
         (
             ["stages.deep.sequences.max_length=5"],
             r"stage 'states' has.*'deep' trains on the latest 5.* Set stages.deep.sequences.targets_per_user=8.$",
         ),
         (
             ["stages.teacher={fit:bpr_mf,loss:{kind:bpr}}"],
-            r"'teacher' cannot answer 'lists' after each training target.*per: user",
+            r"'teacher' cannot answer 'lists' after each training target.*Set stages.lists.per=user",
         ),
         (
             ["stages.teacher.fit=bert4rec", "stages.lists.per=user"],
@@ -303,3 +303,12 @@ def test_the_width_of_what_a_fusion_leaves_is_known_before_anything_runs(fusion,
     with pytest.raises(UserError, match=f"{message} of 'student' 8. Set stages.student.initial.reduce=pca"):
         planned(tmp_path, *teacher, *copied, "student.model.dim=8")
     assert planned(tmp_path, *teacher, *copied, f"student.model.dim={wide}", "+stages.student.fusion=[{dual_view:{from:text}}]")
+
+
+def test_a_teacher_cannot_stand_beside_a_student_that_asks_for_lists(tmp_path):
+    online = ["signals.online=true", "~stages.deep"]
+    assert planned(tmp_path, *online), "its states are asked for"
+    with pytest.raises(
+        UserError, match="signals.online=true has no effect: stage 'lists' records lists.*Leave signals.online out"
+    ):
+        planned(tmp_path, *online, "~stages.states")

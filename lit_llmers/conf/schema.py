@@ -268,7 +268,7 @@ class SignalsConfig:
     """How a teacher's word reaches its students.
 
     Attributes:
-        online: the frozen teacher runs beside the student instead of being recorded.
+        online: of hidden states: the frozen teacher runs beside the student instead of being recorded. Lists always are.
         dtype: of the record on disk.
         shard_rows: rows in one file of the record; null makes files of 32 batches, and of 128 MB at most.
     """
