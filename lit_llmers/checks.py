@@ -180,8 +180,10 @@ def _check_callback(name: str, arguments: dict[str, Any], backbone: Any, where: 
     _check_sources(cls, arguments, where)
     if set(RECORDS) & set(cls.sources) and issubclass(backbone, Backbone) and not backbone.causal:
         raise UserError(
-            f"'{where}': the teacher spoke about each next item, and {backbone.__name__} does not train on next items. "
-            "Choose a causal sequential student, such as student=sasrec."
+            f"'{where}': the teacher spoke about what comes next, after a target's history or (per: user) after all of a "
+            f"user's, but {backbone.__name__} does not train on next items: it fills places between items that it sees on both "
+            "sides, and a user's list leaves out every item that stood there. Choose a causal sequential student, such as "
+            "student=sasrec."
         )
     _check_rows(cls, backbone, where)
 

@@ -312,3 +312,13 @@ def test_a_teacher_cannot_stand_beside_a_student_that_asks_for_lists(tmp_path):
         UserError, match="signals.online=true has no effect: stage 'lists' records lists.*Leave signals.online out"
     ):
         planned(tmp_path, *online, "~stages.states")
+
+
+@pytest.mark.parametrize("callback", ["ranking_distillation", "response_distillation"])
+@pytest.mark.parametrize("per", ["target", "user"])
+def test_a_student_that_fills_gaps_reads_no_list(callback, per, tmp_path):
+    given = ["student=bert4rec", f"stages.lists.per={per}", f"stages.student.callbacks=[{{{callback}:{{from:lists}}}}]"]
+    with pytest.raises(
+        UserError, match=r"after all of a user's, but BERT4Rec .* a user's list leaves out every item that stood"
+    ):
+        planned(tmp_path, *given)
