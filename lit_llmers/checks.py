@@ -56,6 +56,7 @@ def check(stage: FitStage, where: str) -> None:
                     _check_fusion(name, arguments or {}, backbone, stage, f"{where}.{key}.{name}")
                 else:
                     _check_callback(name, arguments or {}, backbone, f"{where}.{key}.{name}")
+                    _check_of_users(name, arguments or {}, backbone, f"{where}.{key}.{position}.{name}")
     _check_processes(stage, where)
     _check_sparse(stage, where)
     for kind, named in (("fusion", stage.fusions), ("callback", stage.terms)):
@@ -186,6 +187,18 @@ def _check_callback(name: str, arguments: dict[str, Any], backbone: Any, where: 
             "student=sasrec."
         )
     _check_rows(cls, backbone, where)
+
+
+def _check_of_users(name: str, arguments: dict[str, Any], backbone: Any, where: str) -> None:
+    """What is of a table of users is given to a student that has one."""
+    if issubclass(backbone, CollaborativeBackbone):
+        return
+    for key in find("callbacks", name).of_user_table:
+        if arguments.get(key) is not None:
+            raise UserError(
+                f"'{where}.{key}' has no effect: {backbone.__name__} has no table of users. Leave it out, as "
+                f"{where}.{key}=null, or choose a collaborative student, such as student=lightgcn."
+            )
 
 
 def _check_rows(cls: Any, backbone: Any, where: str) -> None:

@@ -322,3 +322,14 @@ def test_a_student_that_fills_gaps_reads_no_list(callback, per, tmp_path):
         UserError, match=r"after all of a user's, but BERT4Rec .* a user's list leaves out every item that stood"
     ):
         planned(tmp_path, *given)
+
+
+def test_vectors_of_users_need_a_student_that_has_users(tmp_path):
+    aligned = "stages.student.callbacks=[{alignment:{from:text,users:text}}]"
+    message = r"'stages.student.callbacks.0.alignment.users' has no effect: SASRec has no table of users. Leave it out, as "
+    with pytest.raises(UserError, match=message + "stages.student.callbacks.0.alignment.users=null"):
+        planned(tmp_path, aligned)
+    assert planned(tmp_path, aligned, "stages.student.callbacks.0.alignment.users=null")
+    assert planned(tmp_path, aligned, "student=lightgcn")
+    shipped = ["student=sasrec", "stages.student.callbacks.0.alignment.users=null"]
+    assert small(tmp_path, *shipped, recipe="rlmrec-con")

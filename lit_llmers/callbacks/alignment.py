@@ -36,7 +36,7 @@ class Alignment(Distillation):
         items: `[n+1, D]` the items' signals; an item whose row is zero has none: it is no pair and no negative. None aligns the
             two tables of a student whose fusion has them, its own items' and that of their text (`concat`, `dual_view`), both
             of which learn: PAD's second phase.
-        users: `[U, D]` the users' signals, zero for one without; of use to a collaborative student alone.
+        users: `[U, D]` the users' signals, zero for one without; for a collaborative student alone.
         kind: `info_nce` (cosines), `soft_clip` (dot products, the signal as x), `mmd` (equal distributions) or `cosine` (equal
             directions). The distributions are of the items that a step looks at: as in PAD's code, targets and as many items
             drawn uniformly, so that rare items count too; with a collaborative student its negatives, by themselves.
@@ -61,6 +61,7 @@ class Alignment(Distillation):
 
     name = "alignment"
     fits = (Backbone, CollaborativeBackbone)
+    of_user_table = ("users",)
     sources: ClassVar[dict[str, tuple[str, str]]] = {"items": ("from", "items"), "users": ("users", "users")}
     readers: ClassVar[Readers] = (
         ("kind: info_nce", lambda own: own.kind == "info_nce", ("negatives", "symmetric")),
@@ -129,7 +130,7 @@ class Alignment(Distillation):
                 f"alignment: projector=none compares vectors as they are, but the student's have {dim} numbers and the "
                 f"signals {width}. Use projector=linear or mlp, or give both the same dim."
             )
-        users = self.users if isinstance(student.backbone, CollaborativeBackbone) else None
+        users = self.users
         if users is not None and users.shape[1] != width:
             raise UserError(
                 f"alignment: the items' signals have {width} numbers and the users' {users.shape[1]}. Encode both with the "

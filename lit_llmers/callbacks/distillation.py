@@ -67,6 +67,7 @@ class Distillation(L.Callback):
     name: str
     fits: ClassVar[type[nn.Module] | tuple[type[nn.Module], ...]] = Backbone  # the kind of backbone that the term reads
     whole_rows: ClassVar[bool] = False  # whether it needs a backbone that hides no items of the rows that it trains on
+    of_user_table: ClassVar[tuple[str, ...]] = ()  # keys that a collaborative student alone, which has one, can be given
     sources: ClassVar[Sources] = {}  # constructor arguments that other stages make, see `lit_llmers.fusion.Fusion`
     readers: ClassVar[Readers] = ()  # of the settings that are not always read, for `check_read`
 

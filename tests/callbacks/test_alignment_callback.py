@@ -297,7 +297,7 @@ KINDS = [
 @pytest.mark.parametrize("make", [sasrec, collaborative])
 def test_training_aligns_and_reaches_the_projector(make, arguments):
     student = make()
-    callback = Alignment(TEXT, USERS, projector="mlp", weight=3.0, **arguments)
+    callback = Alignment(TEXT, USERS if make is collaborative else None, projector="mlp", weight=3.0, **arguments)
     term = callback.build(student)
     before = {name: parameter.detach().clone() for name, parameter in term.named_parameters()}
     student.distillation["alignment"] = term
@@ -321,18 +321,13 @@ def test_training_aligns_and_reaches_the_projector(make, arguments):
 
 def test_checkpoints_keep_the_bank_apart_and_not_the_texts():
     student = sasrec()
-    fit(student, Alignment(TEXT, USERS, negatives="bank", bank=20))
+    fit(student, Alignment(TEXT, negatives="bank", bank=20))
     checkpoint = {"state_dict": dict(student.state_dict())}
     student.on_save_checkpoint(checkpoint)
     extra = {name.rpartition("alignment.")[2] for name in checkpoint["distillation"]}
     assert extra == {"of_signal.weight", "of_signal.bias", "banks.0.ids", "banks.0.vectors"}
     assert not [name for name in checkpoint["state_dict"] if "distillation" in name]
     assert student.distillation["alignment"].banks[0].ids.all(), "the bank was filled"
-
-
-def test_users_are_of_use_to_a_collaborative_student_alone():
-    assert Alignment(TEXT, USERS).build(sasrec()).users is None
-    assert Alignment(TEXT, USERS).build(collaborative()).users is not None
 
 
 def test_half_precision_and_one_item_are_finite():
