@@ -361,7 +361,8 @@ def test_the_lists_of_drawn_targets_alone_can_be_read(ranked, stage):
 
 def test_a_graph_has_no_list_for_a_target(tmp_path):
     (tmp_path / "lists.yaml").write_text(RANKING.replace("of: graph, k: 7, per: user", "of: graph, k: 7"))
-    with pytest.raises(UserError, match="'graph' cannot answer 'graph_users' after each training target.*Set stages.graph_users.per=user"):
+    message = "'graph' cannot answer 'graph_users' after each training target.*Set stages.graph_users.per=user"
+    with pytest.raises(UserError, match=message):
         small(tmp_path, recipe=str(tmp_path / "lists.yaml"))
 
 
