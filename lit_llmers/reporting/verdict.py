@@ -62,9 +62,12 @@ def short_warnings(runs: Sequence[Results]) -> list[str]:
     Of several runs those are named whose training it is; one that they share is named once.
     """
     found: dict[tuple[str, ...], str] = {}
+    high = ""
     for run in runs:
         for name, stages in run.fits.items():
             if short := [stage for stage in stages if stage.cut_short]:
+                if any(stage.summary["best"].get("lowered") is False for stage in short):
+                    high = ", or before the lower rate of optimizer.schedule=plateau"
                 epochs = " or ".join(str(number) for number in sorted({stage.summary["epochs"] for stage in short}))
                 seeds = f", {len(short)} of {len(stages)} seeds" if len(short) < len(stages) else ""
                 of = f"{run.about['recipe']}/{run.about['run']}: " if len(runs) > 1 else ""
@@ -73,8 +76,7 @@ def short_warnings(runs: Sequence[Results]) -> list[str]:
         return []
     return [
         f"> **WARNING: training may have been stopped too early.** trainer.max_epochs ended {', '.join(found.values())} in the "
-        "best epoch, or before the lower rate of optimizer.schedule=plateau. More epochs may change these figures and the "
-        "verdict: raise trainer.max_epochs."
+        f"best epoch{high}. More epochs may change these figures and the verdict: raise trainer.max_epochs."
     ]
 
 
