@@ -14,7 +14,9 @@ import torch
 from lit_llmers.backbones import Backbone, CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, Reference, build_backbone, build_callbacks, build_fusions, find, references
 from lit_llmers.callbacks.distillation import Distillation
-from lit_llmers.conf.stages import EncodeStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.encoding import EncodeStage
+from lit_llmers.conf.instruction import TuneStage
+from lit_llmers.conf.stages import FitStage, RecordStage
 from lit_llmers.data import DataConfig
 from lit_llmers.data.sources import about_texts
 from lit_llmers.data.texts import check_leaks

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.texts import leaking
 from lit_llmers.errors import UserError

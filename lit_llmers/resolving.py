@@ -4,8 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lit_llmers.conf.encoding import USER_VECTORS, EncodeStage
+from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.conf.schema import SECTIONS, SHARDED, RunConfig
-from lit_llmers.conf.stages import USER_VECTORS, EncodeStage, EvaluateStage, ExportStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.stages import EvaluateStage, ExportStage, FitStage, RecordStage
 from lit_llmers.conf.typed import build, checked
 from lit_llmers.errors import UserError, nearest, unknown
 from lit_llmers.files import sha256

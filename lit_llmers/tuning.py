@@ -7,8 +7,8 @@ import lightning as L
 from lit_llmers.callbacks.progress import Progress
 from lit_llmers.callbacks.resume import BestCheckpoint, LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
+from lit_llmers.conf.instruction import VALIDATING, TuneStage
 from lit_llmers.conf.schema import SHARDED
-from lit_llmers.conf.stages import VALIDATING, TuneStage
 from lit_llmers.data.texts import leaking
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset

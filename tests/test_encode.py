@@ -12,7 +12,7 @@ from tiny import by_name, small
 from tiny_text import TITLES, save_data, save_model
 
 from lit_llmers import encode
-from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.data.dataset import TRAIN
 from lit_llmers.errors import UserError
 from lit_llmers.files import digest

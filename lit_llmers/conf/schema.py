@@ -208,6 +208,15 @@ class TrainerConfig:
         return not self.strategy.startswith("zero") and self.precision != "bf16-true"
 
 
+def check_plateau(optimizer: OptimizerConfig, trainer: TrainerConfig) -> None:
+    """Refuse to wait for a patience that never ends."""
+    if optimizer.schedule == "plateau" and not trainer.patience:
+        raise UserError(
+            "optimizer.schedule=plateau lowers the learning rate when trainer.patience ends, and trainer.patience is 0. Set it "
+            "to 1 or more."
+        )
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What the target is ranked against.

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, find, references
+from lit_llmers.conf.encoding import EncodeStage
+from lit_llmers.conf.instruction import VALIDATING, GenerationConfig, TuneStage
 from lit_llmers.conf.schema import TrainerConfig
-from lit_llmers.conf.stages import VALIDATING, EncodeStage, EvaluateStage, FitStage, GenerationConfig, RecordStage, TuneStage
+from lit_llmers.conf.stages import EvaluateStage, FitStage, RecordStage
 from lit_llmers.data.pairs import PairRows
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.losses.alignment import soft_clip

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lit_llmers.backbones import CollaborativeBackbone, CountingBackbone
 from lit_llmers.building import RECORDS, build_backbone, build_callbacks, build_fusions, references
 from lit_llmers.callbacks.distillation import Distillation
-from lit_llmers.conf.stages import ContrastConfig, EncodeStage, FitStage, RecordStage, TuneStage
+from lit_llmers.conf.encoding import ContrastConfig, EncodeStage
+from lit_llmers.conf.instruction import TuneStage
+from lit_llmers.conf.stages import FitStage, RecordStage
 from lit_llmers.conf.typed import build
 from lit_llmers.data.histories import Histories
 from lit_llmers.data.loader import Batch

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lit_llmers.conf.stages import TuneStage
+from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.planning.data import Known
 from lit_llmers.teachers.wording import INSTRUCTION
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_llmers.conf.stages import GenerationConfig, TuneStage
+from lit_llmers.conf.instruction import GenerationConfig, TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch
 from lit_llmers.preemption import stop_if_asked

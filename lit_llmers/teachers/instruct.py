@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lit_llmers.averages import averages, part_of_mean
-from lit_llmers.conf.stages import TuneStage
+from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import RankingMetrics

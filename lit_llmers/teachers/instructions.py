@@ -11,8 +11,8 @@ import lightning as L
 import numpy as np
 import torch
 
+from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.conf.schema import SequenceConfig
-from lit_llmers.conf.stages import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, EvaluationBatches, TrainingBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows

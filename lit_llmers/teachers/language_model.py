@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_llmers.conf.stages import TuneStage
+from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError
 from lit_llmers.files import readable

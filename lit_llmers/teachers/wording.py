@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_llmers.conf.stages import GenerationConfig, TuneStage
+from lit_llmers.conf.instruction import GenerationConfig, TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError
 from lit_llmers.teachers.prompt import AFTER, BEFORE

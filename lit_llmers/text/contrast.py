@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.conf.typed import build
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches

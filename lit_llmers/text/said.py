@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lit_llmers.averages import part_of_mean
 from lit_llmers.backbones.items import item_embedding
-from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.processes import device_of
 from lit_llmers.teachers.base import DTYPES, BaseConfig, check_vocabulary, checksums, loading, located, without_load_report

@@ -10,7 +10,7 @@ from tiny import assert_equal_weights, by_name, small, weights
 from titles import LORA, TITLES, as_if_tuned, language_model, settings, titled, wording_of
 
 from lit_llmers import preemption, record, tuning
-from lit_llmers.conf.stages import GenerationConfig
+from lit_llmers.conf.instruction import GenerationConfig
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.errors import UserError
 from lit_llmers.journal import read_journal

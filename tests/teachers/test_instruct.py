@@ -5,8 +5,8 @@ import pytest
 import torch
 from titles import BASE, LORA, TITLES, language_model, settings, titled, wording_of
 
+from lit_llmers.conf.instruction import GenerationConfig
 from lit_llmers.conf.schema import SequenceConfig
-from lit_llmers.conf.stages import GenerationConfig
 from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.errors import UserError
 from lit_llmers.teachers.grounding import GroundedRecommender

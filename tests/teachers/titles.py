@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from tiny import dataset
 
-from lit_llmers.conf.stages import TuneStage
+from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.teachers.base import BaseConfig, load_causal
 from lit_llmers.teachers.lora import with_lora

@@ -8,7 +8,7 @@ from tiny_text import TITLES, save_model
 from torch.nn import functional as F
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from lit_llmers.conf.stages import ContrastConfig, EncodeStage
+from lit_llmers.conf.encoding import ContrastConfig, EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_dataset
 from lit_llmers.running import run

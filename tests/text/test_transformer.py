@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_text import WITH_CLS, save_model
 
-from lit_llmers.conf.stages import EncodeStage
+from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.errors import UserError
 from lit_llmers.files import sha256
 from lit_llmers.text import transformer
