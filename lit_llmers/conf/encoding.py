@@ -1,4 +1,4 @@
-"""The settings of an encode stage: what becomes a vector, by what, and how it is tuned first."""
+"""What an `encode` stage takes: what becomes a vector, by what, and how that is tuned first."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""The settings of a tune stage: a language model that is taught to say titles."""
+"""What a `tune` stage takes: a language model that is taught to say titles."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""The settings of the other kinds of stage: what a recipe's `fit`, `record`, `evaluate` and `export` take."""
+"""What a recipe's `fit`, `record`, `evaluate` and `export` stages take; `encode` and `tune` have files of their own."""
 
 from dataclasses import dataclass, field
 from typing import Any
