@@ -157,7 +157,8 @@ class PlannedRun:
 def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     """Compose and check every run before any starts; return the comparison's folder and its runs.
 
-    What an override chooses is for the recipes that have it (`text=minilm`: not for `student`); if none has, it is refused.
+    What an override chooses is for the recipes that have it (`text=minilm`, `stages.lists.per=user`: not for `student`); if none
+    has, it is refused.
 
     Raises:
         UserError: whatever `lit_llmers.fit` would refuse, and runs that cannot be compared.
@@ -165,18 +166,18 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     from lit_llmers.resolving import resolve
 
     own = tuple(f"{key}=" for key in ("run.name", "run.dir"))
-    has = {recipe: recipes.groups(recipe) for recipe in asked.recipes}
+    has = {recipe: recipes.chooses(recipe) for recipe in asked.recipes}
     known = set().union(*has.values())
     root: Path | None = None
     runs: list[PlannedRun] = []
     for recipe, student in product(asked.recipes, asked.students or [""]):  # "": the recipe's own student
-        chosen = [f"student={student}"] if student else []
+        given = [f"student={student}"] if student else []
         name = student or "default"
         recipe_name = Path(recipe).stem  # of a recipe given by path
         label = recipe_name if not student else student if len(asked.recipes) == 1 else f"{recipe_name}/{student}"
-        overrides = [o for o in asked.overrides if (group := recipes.group_of(o)) in has[recipe] or group not in known]
+        overrides = [o for o in asked.overrides if (chosen := recipes.chosen_by(o)) in has[recipe] or chosen not in known]
         try:
-            config = recipes.compose(recipe, [*chosen, *overrides])
+            config = recipes.compose(recipe, [*given, *overrides])
             root = root or _root(config, asked.overrides)
             config["run"] = {"dir": str(root), "name": name}
             planned = resolve(config)
@@ -186,7 +187,7 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
             if not any(stage.verb == verb for stage in planned):
                 raise UserError(f"Recipe '{recipe}' has no {verb} stage, so it leaves nothing to compare.")
         passed_on = [override for override in overrides if not override.startswith(own)]
-        arguments = [f"recipe={recipe}", *chosen, *passed_on, f"run.dir={quoted(str(root))}", f"run.name={name}"]
+        arguments = [f"recipe={recipe}", *given, *passed_on, f"run.dir={quoted(str(root))}", f"run.name={name}"]
         if label in [run.label for run in runs]:
             raise UserError(f"Two recipes are called '{label}'. Rename one of the files, for it names the folder too.")
         runs.append(PlannedRun(label, arguments, planned, [(method, control) for method, control in config["pairs"]]))

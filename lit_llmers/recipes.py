@@ -94,6 +94,24 @@ def groups(name: str) -> set[str]:
     return {group for group in GROUPS if f"/{group}" in listed}
 
 
+def chooses(name: str) -> set[str]:
+    """What overrides of a recipe may be about besides its settings: its groups, and its stages as `stages.NAME`."""
+    return groups(name) | {f"stages.{stage}" for stage in _stage_names(find(name))}
+
+
+def _stage_names(path: Path) -> set[str]:
+    """The stages of a recipe, with those of the recipes beside it that it is built on."""
+    plain = read(path)
+    built_on = [path.parent / f"{entry.lstrip('/')}.yaml" for entry in plain.get("defaults", []) if isinstance(entry, str)]
+    return set(plain.get("stages") or {}).union(*(_stage_names(each) for each in built_on if each.is_file()))
+
+
+def chosen_by(override: str) -> str | None:
+    """Which of `chooses` an override is about, if it is about one."""
+    stage = OF_STAGE.match(override)
+    return stage[0].lstrip("+~") if stage else group_of(override)
+
+
 def own_student(path: Path) -> str | None:
     """The student that a recipe names in its defaults."""
     defaults = [entry for entry in read(path).get("defaults", []) if isinstance(entry, dict)]

@@ -393,6 +393,20 @@ def test_a_choice_is_for_the_recipes_that_have_it(tmp_path):
         comparable.planned_runs(comparable.parse(["recipes=[said,student]", "text=minilm", *given]))
 
 
+def test_a_word_about_a_stage_is_for_the_recipes_that_have_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shallow.yaml").write_text((recipes.folder() / "rrd.yaml").read_text())
+    Path("built.yaml").write_text("defaults: [shallow, _self_]\n")
+    given = [f"run.dir={tmp_path}", "logger=csv", "seeds=[0]", "students=[lightgcn]"]
+    word = "stages.lists.per=user"
+    plain, ranked, built = comparable.planned_runs(comparable.parse(["recipes=[student,rrd,built.yaml]", word, *given]))[1]
+    assert word not in plain.arguments
+    assert word in ranked.arguments
+    assert word in built.arguments, "it has the stage from the file that it is built on"
+    with pytest.raises(UserError, match="Unknown stage 'lists'"):
+        comparable.planned_runs(comparable.parse(["recipes=[student]", word, *given]))
+
+
 def test_runs_on_other_data_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("one.yaml").write_text(METHOD.format(weight=0.1))
