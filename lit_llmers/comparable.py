@@ -157,8 +157,8 @@ class PlannedRun:
 def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     """Compose and check every run before any starts; return the comparison's folder and its runs.
 
-    What an override chooses is for the recipes that have it (`text=minilm`, `stages.lists.per=user`: not for `student`); if none
-    has, it is refused.
+    What an override chooses is for the recipes that have it (`text=minilm`, `stages.lists.per=user`: not for `student`); if
+    none has, it is refused.
 
     Raises:
         UserError: whatever `lit_llmers.fit` would refuse, and runs that cannot be compared.
