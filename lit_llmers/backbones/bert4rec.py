@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone, Batch
+from lit_llmers.backbones.dropout import Dropout
 from lit_llmers.backbones.items import item_embedding
 from lit_llmers.errors import UserError
 
@@ -75,7 +76,7 @@ class BERT4Rec(Backbone):
         self.items = item_embedding(n_items, dim, init_std)
         self.hidden_item = nn.Parameter(torch.randn(dim) * init_std)
         self.positions = nn.Parameter(torch.randn(max_length + 1, dim) * init_std)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout, ffn) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=_EPS)
         for layer in self.modules():
@@ -160,7 +161,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim, eps=_EPS)
         self.inner, self.outer = nn.Linear(dim, ffn * dim), nn.Linear(ffn * dim, dim)
         self.activation = nn.GELU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, visible: Tensor, last_only: bool = False, kept: Tensor | None = None) -> Tensor:
         """Attend and feed forward.
@@ -179,5 +180,5 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).reshape(batch, -1, dim)
         if kept is not None:
             x, mixed = x.flatten(0, 1).index_select(0, kept), mixed.flatten(0, 1).index_select(0, kept)
-        x = x + self.dropout(self.out(mixed))
-        return x + self.dropout(self.outer(self.activation(self.inner(self.ffn_norm(x)))))
+        x = self.dropout.add(x, self.out(mixed))
+        return self.dropout.add(x, self.outer(self.activation(self.inner(self.ffn_norm(x)))))

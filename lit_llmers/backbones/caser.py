@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
+from lit_llmers.backbones.dropout import Dropout
 from lit_llmers.backbones.items import copy_table, item_embedding
 from lit_llmers.errors import UserError, unknown
 
@@ -69,7 +70,7 @@ class Caser(Backbone):
         self.vertical = nn.Linear(window, vertical)
         self.dense = nn.Linear(vertical * dim + window * horizontal, dim)
         self.conv_activation, self.fc_activation = _ACTIVATIONS[conv_activation](), _ACTIVATIONS[fc_activation]()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, items: Tensor, mask: Tensor, every_position: bool = False) -> list[Tensor]:
         return super().forward(items[:, -self.window :], mask[:, -self.window :], every_position)

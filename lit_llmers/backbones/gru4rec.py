@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones import Backbone
+from lit_llmers.backbones.dropout import Dropout
 from lit_llmers.backbones.items import item_embedding
 from lit_llmers.errors import UserError
 
@@ -43,7 +44,7 @@ class GRU4Rec(Backbone):
             raise UserError(f"GRU4Rec's layers is {layers}. It must be at least 1.")
         self.layers, self.width, self.dim, self.max_length, self.sparse = layers, dim, dim, max_length, sparse
         self.items = item_embedding(n_items, dim, init_std, sparse)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.grus = nn.ModuleList(nn.GRU(dim, dim, bias=False, batch_first=True) for _ in range(layers))
         self.dense = nn.Linear(dim, dim)
         for gru in self.grus:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
+from lit_llmers.backbones.dropout import Dropout
 from lit_llmers.backbones.items import item_embedding
 from lit_llmers.errors import UserError
 
@@ -53,7 +54,7 @@ class SRGNN(Backbone):
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim, bias=False)  # W_1 and c, W_2 of eq. 6
         self.attention = nn.Linear(dim, 1, bias=False)  # q of eq. 6
         self.combine = nn.Linear(2 * dim, dim, bias=False)  # W_3 of eq. 7
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for weight in self.parameters():
             nn.init.normal_(weight, std=init_std)
         self.items = item_embedding(n_items, dim, init_std)
