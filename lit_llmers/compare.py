@@ -78,7 +78,7 @@ def help_text() -> str:
 
 
 def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
-    """Run what is not done, write `compare.md`, `compare.csv`, `compare.json` and `compare.png`, and print the table.
+    """Run what is not done, write `report.md`, `compare.csv`, `compare.json` and `compare.png`, and print the table.
 
     Returns:
         the error of each run that failed, by label.

@@ -281,7 +281,7 @@ def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path
     said = capsys.readouterr()
     assert "error: gru4rec failed: no memory" in said.err
     assert table(said.out)[1] == ["sasrec"]
-    assert "> - gru4rec: no memory" in (root / "compare.md").read_text()
+    assert "> - gru4rec: no memory" in (root / "report.md").read_text()
     assert main(*command) == 0
     assert started == ["sasrec", "gru4rec"], "the first is not run again"
     folders = [root / "student" / name for name in ("sasrec", "gru4rec")]
@@ -291,7 +291,7 @@ def test_failure_takes_nothing_along_and_the_same_command_does_the_rest(tmp_path
     capsys.readouterr()
     (root / "environment.json").write_text((root / "environment.json").read_text().replace('"date": "', '"date": "on another '))
     assert main(*command, "reference=gru4rec") == 0
-    assert "on another" in (root / "compare.md").read_text(), "nothing was worked out here"
+    assert "on another" in (root / "report.md").read_text(), "nothing was worked out here"
     assert started == ["sasrec", "gru4rec"], "nothing is"
     assert "against gru4rec" in capsys.readouterr().out
 
@@ -315,7 +315,7 @@ def test_a_run_goes_on_with_its_own_command(tmp_path, started):
     root, (run,) = comparable.planned_runs(comparable.parse(command))
     assert root == tmp_path / "a folder" / "compare" / "mine"
     assert main(*command) == 0
-    assert (root / "compare.md").is_file()
+    assert (root / "report.md").is_file()
     before = (run.evaluation.folder / "DONE").stat().st_mtime_ns
     assert fit.main(run.arguments) == 0
     assert (run.evaluation.folder / "DONE").stat().st_mtime_ns == before

@@ -109,15 +109,15 @@ def test_several_at_once_make_what_one_after_the_other_makes(tmp_path, monkeypat
     (theirs,) = (tmp_path / "alone").rglob("ranks-student-seed0.npy")
     np.testing.assert_array_equal(np.load(ours), np.load(theirs))
     shared = "Up to 2 stages were worked on at a time"
-    assert shared in (root / "compare.md").read_text()
+    assert shared in (root / "report.md").read_text()
     assert compare.main(command) == 0, "and nothing is done again"
     assert "starts" not in capfd.readouterr().err
-    assert shared in (root / "compare.md").read_text(), "the times are still those"
+    assert shared in (root / "report.md").read_text(), "the times are still those"
     assert shared in (root / "two" / "default" / "report.md").read_text(), "in a run's own report too"
     for done in root.rglob("evaluate-*/DONE"):
         done.unlink()
     assert compare.main(command) == 0, "something is done, this time alone"
-    assert shared in (root / "compare.md").read_text(), "the students' times are still those"
+    assert shared in (root / "report.md").read_text(), "the students' times are still those"
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -1,4 +1,4 @@
-"""What a comparison leaves: `compare.md` with its plot, `compare.csv`, `compare.json`, and a table in W&B."""
+"""What a comparison leaves: `report.md` with its plot, `compare.csv`, `compare.json`, and a table in W&B."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ def write_report(
     command: str,
     worked: bool = True,
 ) -> Path:
-    """Write `compare.md`, `compare.png`, `compare.csv`, `compare.json` and `environment.json`.
+    """Write `report.md`, `compare.png`, `compare.csv`, `compare.json` and `environment.json`.
 
     Args:
         root: the comparison's folder.
@@ -35,7 +35,7 @@ def write_report(
         worked: whether a run was not done before; if all were, `environment.json` stays as it is.
 
     Returns:
-        the path of `compare.md`.
+        the path of `report.md`.
     """
     machine = recorded(root, worked)
     write_comparison(comparison, root / "compare.png")
@@ -65,7 +65,7 @@ def write_report(
         f"```\n{command}\n```",
         sections.machine(machine),
     ]
-    path = root / "compare.md"
+    path = root / "report.md"
     with atomic_write(path) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
