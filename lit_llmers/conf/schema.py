@@ -213,7 +213,7 @@ def check_plateau(optimizer: OptimizerConfig, trainer: TrainerConfig) -> None:
     if optimizer.schedule == "plateau" and not trainer.patience:
         raise UserError(
             "optimizer.schedule=plateau lowers the learning rate when trainer.patience ends, and trainer.patience is 0. Set it "
-            "to 1 or more."
+            "to 1 or more, or optimizer.schedule=constant."
         )
 
 
