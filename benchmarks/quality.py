@@ -3,11 +3,11 @@
 Each subject of `students.py` trains the same model on the same sequences, on one thread of the CPU, and is measured by our
 protocol: leave-one-out, the whole catalogue, ties counted half, HR@10 and NDCG@10 both with the read items masked and with
 them competing. After each epoch it ranks the validation items. It stops when the student's own `trainer.patience` epochs
-brought no better NDCG@10 (masked; ours ends itself), or before the epoch that would exceed the budget of processor time; the test figures are
-those after the best epoch. Ours is the command that users type, but that it learns from the latest targets of each user
-alone, as the others do. Each run is kept when it ends, in `benchmarks/results/quality.json`, a row for each model, data set,
-subject, budget and settings, and a seed that is kept is not run again but with `--again`; `--record FILE` rewrites their
-section in a Markdown file.
+brought no better NDCG@10 (masked; ours ends as it does for users), or before the epoch that would exceed the budget of
+processor time; the test figures are those after the best epoch. Ours is the command that users type, but that it learns from
+the latest targets of each user alone, as the others do. Each run is kept when it ends, in `benchmarks/results/quality.json`,
+a row for each model, data set, subject, budget and settings, and a seed that is kept is not run again but with `--again`;
+`--record FILE` rewrites their section in a Markdown file.
 """
 
 import argparse
