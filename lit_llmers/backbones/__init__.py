@@ -22,6 +22,7 @@ Constructor arguments named `n_items`, `n_users`, `max_length`, `item_table` (of
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lit_llmers.backbones.items import copy_table
@@ -88,6 +89,10 @@ class Backbone(nn.Module):
         """
         return targets
 
+    def serving_size(self) -> int:
+        """Numbers that serving holds: the parameters, but a table made of others counts in their place, and once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
 
 class CollaborativeBackbone(nn.Module):
     """What every collaborative backbone offers."""
@@ -116,6 +121,11 @@ class CollaborativeBackbone(nn.Module):
         """A regulariser of the batch, a scalar."""
         return 0.0
 
+    @torch.no_grad()
+    def serving_size(self) -> int:
+        """Numbers that serving holds: the two final tables, whatever they are made of."""
+        return sum(table.numel() for table in self())
+
 
 class CountingBackbone(nn.Module):
     """What every backbone without trained parameters offers."""
@@ -127,3 +137,7 @@ class CountingBackbone(nn.Module):
     def scores(self, items: Tensor, mask: Tensor) -> Tensor:
         """Scores `[B, n+1]` of the whole catalogue for histories `[B, L]`."""
         raise NotImplementedError
+
+    def serving_size(self) -> int:
+        """Numbers that serving holds, of those that are trained: none."""
+        return 0

@@ -123,3 +123,7 @@ class LLMDecoder(Backbone):
 
     def item_table(self) -> Tensor:
         return self.items
+
+    def serving_size(self) -> int:
+        frozen = 0 if isinstance(self.items, nn.Parameter) else self.items.numel()
+        return super().serving_size() + frozen

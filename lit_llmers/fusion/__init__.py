@@ -7,9 +7,11 @@ and serves as the one inside, with any student of the task. A stage names them i
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lit_llmers.backbones import Backbone, Batch
+from lit_llmers.fusion.text import TextView
 
 Sources = dict[str, tuple[str, str]]
 
@@ -64,6 +66,16 @@ class Fusion(Backbone):
 
     def settle(self) -> None:
         """The weights change no more: what is made of them alone may be kept."""
+
+    def serving_size(self) -> int:
+        """Numbers that serving holds: those of the backbone inside, a table for each view of text, and what else is its own."""
+        own = {id(parameter): parameter.numel() for parameter in self.parameters()}
+        views = [child for child in self.children() if isinstance(child, TextView)]
+        for part in (self.inner, *views):
+            for parameter in part.parameters():
+                own.pop(id(parameter), None)
+        with torch.no_grad():
+            return self.inner.serving_size() + sum(own.values()) + sum(view.table().numel() for view in views)
 
     def initialise(self, items: Tensor) -> None:
         self.inner.initialise(items)

@@ -78,6 +78,9 @@ class Concat(Fusion):
         """From now on the item table is a constant, as in a model that is served."""
         self._kept.settle(self._fused())
 
+    def serving_size(self) -> int:
+        return self.inner.serving_size()  # the fused table takes the place of the inner one, and is as large
+
     def text_table(self) -> Tensor:
         """What text says of all items, `[n+1, d]`: to be aligned with `id_table`."""
         return self.text.table()

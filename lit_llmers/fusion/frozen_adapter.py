@@ -69,6 +69,9 @@ class FrozenAdapter(Fusion):
         text = self.text.table()
         return self.inner.item_table() + text if self.with_id else text
 
+    def serving_size(self) -> int:
+        return self.inner.serving_size() if self.with_id else super().serving_size()  # a sum of tables is one
+
     def text_table(self) -> Tensor:
         """What text says of all items, `[n+1, d]`, trained: to be aligned with another table."""
         return self.text.table()

@@ -86,6 +86,9 @@ class PopularityGate(Fusion):
         gates = self.gates()[:, self.bin]  # [3, n+1]
         return torch.cat([gate[:, None] * tower.item_table() for gate, tower in zip(gates, self.towers, strict=True)], 1)
 
+    def serving_size(self) -> int:
+        return sum(tower.serving_size() for tower in self.towers) + self.gate.numel()
+
     def gates(self) -> Tensor:
         """Weights of the towers in each bin, `[3, bins + 1]`."""
         open_ = self.gate.sigmoid()

@@ -76,6 +76,7 @@ def test_a_step_is_the_sampled_softmax_of_the_official_code(data):
 def test_only_the_map_is_trained_and_saved(data):
     backbone = build(data, texts(), hidden=2.0)
     assert sum(parameter.numel() for parameter in backbone.parameters()) == D * 12 + 12 + 12 * 4 + 4
+    assert backbone.serving_size() == sum(table.numel() for table in backbone()), "two tables serve, without text or network"
     assert set(backbone.state_dict()) == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"}
 
 

@@ -104,6 +104,22 @@ def test_every_position_is_read_where_the_backbone_inside_does(pair, backbone):
     assert backbone.every_position == (backbone.inner.every_position and pair[0] != "frequency")
 
 
+def test_what_serves_counts_each_table_once_and_not_what_it_is_made_of():
+    """`e = adapter(t)` or `W [E | t]` serves as one table, whatever wrote it; two views are two, three towers three."""
+    table = (N_ITEMS + 1) * DIM
+    plain = BACKBONES["sasrec"]().serving_size()
+    assert plain == sum(parameter.numel() for parameter in BACKBONES["sasrec"]().parameters())
+    size = {fusion: make(fusion, "sasrec").serving_size() for fusion in FUSIONS}
+    assert size["frozen_adapter"] == size["with_id"] == size["concat"] == plain
+    assert size["add_projected"] == plain + table
+    attention = 2 * (4 * DIM**2 + DIM)
+    assert size["dual_view"] == plain + table + attention + (MAX_LENGTH + 1) * DIM
+    assert size["popularity_gate"] == 3 * plain + 3 * 11
+    frequency = make("frequency", "sasrec")
+    own = [frequency.offset, frequency.filter, *frequency.gates.parameters()]
+    assert size["frequency"] == plain + table + (N_ITEMS + 1) * 3 + sum(parameter.numel() for parameter in own)
+
+
 @pytest.mark.parametrize("pair", [(fusion, "bert4rec") for fusion in FUSIONS if fusion != "frequency"], ids="-".join)
 def test_what_is_hidden_adds_nothing_but_its_place(backbone, items):
     """BERT4Rec's hidden item after a row, in training, is read as what it appends itself when it serves."""
