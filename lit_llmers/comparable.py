@@ -151,7 +151,11 @@ class PlannedRun:
 
     @property
     def done(self) -> bool:
-        return self.described and all(stage.done for stage in self.stages) and (self.folder / "report.md").is_file()
+        from lit_llmers.fit import EARLIER
+
+        report = self.folder / "report.md"
+        whole = report.is_file() and not report.read_text().startswith(EARLIER)
+        return whole and self.described and all(stage.done for stage in self.stages)
 
 
 def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:

@@ -81,7 +81,9 @@ def test_the_table_shows_mean_spread_gain_and_cost(folders):
     assert cells["sasrec"]["NDCG@10"].startswith("**")
     assert cells["sasrec"]["against sasrec"] == "reference"
     relative = ndcg(folders["caser"]).mean() / ndcg(folders["sasrec"]).mean() - 1
-    assert cells["caser"]["against sasrec"] == f"{100 * relative:+.1f} %"
+    _, gain = comparison.gain("caser")
+    interval = f"[{100 * gain['relative_low']:+.1f}, {100 * gain['relative_high']:+.1f}]"
+    assert cells["caser"]["against sasrec"] == f"{100 * relative:+.1f} % {interval}"
     assert cells["caser"]["p (Holm)"] == "< 0.001"
     assert (cells["caser"]["training"], cells["caser"]["parameters"], cells["caser"]["users/s"]) == ("21 s", "140,000", "3,800")
     text = "\n".join(notes(comparison))
@@ -123,6 +125,7 @@ def test_what_is_written(folders, tmp_path, monkeypatch):
     assert float(rows["caser"]["NDCG@10"]) == pytest.approx(ndcg(folders["caser"]).mean(), rel=1e-5)
     values = comparison.values("caser", lambda model: model["metrics"]["head"]["HR@10"])
     assert float(rows["caser"]["HR@10 head sd"]) == np.std(values, ddof=1)
+    assert all(any(row[column] for row in rows.values()) for column in next(iter(rows.values()))), "no empty column"
     assert (rows["sasrec"]["against"], rows["caser"]["against"]) == ("", "sasrec")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     lines = comparison_report.summary_table(comparison).splitlines()
@@ -134,6 +137,23 @@ def test_what_is_written(folders, tmp_path, monkeypatch):
     finish_loggers(loggers)
     media = [path.name for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*.*")]
     assert sorted(name.rpartition(".")[2] for name in media) == ["json", "png"]
+
+
+def test_a_report_says_on_what_and_how_long_each_model_trained(folders, tmp_path):
+    runs = {name: shutil.copytree(run, tmp_path / name) for name, run in folders.items()}
+    for path in runs["caser"].glob("student-*/config.json"):
+        settings = json.loads(path.read_text())["settings"]
+        settings["trainer"] |= {"patience": 9, "devices": 4}
+        settings["optimizer"]["warmup_steps"] = None
+        path.write_text(json.dumps({"settings": settings}))
+    (tmp_path / "comparison").mkdir()
+    path = comparison_report.write_report(tmp_path / "comparison", students(runs), [], {}, "")
+    (section,) = (part for part in path.read_text().split("\n## ") if part.startswith("Training settings"))
+    assert "The models differ in `trainer.patience`, `optimizer.warmup_steps`." in section
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    assert [row[0] for row in table[2:]] == ["sasrec", "gru4rec", "caser"]
+    assert [row[1:] for row in table[2:]] == [["4", "-"], ["4", "-"], ["9", "null"]]
+    assert "The same for all: `sequences.max_length=50, optimizer.lr=0.001`." in section, "where it ran is not among them"
 
 
 def test_a_folder_is_read_back_as_the_comparison_that_it_is_of(folders, tmp_path):
@@ -319,6 +339,9 @@ def test_a_run_goes_on_with_its_own_command(tmp_path, started):
     before = (run.evaluation.folder / "DONE").stat().st_mtime_ns
     assert fit.main(run.arguments) == 0
     assert (run.evaluation.folder / "DONE").stat().st_mtime_ns == before
+    assert run.done
+    fit._mark_as_earlier(run.folder / "report.md")  # as where a command with other settings died before its own report
+    assert not run.done
 
 
 def test_methods_share_their_control(tmp_path, started, monkeypatch, capsys):

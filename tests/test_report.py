@@ -73,6 +73,8 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
         summary: dict = {}
         if stage["verb"] == "fit":
             fit_log(folder, name, levels[name], rng)
+            settings = {"sequences": {"max_length": 50}, "trainer": {"patience": 4, "devices": 1}, "optimizer": {"lr": 0.001}}
+            (folder / "config.json").write_text(json.dumps({"settings": settings}))
             parameters = {"total": 260_000 if name == "teacher" else 140_000, "trainable": 90_000}
             size = {"layers": 8 if name == "teacher" else 4, "width": 64}
             speed = 900.0 if name == "teacher" else 1700.0
@@ -391,7 +393,7 @@ def test_every_plot_is_there_and_shown(good):
 
 def test_a_group_without_a_gain_keeps_its_place():
     gains = [{"group": group, "rows": 9, "ours": 0.1, "theirs": 0.0, "relative": None} for group in GROUPS]
-    gains[-1] |= {"theirs": 0.2, "relative": -0.5, "difference": -0.1, "low": -0.15, "high": -0.05}
+    gains[-1] |= {"theirs": 0.2, "relative": -0.5, "relative_low": -0.75, "relative_high": -0.25}
     results = SimpleNamespace(fits={"student": [], "control": []})
     figure, (left, right) = pyplot.subplots(1, 2)
     plots._levels(results, gains, "student", "control", left)
@@ -427,7 +429,7 @@ def test_a_group_of_one_user_is_left_out_and_that_is_said(tmp_path, users, said)
 def test_a_loss_has_not_the_colour_of_a_gain():
     sides = {"gain": (0.1, 0.3), "loss": (-0.3, -0.1), "chance": (-0.1, 0.3)}
     gains = [
-        {"group": name, "rows": 9, "theirs": 0.5, "relative": 1, "difference": (low + high) / 2, "low": low, "high": high}
+        {"group": name, "rows": 9, "theirs": 0.5, "relative": low + high, "relative_low": 2 * low, "relative_high": 2 * high}
         for name, (low, high) in sides.items()
     ]
     figure, axes = pyplot.subplots()
@@ -437,13 +439,22 @@ def test_a_loss_has_not_the_colour_of_a_gain():
 
 
 def test_a_gain_beyond_the_axis_is_said_in_words_at_its_edge():
-    gains = [{"group": "5-9", "rows": 9, "theirs": 0.1, "relative": 1, "low": low, "high": 0.9} for low in (0.05, 0.3)]
-    gains = [gain | {"difference": middle} for gain, middle in zip(gains, (0.1, 0.4), strict=True)]
+    ends = [(0.5, 1), (3, 4)]
+    gains = [{"group": "5-9", "rows": 9, "relative": at, "relative_low": low, "relative_high": 9} for low, at in ends]
     figure, axes = pyplot.subplots()
     plots._gain(gains, "student", "control", axes)
     pyplot.close(figure)
     (words,) = axes.texts
     assert (words.get_text(), words.xy) == ("▲\n+400 %", (1, axes.get_ylim()[1]))
+
+
+def test_a_gain_whose_interval_has_no_bounds_is_hollow_and_that_is_said():
+    gains = [{"group": "5-9", "rows": 9, "relative": 2.0, "relative_low": None, "relative_high": None}]
+    figure, axes = pyplot.subplots()
+    plots._gain(gains, "student", "control", axes)
+    pyplot.close(figure)
+    assert "hollow: too few hits for one" in axes.get_title()
+    assert [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"] == ["white"]
 
 
 def test_one_loss_is_one_curve_and_several_say_what_they_are(good):

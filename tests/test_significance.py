@@ -100,10 +100,31 @@ def test_swapping_the_models_turns_the_sign_and_the_seed_decides_the_draw():
 
 def test_constant_differences():
     ones = np.ones(5)
-    equal = {"difference": 0, "relative": 0, "low": 0, "high": 0, "p": 1}
-    assert paired_test(ones, ones) == equal
-    assert paired_test(2 * ones, ones) == {"difference": 1, "relative": 1, "low": 1, "high": 1, "p": 0}
+    figures = ("difference", "relative", "low", "high", "relative_low", "relative_high", "p")
+    assert paired_test(ones, ones) == dict.fromkeys(figures, 0) | {"p": 1}
+    assert paired_test(2 * ones, ones) == dict.fromkeys(figures, 1) | {"p": 0}
     assert paired_test(ones, 0 * ones)["relative"] is None
+
+
+def test_the_share_has_an_interval_of_its_own_in_which_the_reference_varies_too():
+    rng = np.random.default_rng(7)
+    b = rng.random(400)
+    a = b + rng.normal(0.02, 0.1, 400)
+    result = paired_test(a, b)
+    reference = stats.bootstrap(
+        (a, b), lambda a, b: a.mean() / b.mean() - 1, paired=True, vectorized=False, n_resamples=9_999, method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    width = reference.high - reference.low
+    assert result["relative_low"] == pytest.approx(reference.low, abs=0.05 * width)
+    assert result["relative_high"] == pytest.approx(reference.high, abs=0.05 * width)
+
+
+def test_a_reference_that_hits_too_rarely_leaves_the_share_without_bounds():
+    rare = np.eye(1, 200).ravel()
+    result = paired_test(np.ones(200), rare)
+    assert result["relative"] == pytest.approx(199)
+    assert result["relative_low"] is result["relative_high"] is None
 
 
 def test_bad_input():

@@ -11,8 +11,10 @@ from lit_llmers.errors import UserError
 from lit_llmers.files import read_json, write_json
 from lit_llmers.reporting.results import METRIC, Evaluated, Results
 from lit_llmers.reporting.significance import holm, spread
-from lit_llmers.reporting.tables import NONE, Rows, average, count, duration, metric_names, metric_rows, p_value, percent
+from lit_llmers.reporting.tables import NONE, Rows, average, count, duration, metric_names, metric_rows, p_value, relative_gain
+from lit_llmers.stages import OFTEN, PLACE
 
+GAIN = ("difference", "relative", "low", "high", "relative_low", "relative_high", "p", "holm")
 COLUMNS = (("all", "HR@10"), ("all", METRIC), ("head", METRIC), ("tail", METRIC))  # of the table; all others are in the CSV
 RECORD = "compare.json"  # of which models a folder's comparison is
 
@@ -157,7 +159,7 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], Rows]:
     rows = metric_rows(comparison, COLUMNS)
     for row, name in zip(rows, comparison.models, strict=True):
         _, gain = comparison.gain(name)
-        compared = [percent(gain["relative"]), p_value(gain["holm"])] if gain else [NONE, NONE]
+        compared = [relative_gain(gain), p_value(gain["holm"])] if gain else [NONE, NONE]
         row += [
             *(["reference", NONE] if name == comparison.reference else compared),
             duration(average(comparison, name, "training", "seconds")),
@@ -168,12 +170,12 @@ def comparison_table(comparison: Comparison) -> tuple[list[str], Rows]:
 
 
 def terminal_columns(header: list[str], rows: Rows) -> tuple[list[str], Rows]:
-    """The same for the terminal: without emphasis, the number of seeds, and the spread on head and tail."""
+    """The same for the terminal: without emphasis, seeds, the spread on head and tail, and the intervals."""
     kept = [column for column, title in enumerate(header) if title != "seeds"]
     narrow = [column for column, title in enumerate(header) if title.endswith((" head", " tail"))]
 
     def cell(column: int, text: str) -> str:
-        text = text.replace("**", "")
+        text = text.replace("**", "").partition(" [")[0]
         return text.partition(" ±")[0] if column in narrow else text
 
     return [header[column] for column in kept], [[cell(column, row[column]) for column in kept] for row in rows]
@@ -188,18 +190,43 @@ def figures(comparison: Comparison) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model": name, "seeds": len(models)}
         for group in groups:
             for metric in metric_names(comparison):
+                if not any(metric in model["metrics"][group] for models in comparison.models.values() for model in models):
+                    continue
                 found = comparison.values(name, lambda model: model["metrics"][group].get(metric))  # noqa: B023
                 title = metric if group == "all" else f"{metric} {group}"
                 row[title], row[f"{title} sd"] = spread(found) if found else (None, None)
         against, gain = comparison.gain(name)
         row["against"] = against
-        row |= {key: (gain or {}).get(key) for key in ("difference", "relative", "low", "high", "p", "holm")}
+        row |= {key: (gain or {}).get(key) for key in GAIN}
         row["training seconds"] = average(comparison, name, "training", "seconds")
         row["epochs"] = average(comparison, name, "training", "epochs")
         row["parameters"] = average(comparison, name, "parameters", "total")
         row["users per second"] = average(comparison, name, "inference", "users_per_second")
         out.append(row)
     return out
+
+
+def training_table(comparison: Comparison) -> tuple[str, list[str], Rows]:
+    """On what rows and for how long each model trained: what is the same for all, in words, and a table of what is not."""
+    found: dict[str, dict[str, str]] = {}
+    runs = {run.run: run for run in comparison.runs}
+    contenders = {each.label: each for each in comparison.contenders}
+    for each in (contenders[label] for label in comparison.models):
+        fit = runs[each.run].fits[each.name][0]
+        if fit.summary.get("epochs"):  # what is counted is not trained
+            settings = read_json(fit.folder / "config.json")["settings"]
+            found[each.label] = {
+                f"{part}.{key}": "null" if value is None else str(value)
+                for part in ("sequences", "optimizer", "trainer")
+                for key, value in settings.get(part, {}).items()
+                if f"{part}.{key}" not in PLACE | OFTEN
+            }
+    keys = list(dict.fromkeys(key for settings in found.values() for key in settings))
+    values = {key: [settings.get(key, NONE) for settings in found.values()] for key in keys}
+    differ = [key for key in keys if len(set(values[key])) > 1]
+    same = ", ".join(f"{key}={values[key][0]}" for key in keys if key not in differ)
+    rows = [[label, *(values[key][place] for key in differ)] for place, label in enumerate(found)]
+    return same, ["model", *differ], rows if differ else []
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -216,9 +243,9 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if tests:
         lines.append(
-            f"Against {comparison.opponent}: relative difference in {METRIC}. p: paired t-test over the same users, {METRIC} "
-            f"averaged over the seeds first, corrected for {tests} comparison{'s' if tests > 1 else ''} by Holm's method; "
-            "it speaks of other users, not of training anew."
+            f"Against {comparison.opponent}: relative difference in {METRIC}, with its 95 % bootstrap interval over users. p: "
+            f"paired t-test over the same users, {METRIC} averaged over the seeds first, corrected for {tests} "
+            f"comparison{'s' if tests > 1 else ''} by Holm's method; it speaks of other users, not of training anew."
         )
     if comparison.best_is_reference and tests:
         lines.append(

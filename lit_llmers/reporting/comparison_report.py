@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from lit_llmers.environment import recorded
 from lit_llmers.files import atomic_write
 from lit_llmers.reporting import sections, tables
-from lit_llmers.reporting.comparison import Comparison, comparison_table, figures, notes, terminal_columns, write_record
+from lit_llmers.reporting.comparison import (
+    Comparison,
+    comparison_table,
+    figures,
+    notes,
+    terminal_columns,
+    training_table,
+    write_record,
+)
 from lit_llmers.reporting.plots import write_comparison
 from lit_llmers.reporting.verdict import leak_warnings, short_warnings
 
@@ -55,6 +63,7 @@ def write_report(
         "## Every metric",
         tables.main_table(comparison),
         *_groups(comparison),
+        *_training(comparison),
         "## Size and speed",
         tables.cost_table(comparison),
         sections.protocol_section(comparison),
@@ -121,6 +130,14 @@ def _groups(comparison: Comparison) -> list[str]:
         definitions = "; ".join(f"*{group}*: {comparison.evaluation['groups'][group]}" for group in groups)
         parts += [f"### {title}", f"{definitions}.", tables.group_table(comparison, groups)]
     return parts
+
+
+def _training(comparison: Comparison) -> list[str]:
+    same, header, rows = training_table(comparison)
+    parts = ["## Training settings"] if same or rows else []
+    if rows:
+        parts += [f"The models differ in {', '.join(f'`{key}`' for key in header[1:])}.", tables.markdown(header, rows)]
+    return parts + ([f"The same for all: `{same}`."] if same else [])
 
 
 def _run(root: Path, label: str, folder: Path, command: str) -> str:

@@ -277,12 +277,19 @@ def _levels(results: Results, gains: list[dict[str, Any]], method: str, control:
 
 
 def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
-    """Relative gain with its interval, one beyond the axis in words; groups in which the control never hits have none."""
+    """Relative gain with its interval, one beyond the axis in words; groups in which the control never hits have none.
+
+    Where it hits so rarely that the interval has no bounds, the gain is a hollow dot.
+    """
     for place, gain in enumerate(gains):
         if gain["relative"] is None:
             axes.annotate(f"{control}\nis 0", (place, 0), ha="center", va="bottom", fontsize=8, color="#666666")
             continue
-        middle, low, high = (100 * gain[key] / gain["theirs"] for key in ("difference", "low", "high"))
+        middle = 100 * gain["relative"]
+        if gain["relative_low"] is None:
+            axes.plot(place, middle, "o", color=CHANCE, markerfacecolor="white")
+            continue
+        low, high = (100 * gain[key] for key in ("relative_low", "relative_high"))
         colour = GAIN if low > 0 else LOSS if high < 0 else CHANCE
         axes.errorbar(place, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=4, linewidth=1.6)
         if middle > HIGHEST:
@@ -293,7 +300,9 @@ def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") 
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -110), min(high, HIGHEST))
     _labels(gains, axes)
-    title = f"Gain of {method} over {control}\n(95 % bootstrap over users; grey: contains 0)"
+    hollow = any(gain["relative"] is not None and gain["relative_low"] is None for gain in gains)
+    rare = "; hollow: too few hits for one" if hollow else ""
+    title = f"Gain of {method} over {control}\n(95 % bootstrap over users; grey: contains 0{rare})"
     axes.set(title=title, ylabel=f"relative gain in {METRIC} [%]")
 
 
@@ -331,10 +340,11 @@ def _differences(comparison: Comparison, axes: "Axes") -> None:
         elif gain["relative"] is None:
             axes.annotate(f"{against} is 0", (0, place), ha="center", va="center", fontsize=8, color="#666666")
         else:
-            level = float(np.mean(comparison.per_row(against)))
-            middle, low, high = (100 * gain[key] / level for key in ("difference", "low", "high"))
+            middle = 100 * gain["relative"]
             colour = CHANCE if gain["holm"] >= 0.05 else GAIN if middle > 0 else LOSS
-            axes.plot([low, high], [place, place], color=colour, linewidth=1.6, solid_capstyle="round")
+            if gain["relative_low"] is not None:  # or the reference hits too rarely for bounds
+                ends = [100 * gain[key] for key in ("relative_low", "relative_high")]
+                axes.plot(ends, [place, place], color=colour, linewidth=1.6, solid_capstyle="round")
             axes.plot(middle, place, "o", color=colour, markersize=7)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.margins(x=0.08)

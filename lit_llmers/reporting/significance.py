@@ -9,6 +9,7 @@ from scipy import stats
 from lit_llmers.errors import UserError
 
 RESAMPLES = 2000
+ENDS = (0.025, 0.975)  # of an interval
 CHUNK = 2**20
 MANY = 2**17  # users
 
@@ -30,7 +31,8 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, user: np.ndarray | 
 
     Returns:
         `difference` mean(a) - mean(b); `relative` the same as a share of mean(b), None where that is 0; `low` and
-        `high` of the 95 % interval of the difference; `p`.
+        `high` of the 95 % interval of the difference; `relative_low` and `relative_high` of that of the share, in which mean(b)
+        varies too, None where a draw without a hit of the second model leaves it without bounds; `p`.
 
     Raises:
         UserError: fewer than two users.
@@ -39,22 +41,31 @@ def paired_test(a: np.ndarray, b: np.ndarray, seed: int = 0, user: np.ndarray | 
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"two finite vectors of one length are compared, not {a.shape} and {b.shape}")
-    gain = a - b
-    rows = None
-    if user is not None:
-        code, rows = np.unique(user, return_inverse=True, return_counts=True)[1:]
-        gain, rows = (np.bincount(code, gain), rows) if len(rows) < len(a) else (gain, None)
+    gain, other, rows = a - b, b, np.ones(len(a))
+    if user is not None and len((counted := np.unique(user, return_inverse=True, return_counts=True))[2]) < len(a):
+        _, code, count = counted
+        gain, other, rows = np.bincount(code, gain), np.bincount(code, b), count.astype(np.float64)
     users = len(gain)
     if users < 2:
         raise UserError(f"A paired test needs at least two evaluated users, there is {users}. Evaluate on more users.")
     mean, reference = float((a - b).mean()), float(b.mean())
-    low, high = np.quantile(_bootstrap(gain, rows, seed), [0.025, 0.975])
-    residual = gain - mean * (1 if rows is None else rows)
+    gains, others, numbers = _bootstrap(np.stack([gain, other, rows]), seed)
+    low, high = np.quantile(gains / numbers, ENDS)
+    residual = gain - mean * rows
     error = np.sqrt((residual**2).sum() / (users * (users - 1))) / (len(a) / users)
-    constant = np.ptp(gain if rows is None else gain / rows) == 0  # the t statistic is 0/0 or infinite
+    constant = np.ptp(gain / rows) == 0  # the t statistic is 0/0 or infinite
     p = float(mean == 0) if constant else float(2 * stats.t.sf(abs(mean) / error, users - 1))
     relative = mean / reference if reference else None
-    return {"difference": mean, "relative": relative, "low": float(low), "high": float(high), "p": p}
+    bounds = np.quantile(gains / others, ENDS).tolist() if (others != 0).all() else [None, None]
+    return {
+        "difference": mean,
+        "relative": relative,
+        "low": float(low),
+        "high": float(high),
+        "relative_low": bounds[0],
+        "relative_high": bounds[1],
+        "p": p,
+    }
 
 
 def paired_over_seeds(
@@ -105,22 +116,20 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _bootstrap(values: np.ndarray, rows: np.ndarray | None, seed: int) -> np.ndarray:
-    """Means `[RESAMPLES]` of n draws with replacement from `values` `[n]`, about `CHUNK` draws in memory at a time.
+def _bootstrap(values: np.ndarray, seed: int) -> np.ndarray:
+    """Sums `[c, RESAMPLES]` of n draws with replacement from the columns of `values` `[c, n]`, `CHUNK` draws at a time.
 
-    With `rows` `[n]`, the number of rows that each value is the sum of, they are means over rows. Many users share few values,
-    and how often each of them is drawn is one multinomial draw: of a million users in a second, not in half a minute.
+    Many users share few values, and how often each of them is drawn is one multinomial draw: of a million users in a second,
+    not in half a minute.
     """
-    rng = np.random.default_rng(seed)
-    if len(values) > MANY:
-        pairs = np.stack([values, np.ones_like(values) if rows is None else rows])
-        distinct, count = np.unique(pairs, axis=1, return_counts=True)
-        if distinct.shape[1] < len(values) // 10:
-            drawn = [distinct @ rng.multinomial(len(values), count / len(values)) for _ in range(RESAMPLES)]
-            return np.array([total / number for total, number in drawn])
-    step = max(1, CHUNK // len(values))
-    means = []
+    rng, users = np.random.default_rng(seed), values.shape[1]
+    if users > MANY:
+        distinct, count = np.unique(values, axis=1, return_counts=True)
+        if distinct.shape[1] < users // 10:
+            return np.stack([distinct @ rng.multinomial(users, count / users) for _ in range(RESAMPLES)], 1)
+    step = max(1, CHUNK // users)
+    sums = []
     for start in range(0, RESAMPLES, step):
-        draw = rng.integers(0, len(values), (min(step, RESAMPLES - start), len(values)))
-        means.append(values[draw].mean(1) if rows is None else values[draw].sum(1) / rows[draw].sum(1))
-    return np.concatenate(means)
+        draw = rng.integers(0, users, (min(step, RESAMPLES - start), users))
+        sums.append(np.stack([column[draw].sum(1) for column in values]))
+    return np.concatenate(sums, 1)

@@ -90,7 +90,7 @@ def gain_table(results: Evaluated) -> str:
             [
                 f"{first} against {second}",
                 f"{gain['difference']:+.4f}",
-                percent(gain["relative"]),
+                relative_gain(gain),
                 interval,
                 *(p_value(gain[key]) for key in (["p", "holm"] if corrected else ["p"])),
                 seeds,
@@ -252,6 +252,13 @@ def training_speed(results: Evaluated, name: str) -> float | None:
 def percent(share: float | None) -> str:
     """A signed share, `+4.2 %`."""
     return NONE if share is None else f"{100 * share:+.1f} %"
+
+
+def relative_gain(gain: dict[str, Any]) -> str:
+    """A gain with its 95 % interval, both as shares of the other's mean: `+4.2 % [+1.0, +7.4]`."""
+    interval = [gain[key] for key in ("relative_low", "relative_high")]
+    bounds = "" if None in interval else " [" + ", ".join(f"{100 * share:+.1f}" for share in interval) + "]"
+    return percent(gain["relative"]) + bounds
 
 
 def p_value(p: float | None) -> str:
