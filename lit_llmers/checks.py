@@ -36,6 +36,11 @@ def check(stage: FitStage, where: str) -> None:
                 f"'{where}': the base '{base.name}' has a prompt, whose response tokens come after the last item, so only "
                 "one position of a row can be read. Use sequences.examples=prefixes or last, or teacher.prompt=false."
             )
+    if _shows_labels(stage.model) and stage.sequences.examples == "sequence":
+        raise UserError(
+            f"'{where}.model' has official_no_causal_mask, which shows each position what it is to predict. Use "
+            f"{where}.sequences.examples=prefixes, or accept_visible_labels=true beside it to train so all the same."
+        )
     if "item_table" in inspect.signature(backbone).parameters and not stage.items:
         raise UserError(
             f"'{where}.items' is missing: {stage.fit} reads the item table of another stage. Name that stage there, take a "
@@ -217,13 +222,19 @@ def _check_fusion(name: str, arguments: dict[str, Any], backbone: Any, stage: Fi
             f"'{where}' stands between the items of a history and its reading; {stage.fit} reads no history. Choose a "
             "sequential student, such as student=sasrec."
         )
-    if cls.reads_ahead and stage.sequences.examples == "sequence":
+    if (cls.reads_ahead or _shows_labels(arguments)) and stage.sequences.examples == "sequence":
         raise UserError(
             f"'{where}' mixes all positions of a row, so that one sees what comes after it. Use "
-            f"stages.{where.split('.')[1]}.sequences.examples=prefixes, or last."
+            f"stages.{where.split('.')[1]}.sequences.examples=prefixes, or last"
+            f"{', or accept_visible_labels=true to train so all the same' if _shows_labels(arguments) else ''}."
         )
     _check_rows(cls, backbone, where)
     _check_sources(cls, arguments, where)
+
+
+def _shows_labels(arguments: dict[str, Any]) -> bool:
+    """Whether a switch of an official code lets a position see what comes after it, and that was not accepted."""
+    return bool(arguments.get("official_no_causal_mask")) and not arguments.get("accept_visible_labels")
 
 
 def _check_sources(cls: Any, arguments: dict[str, Any], where: str) -> None:

@@ -31,7 +31,7 @@ from lit_llmers.text.tables import has_vector
 
 def load_dataset(stage: Stage) -> Dataset:
     """The prepared data that a stage needs."""
-    return Dataset.load(stage.need("prepare").folder)
+    return Dataset.load(next(need for need in stage.needs if need.verb == "prepare").folder)
 
 
 def load_item_table(stage: Stage, dataset: Dataset) -> torch.Tensor | None:
@@ -75,8 +75,8 @@ def _load_table(source: Stage, file: str, dataset: Dataset) -> np.ndarray:
     if len(wrong := np.flatnonzero(~np.isfinite(table).all(1))):
         raise UserError(
             f"Stage '{source.name}' leaves vectors that are not finite: {len(wrong)} of {len(table)} rows of its {file}, first "
-            f"row {wrong[0]}. Remove {source.folder} to make them anew, with a lower optimizer.lr or trainer.precision=32-true "
-            "where they are trained."
+            f"row {wrong[0]}. Remove {source.folder.resolve()} to make them anew, with a lower optimizer.lr or "
+            "trainer.precision=32-true where they are trained."
         )
     if not has_vector(table).any():
         raise UserError(
@@ -186,7 +186,7 @@ def load_model(stage: Stage, dataset: Dataset) -> Recommender:
     """
     path = stage.folder / "best.ckpt"
     if not path.is_file():
-        raise UserError(f"There is no {path}. Remove the folder and run the recipe again to train '{stage.label}'.")
+        raise UserError(f"There is no {path.resolve()}. Remove its folder and run the recipe again to train '{stage.label}'.")
     if stage.verb == "tune":
         return load_grounded(stage, dataset)
     L.seed_everything(stage.seed, verbose=False)
@@ -209,10 +209,6 @@ def load_weights(model: Recommender, path: Path) -> None:
 
 
 def count_parameters(model: Recommender) -> dict[str, int]:
-    """Parameters of the model that serves: the item table counts, frozen or not; loss terms do not."""
-    parameters = list(model.backbone.parameters())
-    table = model.item_table()
-    total = sum(parameter.numel() for parameter in parameters)
-    if isinstance(model, SequentialRecommender) and all(table is not parameter for parameter in parameters):
-        total += model.item_table().numel()
-    return {"total": total, "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad)}
+    """What serves, as `serving_size` of the backbone counts it, and what of it is trained; loss terms are neither."""
+    trainable = sum(each.numel() for each in model.backbone.parameters() if each.requires_grad)
+    return {"total": model.backbone.serving_size(), "trainable": trainable}

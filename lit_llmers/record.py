@@ -40,7 +40,6 @@ from lit_llmers.teachers.grounding import GroundedRecommender, Work
 
 SAID = "said-{}.jsonl"  # what each process had a teacher that writes say
 MET = 2**20  # items met before the targets that are ranked together, all in all
-SAYS_TITLES = 0.5  # of the histories; with fewer a teacher that writes is warned of
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +228,18 @@ class Rankings:
 QUESTIONS: dict[str, Any] = {"block_states": BlockStates, "ranking": Rankings}
 
 
+def check(stage: Stage) -> None:
+    """Check what the data decide, once they are prepared.
+
+    Raises:
+        UserError: lists are asked for that are longer than the catalogue.
+    """
+    if stage.config.record == "ranking" and stage.config.k > (n_items := load_dataset(stage).n_items):
+        raise UserError(
+            f"stages.{stage.name}.k is {stage.config.k}, but the catalogue has {n_items} items. Choose {n_items} or less."
+        )
+
+
 def run(stage: Stage) -> dict[str, Any]:
     """Record the teacher, shard by shard, several processes each its own; whole shards of an interrupted pass are kept."""
     config: RecordStage = stage.config
@@ -277,13 +288,7 @@ def run(stage: Stage) -> dict[str, Any]:
     work = model.kept(stage.folder.glob(SAID.format("*"))) if isinstance(model, GroundedRecommender) else Work()
     if not work.asked:
         return summary
-    if (exact := work.summary["said_is_a_title"]) < SAYS_TITLES:
-        log.warning(
-            "%s says a title of the catalogue after only %.0f %% of the histories; after the others the nearest titles are "
-            "taken. Tune it for longer or on more histories, or let it say nothing else (generation.constrained=true)",
-            stage.config.of,
-            100 * exact,
-        )
+    work.warn(stage.config.of)
     return summary | work.summary
 
 

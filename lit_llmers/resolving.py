@@ -44,6 +44,11 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
     for name in config["repeat"]:
         if name not in entries:
             raise unknown("stage in 'repeat'", name, entries)
+    if len(preparing := [name for name, entry in entries.items() if "prepare" in entry]) != 1:
+        raise UserError(
+            f"A recipe has one stage that prepares the data, and '{config['recipe']}' has {', '.join(preparing) or 'none'}. "
+            "Write it as recipes/slmrec.yaml does: {prepare: interactions}."
+        )
     planned: dict[str, list[Stage]] = {}
     for name, entry in entries.items():
         verb = _verb(name, entry)
@@ -163,6 +168,10 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
         from lit_llmers.data import DataConfig
         from lit_llmers.data.sources import source_of
 
+        if more := ", ".join(f"{where}.{key}" for key in sorted(entry.keys() - {verb})):
+            raise UserError(f"A stage that prepares the data has no settings of its own: {more}. Those are data.KEY=VALUE.")
+        if entry[verb] != "interactions":
+            raise unknown("kind of data to prepare", entry[verb], ["interactions"])
         data = build(DataConfig, config["data"], "data")
         return data, source_of(data).fingerprint()
     ranked = config["evaluation"]

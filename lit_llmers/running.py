@@ -63,17 +63,15 @@ def run(stages: list[Stage], until: str | None, only: str | None = None, argumen
             with alone(stage.folder, patience=PATIENCE) if here.first else nullcontext():
                 _run_one(stage, here)
         if stage.verb == "prepare" and here.first:
-            check_evaluation(stages)
+            check_on_data(stages)
     return selected
 
 
-def check_evaluation(stages: list[Stage]) -> None:
-    """What the data decide about the evaluation is checked once they are prepared, and not after all training."""
+def check_on_data(stages: list[Stage]) -> None:
+    """What the data decide about a record and the evaluation is checked once they are prepared, and not after all training."""
     for stage in stages:
-        if stage.verb == "evaluate" and not stage.done:
-            from lit_llmers import evaluate
-
-            evaluate.check(stage)
+        if stage.verb in ("evaluate", "record") and not stage.done:
+            importlib.import_module(MODULES[stage.verb]).check(stage)
 
 
 def check_machine(stages: list[Stage]) -> None:
@@ -123,6 +121,8 @@ def _run_one(stage: Stage, here: Processes) -> None:
     """Run a stage by this process, or by each of a group."""
     if stage.done:  # by another command, before this one had the lock
         return
+    for need in stage.needs:
+        need.check_own()
     if here.first:
         begun = (stage.folder / "config.json").is_file()
         log.info("%-24s %s (%s)", stage.label, "goes on" if begun else "starts", stage.folder.name)
@@ -143,6 +143,7 @@ def _run_one(stage: Stage, here: Processes) -> None:
     machine = environment()
     about = {"git": machine["git"], "device": device(machine), "jobs": jobs()}
     tables = {name: sha256(path) for name in (TABLE, USER_TABLE) if (path := stage.folder / name).is_file()}
+    about["fingerprint"] = stage.fingerprint
     write_json(stage.folder / "DONE", {"seconds": seconds, "summary": summary, "sha256": tables, **about})
     _tidy(stage)
     log.info("%-24s done in %.1f s", stage.label, seconds)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.conf.typed import fingerprinted
+from lit_llmers.errors import UserError
 from lit_llmers.files import digest, read_json
 
 FORMAT = 2  # raised when an artefact's format changes, so that no old one is taken for new
@@ -128,6 +129,20 @@ class Stage:
     def summary(self) -> dict[str, Any]:
         """What the stage reported when it was done."""
         return read_json(self.folder / "DONE")["summary"]
+
+    def check_own(self) -> None:
+        """Check that what is in the folder was made by this very stage.
+
+        Raises:
+            UserError: it was copied or renamed from another one's.
+        """
+        left = read_json(self.folder / "DONE").get("fingerprint", self.fingerprint)  # an older version did not say
+        if left != self.fingerprint:
+            raise UserError(
+                f"What lies in {self.folder.resolve()} was made by another stage or with other settings: its DONE has the "
+                f"fingerprint {left}, stage '{self.label}' has {self.fingerprint}. Remove the folder and give the same command "
+                "again."
+            )
 
     @property
     def checksums(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.data.loader import TrainingBatches
 from lit_llmers.data.sequences import TrainingRows
 from lit_llmers.errors import UserError
+from lit_llmers.files import read_json, write_json
 from lit_llmers.models import build_model, load_dataset, load_model
 from lit_llmers.record import OnlineTeacher, RecordedStates, open_signals
 from lit_llmers.running import run
@@ -185,7 +186,11 @@ def test_the_record_of_another_teacher_is_refused(teachers, tmp_path):
     other = stages(teachers("sequence"), "sequence", "stages.teacher.optimizer.lr=0.002")
     run(list(other.values()), "teacher")
     shutil.copytree(planned["signals"].folder, other["signals"].folder)
-    with pytest.raises(UserError, match="is of another teacher"):
+    with pytest.raises(UserError, match="was made by another stage or with other settings"):
+        run(list(other.values()), "student")
+    done = read_json(other["signals"].folder / "DONE")
+    write_json(other["signals"].folder / "DONE", {key: value for key, value in done.items() if key != "fingerprint"})
+    with pytest.raises(UserError, match="is of another teacher"):  # the record itself knows it too
         run(list(other.values()), "student")
     shutil.rmtree(other["signals"].folder)
 
@@ -255,6 +260,16 @@ def ranked(tmp_path_factory):
     planned = small(folder, "trainer.max_epochs=1", recipe=str(folder / "lists.yaml"))
     run(planned, None)
     return by_name(planned)
+
+
+def test_a_list_longer_than_the_catalogue_is_refused_before_the_teacher_trains(ranked, tmp_path):
+    (tmp_path / "lists.yaml").write_text(RANKING.replace("k: 7, per", "k: 999, per"))
+    planned = small(tmp_path, recipe=str(tmp_path / "lists.yaml"))
+    n_items = load_dataset(ranked["users"]).n_items
+    assert n_items < 999
+    with pytest.raises(UserError, match=rf"stages.users.k is 999, but the catalogue has {n_items} items. Choose {n_items} or"):
+        run(planned, None)
+    assert [stage.verb for stage in planned if stage.folder.exists()] == ["prepare"]
 
 
 def history(data, user: int, at: int) -> set[int]:

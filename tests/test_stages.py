@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -315,6 +316,8 @@ BAD = [
     ("a: {fit: sasrec, items: [b]}\nb: {fit: sasrec}", "Stage 'a' needs stage 'b', which comes later"),
     ("b: {fit: sasrec}\na: {fit: sasrec, items: [c]}", "Stage 'a' needs stage 'c', which does not exist"),
     ("signals: {fit: sasrec}\na: {fit: sasrec, items: [signal]}", "does not exist. Did you mean 'signals'?"),
+    ("more: {prepare: interactions}", "one stage that prepares the data, and 'mine' has prepare, more"),
+    ("t: {fit: sasrec, model: {official_no_causal_mask: true}}", "shows each position .*examples=prefixes, or accept_visible"),
     ("a: {fit: sasrec, encode: tfidf}", "Stage 'a' must have exactly one of .* it has fit, encode"),
     ("a: {model: {}}", "Stage 'a' must have exactly one of .* it has none"),
     ("a: {like: aa}", "Unknown stage in 'stages.a.like' 'aa'"),
@@ -377,6 +380,25 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, stages, messag
     with pytest.raises(UserError, match=message):
         planned(tmp_path, "prepare: {prepare: interactions}\n" + stages)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.prepare.k_core=9", r"no settings of its own: stages.prepare.k_core.*data.KEY=VALUE"),
+        ("stages.prepare.prepare=interaction", r"Unknown kind of data to prepare 'interaction'. Did you mean 'interactions'\?"),
+        ("~stages.prepare", "one stage that prepares the data, and 'slmrec' has none"),
+    ],
+)
+def test_what_is_said_of_the_data_is_not_said_of_the_stage_that_prepares_them(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        small(tmp_path, override)
+
+
+def test_the_stage_that_prepares_the_data_may_have_any_name(tmp_path):
+    stages = planned(tmp_path, "interactions: {prepare: interactions}\nfloor: {fit: popularity}")
+    run(stages, None)
+    assert [stage.done for stage in stages] == [True, True]
 
 
 def test_repeat_of_an_unknown_stage(tmp_path):
@@ -590,6 +612,22 @@ def test_a_run_folder_without_permission(tmp_path, monkeypatch):
 def test_the_plan_alone_writes_nothing(tmp_path):
     resolve(recipes.compose("slmrec", [f"run.dir={tmp_path / 'runs'}"]))
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_another_stage_left_is_not_read(tmp_path):
+    """Where it was copied to the place of this one, or renamed."""
+    mine, other = (by_name(small(tmp_path, f"stages.item_embeddings.model.dim={dim}")) for dim in (6, 4))
+    copied, copy = other["item_embeddings"], mine["item_embeddings"]
+    run(list(other.values()), "item_embeddings")
+    shutil.copytree(copied.folder, copy.folder)
+    message = (
+        f"DONE has the fingerprint {copied.fingerprint}, stage 'item_embeddings' has {copy.fingerprint}. Remove the folder"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(list(mine.values()), "teacher")
+    assert not (mine["teacher"].folder / "config.json").exists()
+    shutil.rmtree(copy.folder)  # as the message says
+    run(list(mine.values()), "item_embeddings")
 
 
 def test_a_stage_keeps_the_commit_of_the_code_that_made_it(tmp_path, monkeypatch):
