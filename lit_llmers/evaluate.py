@@ -49,7 +49,7 @@ def run(stage: Stage) -> dict[str, Any]:
     groups = row_groups(dataset, rows)
     with atomic_write(stage.folder / "groups.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **groups)  # type: ignore[arg-type]
-    protocol = _protocol(stage, dataset, len(rows), candidates_hash)
+    protocol = _protocol(stage, rows, candidates_hash)
     models: list[dict[str, Any]] = read_json(path)["models"] if path.is_file() else []
     before = {(model["name"], model["seed"]) for model in models}
     for fitted in (need for need in stage.needs if need.verb in ("fit", "tune")):
@@ -123,6 +123,8 @@ def _evaluate(
     begun, ranks_file = stage.folder / f"begun-{name}.npz", f"ranks-{name}.npy"
     ranks, seconds = rank_all(model, rows, config, candidates, begun)
     shown = coverage(model, rows, config) if candidates is None else {}
+    if isinstance(model, GroundedRecommender):
+        model.work.warn(fitted.label)
     with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
         np.save(file, ranks.astype(np.float32), allow_pickle=False)
     begun.unlink(missing_ok=True)
@@ -162,7 +164,7 @@ def rank_all(
 
     Returns:
         ranks `[R]`, 0 is best, ties count half; and the seconds that encoding and ranking took, in an interrupted
-        pass too.
+        pass too: those of whole batches, and of what a language model had said of the next.
     """
     device, tables = model.device, model.tables()
     batches = EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history and candidates is None)
@@ -172,7 +174,7 @@ def rank_all(
             ranks, before = earlier["ranks"], float(earlier["seconds"])
     if not isinstance(model, GroundedRecommender):  # which remembers what it said
         model.ranks(_on(device, next(iter(batches))), tables)  # warm up
-    started = time.perf_counter()
+    started, seconds = time.perf_counter(), before
     try:
         for batch in batches:
             stop_if_asked()
@@ -180,12 +182,13 @@ def rank_all(
             if np.isnan(ranks[index]).any():
                 competing = None if candidates is None else torch.from_numpy(candidates[index]).long().to(device)
                 ranks[index] = model.ranks(_on(device, batch), tables, competing).cpu().numpy()
+            said_before = model.work.before if isinstance(model, GroundedRecommender) else 0.0
+            seconds = before + said_before + time.perf_counter() - started
     finally:
-        seconds = before + time.perf_counter() - started
         if begun is not None:
             with atomic_write(begun) as temporary, open(temporary, "wb") as file:
                 np.savez(file, ranks=ranks, seconds=seconds)
-    return ranks, seconds + (model.work.before if isinstance(model, GroundedRecommender) else 0.0)
+    return ranks, seconds
 
 
 @torch.inference_mode()
@@ -262,7 +265,7 @@ def _candidates(stage: Stage, dataset: Dataset) -> tuple[np.ndarray | None, str 
     if settings.protocol == "full":
         return None, None
     path = stage.folder / "candidates.npy"
-    if not path.with_name(f"{path.name}.json").is_file():  # it comes after the candidates
+    if not (path.is_file() and path.with_name(f"{path.name}.json").is_file()):
         number, seed = _number(settings.protocol), settings.candidate_seed
         check_enough(dataset, rows.user, number)
         drawn = make_candidates(dataset.items, dataset.offsets, dataset.n_items, rows.user, rows.target, number, seed)
@@ -275,17 +278,18 @@ def _number(protocol: str) -> int:
     return int(protocol.partition("-")[2])
 
 
-def _protocol(stage: Stage, dataset: Dataset, rows: int, candidates_hash: str | None) -> dict[str, Any]:
-    settings = stage.config.evaluation
+def _protocol(stage: Stage, rows: EvaluationRows, candidates_hash: str | None) -> dict[str, Any]:
+    settings, dataset = stage.config.evaluation, rows.dataset
+    ranked, users = (len(np.unique(each.user)) for each in (rows, EvaluationRows(dataset, "test", 1)))
     history = "masked" if settings.mask_history or candidates_hash else "kept"
     return {
         "name": Path(settings.candidates).name if settings.candidates else settings.protocol,
         "history": "as in the file" if settings.candidates else history,
         "split": dataset.info["split"],
         "split_hash": dataset.fingerprint,
-        "users": dataset.n_users,
-        "sample": settings.users,
+        "users": users,
+        "sample": ranked if ranked < users else None,
         "items": dataset.n_items,
-        "interactions": rows,
+        "interactions": len(rows),
         "candidates": candidates_hash,
     } | ({"selected_on": "test"} if settings.official_select_on_test else {})

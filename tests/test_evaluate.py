@@ -500,6 +500,9 @@ def test_altered_candidates_are_refused(sampled):
     with pytest.raises(UserError, match=r"candidates\.npy .*altered.*Remove it"):
         run(stages, None)
     assert not (ours / "evaluation.json").exists()
+    (ours / "candidates.npy").unlink()  # as the message says
+    run(stages, None)
+    assert read(by_name(stages)["evaluate"])["protocol"]["candidates"] == read(planned["evaluate"])["protocol"]["candidates"]
 
 
 def test_too_small_a_catalogue_for_the_protocol(whole):

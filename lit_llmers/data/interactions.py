@@ -147,8 +147,7 @@ def _time_column(table: Table, chosen: str | None) -> str:
 
 
 def _catalogue(table: Table, columns: Columns) -> pd.DataFrame:
-    key = "catalogue_item" if columns.catalogue_item else "item"
-    item = table.require(columns.catalogue_item or columns.item, key)
+    item = table.require(columns.catalogue_item or columns.item, "catalogue_item")
     title = table.require(columns.title, "title")
     categories = _chosen(table, columns.categories, "categories", CATEGORY_NAMES)
     text = _chosen(table, columns.text, "text", TEXT_NAMES)

@@ -5,6 +5,7 @@ layer, and the smaller the better. What differs from the official code (SAI99032
 the ranking where others leave it out; items with the same title keep their own places and have the same distance, so they tie.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from lit_llmers.stages import Stage
 
 EMBEDDED = 64  # titles at a time
+SAYS_TITLES = 0.5  # of the histories; with fewer the model is warned of
+
+log = logging.getLogger(__name__)
 
 
 class Trie:
@@ -75,6 +79,16 @@ class Work:
             "tokens_per_second": self.said / seconds,
             "said_is_a_title": self.exact / max(self.asked, 1),
         } | ({"prompt_tokens_per_second": self.read / seconds} if self.read else {})
+
+    def warn(self, who: str) -> None:
+        """Say that a model says titles too rarely, where it does."""
+        if self.asked and (exact := self.exact / self.asked) < SAYS_TITLES:
+            log.warning(
+                "%s says a title of the catalogue after only %.0f %% of the histories; after the others the nearest titles are "
+                "taken. Tune it for longer or on more histories, or let it say nothing else (generation.constrained=true)",
+                who,
+                100 * exact,
+            )
 
 
 class GroundedRecommender(Recommender):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.errors import UserError
-from lit_llmers.files import readable
+from lit_llmers.files import readable, writable
 from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer, without_load_report
@@ -42,8 +42,9 @@ def kept_tokenizer(stage: Stage, make: "Callable[[], PreTrainedTokenizerBase]") 
     done, here = folder / "DONE", Processes.here().of(stage)
     if not done.is_file() and here.first:
         tokenizer = make()
-        tokenizer.save_pretrained(folder)
-        done.touch()
+        with writable(folder):
+            tokenizer.save_pretrained(folder)
+            done.touch()
         return tokenizer
     here.wait(stage.folder, done.is_file, f"the tokenizer of stage '{stage.label}'")
     from transformers import AutoTokenizer
@@ -88,13 +89,13 @@ def save_language_model(stage: Stage, model: Any, wording: Wording, folder: Path
     """
     base = base_of(stage)
     place = Path(base.path) if base.path else folder / "base"
-    with without_load_report():
+    with without_load_report(), writable(folder):
         if base.lora and not base.path:
             load_causal(base, wording.tokenizer).save_pretrained(place)
         if base.lora and place.is_dir():
             model.peft_config["default"].base_model_name_or_path = str(place.resolve())
         model.save_pretrained(folder)
-    wording.tokenizer.save_pretrained(folder)
+        wording.tokenizer.save_pretrained(folder)
 
 
 def load_tuned(model: Any, path: Path) -> None:

@@ -19,6 +19,7 @@ from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.conf.typed import build
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
+from lit_llmers.files import writable
 from lit_llmers.losses.alignment import soft_clip
 from lit_llmers.processes import Processes
 from lit_llmers.stages import Stage
@@ -110,10 +111,11 @@ def tune_by_contrast(stage: Stage, dataset: Dataset, encoder: TextEncoder) -> di
     throughput = learn(stage, learner, batches)
     trainable = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
     if Processes.here().of(stage).first:
-        with without_load_report():
-            wrapped.save_pretrained(stage.folder / (MODEL if config.contrast.lora is None else ADAPTER))
-        if config.contrast.lora is None:
-            encoder.tokenizer.save_pretrained(stage.folder / MODEL)
+        folder = stage.folder / (MODEL if config.contrast.lora is None else ADAPTER)
+        with without_load_report(), writable(folder):
+            wrapped.save_pretrained(folder)
+            if config.contrast.lora is None:
+                encoder.tokenizer.save_pretrained(folder)
     if config.contrast.lora is not None:
         encoder.model = wrapped.get_base_model()
     encoder.model.eval().requires_grad_(False)

@@ -1,5 +1,7 @@
 """What a language model says, and the items that are meant by it."""
 
+import errno
+import os
 import signal
 
 import numpy as np
@@ -346,7 +348,26 @@ def test_a_teacher_that_says_no_titles_is_warned_of(stages, done, caplog, constr
     run(planned, "users")
     said = by_name(planned)["users"].summary["said_is_a_title"]
     assert said == constrained
-    assert ("teacher says a title of the catalogue after only 0 % of the histories" in caplog.text) is not constrained
+    warned = "teacher says a title of the catalogue after only 0 % of the histories"
+    assert (warned in caplog.text) is not constrained
+    if not constrained:
+        caplog.clear()
+        run(planned, "evaluate")
+        assert warned in caplog.text, "of one that is evaluated too"
+
+
+@pytest.mark.parametrize("cls", ["PreTrainedModel", "PreTrainedTokenizerBase"])
+def test_a_disk_that_is_full_when_the_teacher_is_kept(stages, tmp_path, monkeypatch, cls):
+    import transformers
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    planned = stages("trainer.max_epochs=1", place=tmp_path)
+    run(planned, "prepare")
+    monkeypatch.setattr(getattr(transformers, cls), "save_pretrained", full)
+    with pytest.raises(UserError, match=r"No space left on the disk while writing .*teacher.* the same command again"):
+        run(planned, "teacher")
 
 
 def test_how_it_is_asked_makes_other_lists_and_no_other_teacher(stages, done):
@@ -533,6 +554,8 @@ def test_a_killed_evaluation_goes_on_after_what_was_said(stages, done, tmp_path,
     monkeypatch.setattr(GroundedRecommender, "_best_beams", fails_at_second)
     with pytest.raises(Killed):
         run([stage], None)
+    with np.load(stage.folder / "begun-teacher-seed0.npz") as earlier:
+        assert earlier["seconds"] == 0, "what was said of a batch that is not ranked counts where it is kept, and once"
     run([stage], None)
     assert said == [16, 14, 14], "the first batch is said once"
     assert len(read_journal(stage.folder / "said-teacher-seed0.jsonl")) == 2

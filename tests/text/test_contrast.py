@@ -1,11 +1,15 @@
 """Contrastive tuning of a text encoder: its views, its loss, and what it leaves behind."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 from tiny import by_name, small
 from tiny_text import TITLES, save_model
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from lit_llmers.conf.encoding import ContrastConfig, EncodeStage
@@ -111,6 +115,18 @@ def test_the_tuned_encoder_makes_the_table_and_is_kept_for_others(stages, lora, 
     again = encoder.vectors(encoder.tokens(texts[:5])).numpy() * 4  # unit length, 16 entries of mean square 1
     np.testing.assert_allclose(table(text)[1:6], again, rtol=1e-3, atol=1e-4)
     assert not (text.folder / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("cls", [PreTrainedModel, PreTrainedTokenizerBase])
+def test_a_disk_that_is_full_when_the_tuned_encoder_is_kept(stages, cls, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cls, "save_pretrained", full)
+    planned = stages("trainer.max_epochs=1")
+    with pytest.raises(UserError, match=r"No space left on the disk while writing .*model.* the same command again"):
+        done(planned)
+    assert not planned["text"].done
 
 
 @pytest.mark.parametrize("lora", [True, False])
