@@ -72,8 +72,10 @@ class RankingDistillation(Distillation):
             logits: of a teacher with distances (BIGRec) take `confidence`, which scales them.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
-        negatives: of `bce`: items off the list that were not met, to be scored low.
-        uninteresting: of `listwise`: such items under the list; 0 leaves the correction alone.
+        negatives: of `bce`: items that were not met, to be scored low. Of the list they are none of its first k with the sampler
+            `top`, and none at all with another.
+        uninteresting: of `listwise`: items under the list, none of them on the teacher's list as recorded, also where a step takes
+            its first k alone, and none that was met; 0 leaves the correction alone.
         underestimated, overestimated: of `listwise`: DCD's correction, a second list-wise loss of equal weight. So many items
             of the list that the student ranks lower than the teacher, drawn by discrepancy, above so many that it ranks higher.
         pairs, groups, group_power: of `pairwise`: pairs for each target, popularity groups, and how much more of the pairs
@@ -253,7 +255,7 @@ class RankingDistillation(Distillation):
         pl_module.distillation[self.name].epoch = trainer.current_epoch  # type: ignore[index, union-attr]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        whole = self.k is None or self.sampler != "top" or self.underestimated
+        whole = self.k is None or self.sampler != "top" or self.loss == "listwise"  # which stands above what is on no list
         read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)
         if "items" not in batch and pl_module.distillation[self.name].reads_met:  # type: ignore[index, union-attr]
             assert self.histories is not None

@@ -141,6 +141,26 @@ def test_rrd_draws_from_the_list_and_keeps_its_order():
         assert place == sorted(set(place))
 
 
+def test_what_stands_under_the_list_is_nowhere_on_the_recorded_one(monkeypatch):
+    """Not behind the first k either, which are all that a step takes."""
+    draw_others, relaxed, off_list, listed = samples.draw_others, losses.relaxed_listwise, [], []
+    monkeypatch.setattr(samples, "draw_others", lambda *given: off_list.append(draw_others(*given)) or off_list[-1])
+    monkeypatch.setattr(losses, "relaxed_listwise", lambda *given: listed.append(given[0]) or relaxed(*given))
+    output, batch = case()
+    callback = RankingDistillation(Lists(12), POPULARITY, **(METHODS["rrd"] | {"k": 3, "uninteresting": 400}))
+    model = sequential()
+    callback.setup(None, model, "fit")
+    batch |= {"target_row": torch.arange(12)}
+    torch.manual_seed(0)
+    callback.on_train_batch_start(None, model, batch, 0)
+    model.terms["ranking"](output, batch)
+    (drawn, free), scores = off_list[0], output.user @ output.items.T
+    for t, items, _ in by_list(Lists(12).items, Lists(12).scores):
+        counted = set(drawn[0][free[t]].tolist())
+        assert counted == set(range(1, N_ITEMS + 1)) - set(items.tolist()) - {batch["target"][t].item()}
+        torch.testing.assert_close(listed[0][t][: len(items)], scores[t, items[:3]])
+
+
 def test_unkd_compares_within_groups():
     output, batch = case()
     unkd = term(loss="pairwise", pairs=400, groups=2)
@@ -254,12 +274,16 @@ def test_the_targets_own_dros_is_of_the_drawn_targets_and_needs_no_list():
 # ---- in training -------------------------------------------------------------------------------------------------------
 
 
+def sequential() -> SequentialRecommender:
+    return SequentialRecommender(SASRec(N_ITEMS, 8, dim=8, layers=1, dropout=0.0), OptimizerConfig(lr=0.03))
+
+
 def train(callback, kind: str, folder, epochs: int = 4, share_of_task: float = 1.0):
     """Losses of the term, by epoch, and the student."""
     dataset = random_dataset(users=40, n_items=N_ITEMS)
     L.seed_everything(0, verbose=False)
     if kind == "sequential":
-        model = SequentialRecommender(SASRec(N_ITEMS, 8, dim=8, layers=1, dropout=0.0), OptimizerConfig(lr=0.03))
+        model = sequential()
         data = SequenceDataModule(dataset, SequenceConfig(max_length=8), batch_size=16, mask_history=True, seed=0)
     else:
         backbone = BPRMF(n_items=N_ITEMS, n_users=40, dim=8)
