@@ -44,6 +44,9 @@ REVISIONS: dict[str, int] = {
     # training items of a pair's user were drawn to stand under the list, and counted in the student's ranks
     **{f"callbacks.ranking_distillation backbones.{name}": 1 for name in ("alpharec", "bpr_mf", "lightgcn", "mixgcf")},
     "callbacks.ranking_distillation.loss=listwise": 1,  # items of the list behind its first k were drawn to stand under it
+    # scores were scaled over what was cut or drawn from a list
+    "callbacks.response_distillation.scaled=True": 1,
+    **{f"callbacks.ranking_distillation.sampler={name}": 1 for name in ("rank", "discrepancy")},
 }
 TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
 USER_TABLE = "user_table.npy"  # the user vectors that an encode stage may leave, [U, d] float32

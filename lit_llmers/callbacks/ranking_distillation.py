@@ -69,7 +69,8 @@ class RankingDistillation(Distillation):
             where that is positive (DCD's draw, for `bce` and `softmax`). `pairwise` has `popularity`, the only one it can.
         weights: of `bce` and `softmax`: factors of `position`, `confidence`, `consistency`, `discrepancy`. Without any they
             are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax, which wants
-            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them.
+            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them, over the first k of a list with the
+            sampler `top` and over all that is recorded of it with another.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
         negatives: of `bce`: items that were not met, to be scored low. Of the list they are none of its first k with the sampler

@@ -65,6 +65,22 @@ def test_weights_are_the_labels_of_a_softmax():
     torch.testing.assert_close(term(**settings)(output, batch), sum(expected) / 12, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("sampler", ["rank", "discrepancy"])
+def test_what_is_drawn_beside_an_item_does_not_change_its_confidence(sampler, monkeypatch):
+    output, batch = case()
+    given = []
+    monkeypatch.setattr(losses, "list_bce", lambda listed, weight, *rest: given.append((listed, weight)) or (listed * weight).sum(1))
+    module = term(sampler=sampler, k=3, weights={"confidence": 1.0}, normalise=True)
+    torch.manual_seed(0)
+    module(output, batch)
+    (listed, weight), scores = given[0], output.user @ output.items.T
+    for t, items, said in by_list(batch["teacher_items"], batch["teacher_scores"]):
+        drawn = weight[t] > 0
+        place = [(scores[t, items] - s).abs().argmin().item() for s in listed[t][drawn]]
+        confidence = torch.exp(-(said[:1] - said) / (said[:1] - said[-1:]))[place]
+        torch.testing.assert_close(weight[t][drawn], confidence / confidence.sum())
+
+
 def test_negatives_are_off_the_list_and_the_row():
     """All items but 1 and 2 are listed or met: the negative can be no other, or none at all."""
     output, batch = case()
