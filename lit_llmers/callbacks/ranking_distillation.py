@@ -101,7 +101,7 @@ class RankingDistillation(Distillation):
             lambda_d does not: dros / weight gives it the factor alpha.
         dros_beta, dros_power: its radius, and the power of its propensities.
         official_negative_term, official_dros_mean: slips of DLLM2Rec's official code, to reproduce its figures with; see
-            `losses.ranking.list_bce` and `weighted_dros`.
+            `losses.ranking.list_bce` and `weighted_dros`. The latter takes one process, which has all targets of a batch.
         share: of a batch's targets that each step computes the loss on, drawn at random; the loss stays unbiased.
         weight, decay_epochs: see `Distillation`.
 
@@ -234,6 +234,10 @@ class RankingDistillation(Distillation):
         return not OF_STUDENT.isdisjoint(self.weights)
 
     @property
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return bool(arguments.get("official_dros_mean"))  # of the weights of all targets of a batch
+
     def draws_by_student(self) -> bool:
         """Whether a draw depends on how the student ranks."""
         return self.sampler == "discrepancy" or self.underestimated > 0
