@@ -4,6 +4,8 @@ One callback for DLLM2Rec (RecSys 2024), RD (KDD 2018), RRD (CIKM 2020), DCD (CI
 top-K: they differ in the items drawn from the list, in their weights and in the loss.
 """
 
+import logging
+import math
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
@@ -16,7 +18,9 @@ from lit_llmers.callbacks.ranking_term import KEYS, OF_STUDENT, RankingTerm
 from lit_llmers.callbacks.teacher_lists import RankingSource, of_drawn, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
+from lit_llmers.losses.ranking_weights import FLOOR, below_floor
 
+log = logging.getLogger(__name__)
 _OF_LIST = ("top", "rank", "discrepancy")
 LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
     "bce": _OF_LIST,
@@ -95,6 +99,7 @@ class RankingDistillation(Distillation):
             on amazon-beauty 78 % of the listed items are on their right side by 100, 92 % by 1,000, 96 % by 3,000.
         start_epoch: first epoch of the weights that depend on the student, `consistency` and `discrepancy`.
         raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking_weights.confidence_weights`.
+            Where distances are above 18 throughout, it has all items of a list weigh alike, and a warning says so.
         dros: factor of a distributionally robust loss of the listed items beside `bce` (DLLM2Rec's alpha), which reads all
             scores.
         dros_target: factor of the same loss of the target itself. `weight` multiplies it, as all of the term, where DLLM2Rec's
@@ -185,6 +190,7 @@ class RankingDistillation(Distillation):
         self.dros_beta, self.dros_power = dros_beta, dros_power
         self.official_negative_term, self.official_dros_mean = official_negative_term, official_dros_mean
         self.share = share
+        self._looked = False  # at the teacher's scores
         _choice("loss", loss, LOSSES)
         self.sampler = LOSSES[loss][0] if sampler is None else sampler
         self._check()
@@ -228,16 +234,16 @@ class RankingDistillation(Distillation):
         check_share("ranking_distillation", self.share)
         self.check_read()
 
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return bool(arguments.get("official_dros_mean"))  # of the weights of all targets of a batch
+
     @property
     def weighs_by_student(self) -> bool:
         """Whether a weight depends on how the student ranks."""
         return not OF_STUDENT.isdisjoint(self.weights)
 
     @property
-    @classmethod
-    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
-        return bool(arguments.get("official_dros_mean"))  # of the weights of all targets of a batch
-
     def draws_by_student(self) -> bool:
         """Whether a draw depends on how the student ranks."""
         return self.sampler == "discrepancy" or self.underestimated > 0
@@ -262,10 +268,26 @@ class RankingDistillation(Distillation):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         whole = self.k is None or self.sampler != "top" or self.loss == "listwise"  # which stands above what is on no list
         read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)
+        if self.raw_confidence and not self._looked and trainer is not None and trainer.is_global_zero:
+            self._looked = True
+            self._warn_of_distances(*(batch[key] for key in KEYS[:2]))
         if "items" not in batch and pl_module.distillation[self.name].reads_met:  # type: ignore[index, union-attr]
             assert self.histories is not None
             seen = self.histories.seen(of_drawn(batch["user"], batch.get(KEYS[2])))
             batch |= {key: values.to(pl_module.device, non_blocking=True) for key, values in seen.items()}
+
+    def _warn_of_distances(self, items: Tensor, scores: Tensor) -> None:
+        """Say that raw confidence tells nothing apart where it does not, in most of these lists `[T, K]`."""
+        lists, below = int((items > 0).any(1).sum()), int(below_floor(scores, items > 0).sum())
+        if below > lists / 2:
+            log.warning(
+                "ranking_distillation: raw_confidence has all items of a list weigh alike in %d of the first %d lists. Their "
+                "scores are all below %.0f, as large distances are, and e^score less than the 1e-8 that is added to it. Leave "
+                "raw_confidence out: a list's scores are scaled to 0..1 first then",
+                below,
+                lists,
+                math.log(FLOOR),
+            )
 
 
 def _choice(what: str, name: str, known: Any) -> None:

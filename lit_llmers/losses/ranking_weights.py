@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-_FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
+FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
 
 
 def position_weights(
@@ -71,7 +71,7 @@ def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False, distanc
         return _normalised(torch.exp(-distance))
     scores = scores.detach().masked_fill(~valid, -torch.inf)
     exponent = scores - scores.amax(1, keepdim=True).clamp(min=0)  # scores above 0 are no distances and might overflow
-    return _normalised((exponent.exp() + _FLOOR) * valid)
+    return _normalised((exponent.exp() + FLOOR) * valid)
 
 
 def below_floor(scores: Tensor, valid: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ def below_floor(scores: Tensor, valid: Tensor) -> Tensor:
     Returns:
         `[T]` bool, false for an empty list.
     """
-    return valid.any(1) & ~(valid & (scores > math.log(_FLOOR))).any(1)
+    return valid.any(1) & ~(valid & (scores > math.log(FLOOR))).any(1)
 
 
 def consistency_weights(rank: Tensor, k: int, valid: Tensor) -> Tensor:
     """1 where the student's rank is among its own first k, plus 1e-8 (DLLM2Rec's w^o, which is not normalised): `[T, K]`."""
-    return ((rank < k).to(rank.dtype) + _FLOOR) * valid
+    return ((rank < k).to(rank.dtype) + FLOOR) * valid
 
 
 def discrepancy_weights(rank: Tensor, place: Tensor, mu: float) -> Tensor:

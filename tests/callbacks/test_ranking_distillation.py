@@ -372,6 +372,16 @@ def test_what_a_collaborative_students_users_have_met_is_no_candidate(method, sh
     assert ("seen_row" in batch) == (method != "unkd"), "what nobody asks for is not looked up"
 
 
+@pytest.mark.parametrize(("shift", "raw", "warned"), [(-40.0, True, 1), (-40.0, False, 0), (0.0, True, 0)])
+def test_raw_confidence_of_large_distances_is_warned_of_once(shift, raw, warned, tmp_path, monkeypatch, caplog):
+    read = Lists.read
+    monkeypatch.setattr(Lists, "read", lambda *given: (read(*given)[0], read(*given)[1] + shift))
+    train(RankingDistillation(Lists(1), weights={"confidence": 1.0}, raw_confidence=raw), "sequential", tmp_path, epochs=2)
+    said = [record.getMessage() for record in caplog.records if "raw_confidence" in record.getMessage()]
+    assert len(said) == warned
+    assert all("below -18" in message and "Leave raw_confidence out" in message for message in said)
+
+
 def test_same_seed_same_draws(tmp_path):
     settings = METHODS["dcd"] | {"share": 0.5}
     runs = [train(RankingDistillation(Lists(1), POPULARITY, **settings), "sequential", tmp_path, epochs=1) for _ in range(2)]
