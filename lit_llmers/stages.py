@@ -36,8 +36,9 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "record": {"batch_size", "signals.shard_rows"},
     "evaluate": {"evaluation.batch_size"},
 }
-# of a verb, as "tune", a part of a fit stage, as "callbacks.hint" or "callbacks.hint.kind=name", or parts that a stage has all
-# of: raised, from 1, when a mended bug in it or in its losses changes results, so that what was made before is not taken for done
+# of a verb, as "tune", a part of a fit stage, as "callbacks.hint" or "callbacks.hint.map=mlp", or parts that a stage has all
+# of: raised, from 1, when a mended bug in it or in its losses changes results, so that what was made before is not taken for
+# done
 REVISIONS: dict[str, int] = {
     "export": 2,  # model.onnx misread histories longer than max_length
     "callbacks.sequence_contrast": 1,  # a row's contrast weighed as much as all of its targets

@@ -73,14 +73,14 @@ class RankingDistillation(Distillation):
             where that is positive (DCD's draw, for `bce` and `softmax`). `pairwise` has `popularity`, the only one it can.
         weights: of `bce` and `softmax`: factors of `position`, `confidence`, `consistency`, `discrepancy`. Without any they
             are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax, which wants
-            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them, over the first k of a list with the
-            sampler `top` and over all that is recorded of it with another.
+            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them, over the first k of a list with
+            the sampler `top` and over all that is recorded of it with another.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
-        negatives: of `bce`: items that were not met, to be scored low. Of the list they are none of its first k with the sampler
-            `top`, and none at all with another.
-        uninteresting: of `listwise`: items under the list, none of them on the teacher's list as recorded, also where a step takes
-            its first k alone, and none that was met; 0 leaves the correction alone.
+        negatives: of `bce`: items that were not met, to be scored low. With the sampler `top` they are none of the list's
+            first k, and with another none of it at all.
+        uninteresting: of `listwise`: items under the list, none of which is on the recorded list, also where a step takes its
+            first k alone, and none was met; 0 leaves the correction alone.
         underestimated, overestimated: of `listwise`: DCD's correction, a second list-wise loss of equal weight. So many items
             of the list that the student ranks lower than the teacher, drawn by discrepancy, above so many that it ranks higher.
         pairs, groups, group_power: of `pairwise`: pairs for each target, popularity groups, and how much more of the pairs

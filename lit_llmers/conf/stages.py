@@ -97,7 +97,7 @@ class FitStage:
 
     @property
     def parts(self) -> list[str]:
-        """The files that it is made of, by room and name, and again with each choice that is given: `callbacks.NAME.KEY=VALUE`."""
+        """The files that it is made of, by room and name, and again with each choice given: `callbacks.NAME.KEY=VALUE`."""
         parts = [f"backbones.{self.fit}"]
         for room, entries in (("fusion", self.fusions), ("callbacks", self.terms)):
             for name, own in entries:

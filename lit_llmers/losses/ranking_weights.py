@@ -33,8 +33,8 @@ def position_weights(
 def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:
     """How far each item of a list is from its best: 0 for the best, 1 for the worst, all 0 where they are equal.
 
-    Source: min-max scaling as BIGRec's (arXiv 2308.08434), which takes its extremes from the distances of the whole catalogue. A
-    record has a list and no more, so the worst of the list is 1 here, where it would be but little above the best there.
+    Source: min-max scaling as BIGRec's (arXiv 2308.08434), which takes its extremes from the distances of the whole catalogue.
+    A record has a list and no more, so the worst of the list is 1 here, where it would be but little above the best there.
 
     Args:
         scores: `[T, K]` of the teacher, higher is better, in any unit.
@@ -53,9 +53,9 @@ def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:
 def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False, distance: Tensor | None = None) -> Tensor:
     """`e^(-d) / sum of it`, d the teacher's distance (DLLM2Rec's w^c); a score is the distance with its sign changed.
 
-    By default the distances of a list are scaled to 0..1 (best to worst) first, see `scaled_distance`: raw Euclidean distances of
-    LLM states are so large that every `e^(-d)` is below the constant 1e-8 that is added to it, and the weights of a list are all
-    equal. Scaled ones also serve where scores are logits.
+    By default the distances of a list are scaled to 0..1 (best to worst) first, see `scaled_distance`: raw Euclidean distances
+    of LLM states are so large that every `e^(-d)` is below the constant 1e-8 that is added to it, and the weights of a list are
+    all equal. Scaled ones also serve where scores are logits.
 
     Args:
         scores: `[T, K]` of the teacher, higher is better.
@@ -75,7 +75,7 @@ def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False, distanc
 
 
 def below_floor(scores: Tensor, valid: Tensor) -> Tensor:
-    """Which lists have nothing but scores s of `e^s < 1e-8`, below -18.4, so that raw confidence weighs all of their items alike.
+    """Which lists have nothing but scores s of `e^s < 1e-8`, below -18.4, of which raw confidence weighs all items alike.
 
     Returns:
         `[T]` bool, false for an empty list.
