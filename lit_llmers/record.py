@@ -153,8 +153,13 @@ class BlockStates:
 class Rankings:
     """The best items and their scores, without those met before: for every training target, or for every user.
 
-    At a training target the teacher has read what came before it and nothing else, and what was met before is left out; the
-    target itself may be in its list. For a user it has read, and leaves out, all of his training history.
+    At a training target the teacher has read nothing that came after it, and of what came before no more than its own training
+    row holds. With `examples: sequence` the rows of a user are windows that share no target: one that begins inside a history
+    begins with a single item before its first target, so that the teacher knows the first few of each such window by few items.
+    With `examples: prefixes` of the teacher each target has the latest `max_length` items before it, and so it has of a teacher
+    that writes (BIGRec), up to its own length of history. All that was met before is left out of the list, whether it was read
+    or not; the target itself may be in it. For a user the teacher has read the latest `max_length` of his training history, and
+    all of it is left out.
     """
 
     names = ("ranking-items", "ranking-scores")

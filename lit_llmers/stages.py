@@ -37,13 +37,18 @@ NOT_IN_FINGERPRINT = {  # where and how often, not what: for each verb, settings
     "record": {"batch_size", "signals.shard_rows"},
     "evaluate": {"evaluation.batch_size"},
 }
-# of a verb, as "tune", a part of a fit stage, as "callbacks.hint", or parts that a stage has all of: raised, from 1, when a
-# mended bug in it or in its losses changes results, so that what was made before is not taken for done
+# of a verb, as "tune", a part of a fit stage, as "callbacks.hint" or "callbacks.hint.map=mlp", or parts that a stage has all
+# of: raised, from 1, when a mended bug in it or in its losses changes results, so that what was made before is not taken for
+# done
 REVISIONS: dict[str, int] = {
     "export": 2,  # model.onnx misread histories longer than max_length
     "callbacks.sequence_contrast": 1,  # a row's contrast weighed as much as all of its targets
     # training items of a pair's user were drawn to stand under the list, and counted in the student's ranks
     **{f"callbacks.ranking_distillation backbones.{name}": 1 for name in ("alpharec", "bpr_mf", "lightgcn", "mixgcf")},
+    "callbacks.ranking_distillation.loss=listwise": 1,  # items of the list behind its first k were drawn to stand under it
+    # scores were scaled over what was cut or drawn from a list
+    "callbacks.response_distillation.scaled=True": 1,
+    **{f"callbacks.ranking_distillation.sampler={name}": 1 for name in ("rank", "discrepancy")},
 }
 TABLE = "item_table.npy"  # the item vectors that a fit or encode stage leaves to others, [n+1, d] float32
 USER_TABLE = "user_table.npy"  # the user vectors that an encode stage may leave, [U, d] float32

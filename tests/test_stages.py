@@ -133,6 +133,8 @@ def test_to_recompute_layers_changes_memory_and_no_artefact(tmp_path, recipe, ke
         ("backbones.llm_decoder", ["teacher", "signals", "student", "control", "evaluate", "export"]),
         ("callbacks.feature_distillation backbones.llm_decoder", ["student", "evaluate", "export"]),
         ("callbacks.feature_distillation backbones.sasrec", []),
+        ("callbacks.feature_distillation.from=signals", ["student", "evaluate", "export"]),
+        ("callbacks.feature_distillation.from=others", []),
         ("evaluate", ["evaluate"]),
         ("callbacks.hint", []),
     ],

@@ -16,6 +16,7 @@ from lit_llmers.files import previous, recover, replace_folder
 from lit_llmers.teachers.base import BaseConfig, load_base, without_weights
 
 DDP = ["trainer.strategy=ddp", "trainer.devices=2"]
+MEAN_WEIGHT = "stages.student.callbacks=[{ranking_distillation:{from:lists,loss:bce,dros:1.0,official_dros_mean:true}}]"
 
 
 def settings(strategy: str, **given) -> TrainerConfig:
@@ -26,6 +27,7 @@ def settings(strategy: str, **given) -> TrainerConfig:
     ("recipe", "overrides", "message"),
     [
         ("student", [*DDP, "student=cl4srec"], "sequence_contrast puts all rows of a batch beside each other.*of 2 processes"),
+        ("dllm2rec", [*DDP, MEAN_WEIGHT], "ranking_distillation puts all rows of a batch beside each other.*of 2 processes"),
         ("student", [*DDP, "student=bpr-mf", "stages.student.model.sparse=true"], "model.sparse=true trains in one process"),
         ("student", ["stages.student.trainer={strategy: zero3, devices: 2}"], "no language model that.*zero3 could cut up"),
         ("slmrec", ["trainer.strategy=zero3", "trainer.devices=2", "teacher.dtype=bfloat16"], "the base's are bfloat16"),
@@ -37,6 +39,11 @@ def settings(strategy: str, **given) -> TrainerConfig:
 def test_what_does_not_go_together_is_named_when_the_recipe_is_planned(tmp_path, recipe, overrides, message):
     with pytest.raises(UserError, match=message):
         small(tmp_path, *overrides, recipe=recipe)
+
+
+def test_dros_by_each_targets_own_weights_goes_with_any_number_of_processes(tmp_path):
+    own = MEAN_WEIGHT.replace(",official_dros_mean:true", "")
+    assert by_name(small(tmp_path, *DDP, own, recipe="dllm2rec"))["student"].processes == 2
 
 
 def test_an_encode_stage_trains_in_one_process_or_under_ddp():

@@ -117,7 +117,10 @@ class Experts(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """`[M]` for `[M, d]` and `[M, D]`."""
-        logits = self.gate(teacher)
+        return self.chosen_distance(student, teacher, self.gate(teacher))
+
+    def chosen_distance(self, student: Tensor, teacher: Tensor, logits: Tensor) -> Tensor:
+        """`[M]`, for a choice that is drawn by the gate's logits `[M, E]`."""
         return self.distance(student, teacher, expert_weights(logits, gumbel_like(logits), self.temperature))
 
     def distance(self, student: Tensor, teacher: Tensor, chosen: Tensor) -> Tensor:
@@ -140,10 +143,10 @@ class Topology(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """`[M]` for `[M, d]` and `[M, D]`."""
-        with torch.no_grad():
-            group = self.experts.gate(teacher).argmax(1)
+        logits = self.experts.gate(teacher)  # once: a call without gradient before it would leave autocast a weight without
+        group = logits.detach().argmax(1)
         topology = entity_topology(student, teacher, group) + group_topology(student, teacher, group)
-        return self.balance * topology + (1 - self.balance) * self.experts(student, teacher)
+        return self.balance * topology + (1 - self.balance) * self.experts.chosen_distance(student, teacher, logits)
 
 
 class EmbeddingTerm(Term):

@@ -4,6 +4,8 @@ One callback for DLLM2Rec (RecSys 2024), RD (KDD 2018), RRD (CIKM 2020), DCD (CI
 top-K: they differ in the items drawn from the list, in their weights and in the loss.
 """
 
+import logging
+import math
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
@@ -16,7 +18,9 @@ from lit_llmers.callbacks.ranking_term import KEYS, OF_STUDENT, RankingTerm
 from lit_llmers.callbacks.teacher_lists import RankingSource, of_drawn, read_lists
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError, unknown
+from lit_llmers.losses.ranking_weights import FLOOR, below_floor
 
+log = logging.getLogger(__name__)
 _OF_LIST = ("top", "rank", "discrepancy")
 LOSSES: dict[str, tuple[str, ...]] = {  # and the samplers that they take
     "bce": _OF_LIST,
@@ -69,11 +73,14 @@ class RankingDistillation(Distillation):
             where that is positive (DCD's draw, for `bce` and `softmax`). `pairwise` has `popularity`, the only one it can.
         weights: of `bce` and `softmax`: factors of `position`, `confidence`, `consistency`, `discrepancy`. Without any they
             are 1 / k for each item with `bce`, and with `softmax`, whose labels they are, the teacher's softmax, which wants
-            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them.
+            logits: of a teacher with distances (BIGRec) take `confidence`, which scales them, over the first k of a list with
+            the sampler `top` and over all that is recorded of it with another.
         combine: `sum` (DLLM2Rec) or `product` (RD) of the weights.
         normalise: whether a list's weights sum to 1; null: with `sum` yes, with `product` no.
-        negatives: of `bce`: items off the list that were not met, to be scored low.
-        uninteresting: of `listwise`: such items under the list; 0 leaves the correction alone.
+        negatives: of `bce`: items that were not met, to be scored low. With the sampler `top` they are none of the list's
+            first k, and with another none of it at all.
+        uninteresting: of `listwise`: items under the list, none of which is on the recorded list, also where a step takes its
+            first k alone, and none was met; 0 leaves the correction alone.
         underestimated, overestimated: of `listwise`: DCD's correction, a second list-wise loss of equal weight. So many items
             of the list that the student ranks lower than the teacher, drawn by discrepancy, above so many that it ranks higher.
         pairs, groups, group_power: of `pairwise`: pairs for each target, popularity groups, and how much more of the pairs
@@ -92,13 +99,14 @@ class RankingDistillation(Distillation):
             on amazon-beauty 78 % of the listed items are on their right side by 100, 92 % by 1,000, 96 % by 3,000.
         start_epoch: first epoch of the weights that depend on the student, `consistency` and `discrepancy`.
         raw_confidence: the official e^(-d), of distances that are not scaled; see `losses.ranking_weights.confidence_weights`.
+            Where distances are above 18 throughout, it has all items of a list weigh alike, and a warning says so.
         dros: factor of a distributionally robust loss of the listed items beside `bce` (DLLM2Rec's alpha), which reads all
             scores.
         dros_target: factor of the same loss of the target itself. `weight` multiplies it, as all of the term, where DLLM2Rec's
             lambda_d does not: dros / weight gives it the factor alpha.
         dros_beta, dros_power: its radius, and the power of its propensities.
         official_negative_term, official_dros_mean: slips of DLLM2Rec's official code, to reproduce its figures with; see
-            `losses.ranking.list_bce` and `weighted_dros`.
+            `losses.ranking.list_bce` and `weighted_dros`. The latter takes one process, which has all targets of a batch.
         share: of a batch's targets that each step computes the loss on, drawn at random; the loss stays unbiased.
         weight, decay_epochs: see `Distillation`.
 
@@ -182,6 +190,7 @@ class RankingDistillation(Distillation):
         self.dros_beta, self.dros_power = dros_beta, dros_power
         self.official_negative_term, self.official_dros_mean = official_negative_term, official_dros_mean
         self.share = share
+        self._looked = False  # at the teacher's scores
         _choice("loss", loss, LOSSES)
         self.sampler = LOSSES[loss][0] if sampler is None else sampler
         self._check()
@@ -225,6 +234,10 @@ class RankingDistillation(Distillation):
         check_share("ranking_distillation", self.share)
         self.check_read()
 
+    @classmethod
+    def compares_rows(cls, arguments: dict[str, Any]) -> bool:
+        return bool(arguments.get("official_dros_mean"))  # of the weights of all targets of a batch
+
     @property
     def weighs_by_student(self) -> bool:
         """Whether a weight depends on how the student ranks."""
@@ -253,12 +266,28 @@ class RankingDistillation(Distillation):
         pl_module.distillation[self.name].epoch = trainer.current_epoch  # type: ignore[index, union-attr]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        whole = self.k is None or self.sampler != "top" or self.underestimated
+        whole = self.k is None or self.sampler != "top" or self.loss == "listwise"  # which stands above what is on no list
         read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)
+        if self.raw_confidence and not self._looked and trainer is not None and trainer.is_global_zero:
+            self._looked = True
+            self._warn_of_distances(*(batch[key] for key in KEYS[:2]))
         if "items" not in batch and pl_module.distillation[self.name].reads_met:  # type: ignore[index, union-attr]
             assert self.histories is not None
             seen = self.histories.seen(of_drawn(batch["user"], batch.get(KEYS[2])))
             batch |= {key: values.to(pl_module.device, non_blocking=True) for key, values in seen.items()}
+
+    def _warn_of_distances(self, items: Tensor, scores: Tensor) -> None:
+        """Say that raw confidence tells nothing apart where it does not, in most of these lists `[T, K]`."""
+        lists, below = int((items > 0).any(1).sum()), int(below_floor(scores, items > 0).sum())
+        if below > lists / 2:
+            log.warning(
+                "ranking_distillation: raw_confidence has all items of a list weigh alike in %d of the first %d lists. Their "
+                "scores are all below %.0f, as large distances are, and e^score less than the 1e-8 that is added to it. Leave "
+                "raw_confidence out: a list's scores are scaled to 0..1 first then",
+                below,
+                lists,
+                math.log(FLOOR),
+            )
 
 
 def _choice(what: str, name: str, known: Any) -> None:

@@ -147,6 +147,8 @@ class RankingTerm(Term):
             lists.others = shared_scores(lists.user, lists.table, other)
         if settings.sampler == "top":
             lists.cut(number)
+        if "confidence" in settings.weights and not settings.raw_confidence:
+            lists.distance = weighing.scaled_distance(lists.scores, lists.valid)  # before a draw, on which it must not depend
         if settings.sampler == "rank":
             log_weight = samples.rank_log_weight(lists.items.shape[1], settings.rank_temperature, device)
             lists.keep(*samples.draw_places(log_weight, lists.valid, number))
@@ -164,7 +166,7 @@ class RankingTerm(Term):
             if name == "position":
                 weights[name] = weighing.position_weights(valid, settings.steepness, lists.place, lists.listed.dtype)
             elif name == "confidence":
-                weights[name] = weighing.confidence_weights(lists.scores, valid, settings.raw_confidence)
+                weights[name] = weighing.confidence_weights(lists.scores, valid, settings.raw_confidence, lists.distance)
             elif name == "consistency":
                 weights[name] = weighing.consistency_weights(self._ranks(lists), settings.k or valid.shape[1], valid)
             else:
@@ -190,6 +192,7 @@ class _Lists:
     met: samples.Met  # what does not compete, if the student's ranks are asked for
     target: Tensor | None = None  # [T], if the student's own cross-entropy of it serves the list too
     labels: Tensor  # then those of the list, without gradient
+    distance: Tensor | None = None  # the teacher's, scaled, if items are weighed by it
 
     def __init__(self, user: Tensor, table: Tensor, items: Tensor, scores: Tensor) -> None:
         self.user, self.table, self.items, self.scores = user, table, items, scores
@@ -210,7 +213,7 @@ class _Lists:
 
     def keep(self, place: Tensor, drawn: Tensor) -> None:
         """Only these places `[T, k]`, as far as they were drawn."""
-        for name in ("items", "scores", "place", "listed", "rank"):
+        for name in ("items", "scores", "place", "distance", "listed", "rank"):
             if getattr(self, name, None) is not None:
                 setattr(self, name, getattr(self, name).gather(1, place))
         self.valid = drawn

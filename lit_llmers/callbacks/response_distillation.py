@@ -44,6 +44,8 @@ class ResponseTerm(Term):
             log_weight = samples.rank_log_weight(items.shape[1], settings.rank_temperature, items.device)
             place, valid = samples.draw_places(log_weight, valid, settings.k or items.shape[1])
             items, scores = items.gather(1, place), scores.gather(1, place)
+        elif settings.k is not None:
+            items, scores, valid = (each[:, : settings.k] for each in (items, scores, valid))
         student = list_scores(user, output.items, items)
         if settings.loss == "kl":
             loss = kl(student, scores, settings.temperature, valid)
@@ -67,7 +69,8 @@ class ResponseDistillation(Distillation):
         loss: `soft_bce`, or `kl` between softmaxes over the list.
         k: items that a step takes of each list; null is all of it.
         sampler: which k: the `top`, or by `rank`, p ~ e^(-r / rank_temperature).
-        scaled: each list's scores are scaled to 0 (its worst item) .. 1 (its best) first; not as CD, see above.
+        scaled: each list's scores are scaled to 0 (the worst item of the recorded list) .. 1 (its best) first; not as CD, see
+            above.
         temperature: divides the teacher's scores; with `kl` the student's too.
         offset: of `soft_bce`: added to the teacher's scores (CD's t2).
         rank_temperature: of the rank sampler. CD's code has 20 times the length of the list, which is nearly flat.
@@ -124,5 +127,5 @@ class ResponseDistillation(Distillation):
         return ResponseTerm(self, student.reduce)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        whole = self.k is None or self.sampler != "top"
+        whole = self.k is None or self.sampler != "top" or self.scaled
         read_lists(self.ranking, batch, KEYS, self.share, None if whole else self.k, pl_module.device)

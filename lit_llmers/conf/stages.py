@@ -97,9 +97,13 @@ class FitStage:
 
     @property
     def parts(self) -> list[str]:
-        """The files that it is made of, by room and name."""
-        named = (("fusion", self.fusions), ("callbacks", self.terms))
-        return [f"backbones.{self.fit}", *(f"{room}.{name}" for room, entries in named for name, _ in entries)]
+        """The files that it is made of, by room and name, and again with each choice given: `callbacks.NAME.KEY=VALUE`."""
+        parts = [f"backbones.{self.fit}"]
+        for room, entries in (("fusion", self.fusions), ("callbacks", self.terms)):
+            for name, own in entries:
+                given = [f".{key}={value}" for key, value in own.items() if isinstance(value, str | bool)]
+                parts += [f"{room}.{name}{choice}" for choice in ("", *given)]
+        return parts
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ class DualView(Fusion):
     `official_no_causal_mask` takes the mask off the cross attention (the backbone keeps its own): then only the read-out
     position may be trained, with examples=prefixes, unless `accept_visible_labels` says that labels may be seen.
 
-    As there, an item enters the cross attention scaled by sqrt(d) and with its position: without them attention starts as a
-    plain mean of the history, forgets its order, and stays so. We differ from the official code further: the positions are the
-    fusion's own, counted from the right end, as large as items (there they are not scaled by sqrt(d), so far smaller), and the
-    backbone adds its own after; its dropout comes after too; a hidden item (BERT4Rec's) takes no part; e_se starts as large as
-    e_co; and attention starts with the identity as its value and output layers, where the official code draws them at random.
+    An item enters the cross attention scaled by sqrt(d) and with its position, as in the official SASRec and BERT4Rec: without
+    them attention starts as a plain mean of the history, forgets its order, and stays so. The official GRU4Rec has neither;
+    here it has both, as every backbone. We differ from the official code further: the positions are the fusion's own, counted
+    from the right end, as large as items (there they are not scaled by sqrt(d), so far smaller), and the backbone adds its own
+    after; its dropout comes after too; a hidden item (BERT4Rec's) takes no part; e_se starts as large as e_co; and attention
+    starts with the identity as its value and output layers, where the official code draws them at random.
     Nothing of an item passes by the attention, so with random layers the backbone reads other coordinates than those it scores
     in: on half of amazon-pantry validation NDCG@10 was 17 % lower with torch's own (3 seeds), and lower still with the official
     code's Xavier draw (2 seeds).
@@ -122,7 +123,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.scale = dim * (dim / heads) ** -0.5  # as of queries and keys of items that are sqrt(d) as large
+        self.scale = dim * (dim / heads) ** -0.5  # as of queries and keys of items that are sqrt(d) as large, see DualView
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.out = nn.Linear(dim, dim)
         nn.init.eye_(self.value.weight)

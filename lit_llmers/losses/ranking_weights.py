@@ -4,10 +4,12 @@ Lists are `[T, K]`, of T targets and K items. Where `valid` is false an entry on
 nothing. No gradient reaches a weight.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-_FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
+FLOOR = 1e-8  # DLLM2Rec adds it to confidence and consistency, so that weights never sum to zero
 
 
 def position_weights(
@@ -31,7 +33,8 @@ def position_weights(
 def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:
     """How far each item of a list is from its best: 0 for the best, 1 for the worst, all 0 where they are equal.
 
-    Source: BIGRec's min-max scaling of distances (arXiv 2308.08434).
+    Source: min-max scaling as BIGRec's (arXiv 2308.08434), which takes its extremes from the distances of the whole catalogue.
+    A record has a list and no more, so the worst of the list is 1 here, where it would be but little above the best there.
 
     Args:
         scores: `[T, K]` of the teacher, higher is better, in any unit.
@@ -47,31 +50,42 @@ def scaled_distance(scores: Tensor, valid: Tensor) -> Tensor:
     return distance.masked_fill(~valid, torch.inf)
 
 
-def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False) -> Tensor:
+def confidence_weights(scores: Tensor, valid: Tensor, raw: bool = False, distance: Tensor | None = None) -> Tensor:
     """`e^(-d) / sum of it`, d the teacher's distance (DLLM2Rec's w^c); a score is the distance with its sign changed.
 
-    By default the distances of a list are scaled to 0..1 (best to worst) first, as its authors' teacher BIGRec does: raw
-    Euclidean distances of LLM states are so large that every `e^(-d)` is below the constant 1e-8 that is added to it, and the
-    weights of a list are all equal. Scaled ones also serve where scores are logits.
+    By default the distances of a list are scaled to 0..1 (best to worst) first, see `scaled_distance`: raw Euclidean distances
+    of LLM states are so large that every `e^(-d)` is below the constant 1e-8 that is added to it, and the weights of a list are
+    all equal. Scaled ones also serve where scores are logits.
 
     Args:
         scores: `[T, K]` of the teacher, higher is better.
         valid: `[T, K]`.
-        raw: as the official code does: no scaling, and 1e-8 added.
+        raw: as the official code does: no scaling, and 1e-8 added; see `below_floor`.
+        distance: `[T, K]` scaled over longer lists, which these were drawn from; None: over these.
 
     Returns:
         `[T, K]`, of sum 1 where a list is not empty.
     """
     if not raw:
-        return _normalised(torch.exp(-scaled_distance(scores, valid)))
+        distance = scaled_distance(scores, valid) if distance is None else distance.masked_fill(~valid, torch.inf)
+        return _normalised(torch.exp(-distance))
     scores = scores.detach().masked_fill(~valid, -torch.inf)
     exponent = scores - scores.amax(1, keepdim=True).clamp(min=0)  # scores above 0 are no distances and might overflow
-    return _normalised((exponent.exp() + _FLOOR) * valid)
+    return _normalised((exponent.exp() + FLOOR) * valid)
+
+
+def below_floor(scores: Tensor, valid: Tensor) -> Tensor:
+    """Which lists have nothing but scores s of `e^s < 1e-8`, below -18.4, of which raw confidence weighs all items alike.
+
+    Returns:
+        `[T]` bool, false for an empty list.
+    """
+    return valid.any(1) & ~(valid & (scores > math.log(FLOOR))).any(1)
 
 
 def consistency_weights(rank: Tensor, k: int, valid: Tensor) -> Tensor:
     """1 where the student's rank is among its own first k, plus 1e-8 (DLLM2Rec's w^o, which is not normalised): `[T, K]`."""
-    return ((rank < k).to(rank.dtype) + _FLOOR) * valid
+    return ((rank < k).to(rank.dtype) + FLOOR) * valid
 
 
 def discrepancy_weights(rank: Tensor, place: Tensor, mu: float) -> Tensor:

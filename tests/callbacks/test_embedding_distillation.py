@@ -130,6 +130,18 @@ def test_topology_is_balanced_with_its_assignment():
     torch.testing.assert_close(value(0.3), 0.3 * value(1.0) + 0.7 * value(0.0))
 
 
+def test_the_gate_of_a_topology_learns_under_autocast():
+    """What autocast has cast without a gradient it may hand out again with none: the gate is asked once, and gets one."""
+    torch.manual_seed(0)
+    experts, asked = Experts(3, 6, 4), []
+    experts.gate.register_forward_hook(lambda module, given, logits: asked.append(logits.requires_grad))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Topology(experts, 0.5)(torch.randn(9, 3), torch.randn(9, 6)).mean()
+    loss.backward()
+    assert asked == [True]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in experts.gate.parameters())
+
+
 def test_a_hint_weighs_items_by_their_targets():
     term = EmbeddingDistillation(TEXT, map="none", share=1.0).build(sasrec(6))
     items = torch.randn(51, 6)

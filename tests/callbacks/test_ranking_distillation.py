@@ -65,6 +65,22 @@ def test_weights_are_the_labels_of_a_softmax():
     torch.testing.assert_close(term(**settings)(output, batch), sum(expected) / 12, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("sampler", ["rank", "discrepancy"])
+def test_what_is_drawn_beside_an_item_does_not_change_its_confidence(sampler, monkeypatch):
+    output, batch = case()
+    bce, given = losses.list_bce, []
+    monkeypatch.setattr(losses, "list_bce", lambda *args: given.append(args[:2]) or bce(*args))
+    module = term(sampler=sampler, k=3, weights={"confidence": 1.0}, normalise=True)
+    torch.manual_seed(0)
+    module(output, batch)
+    (listed, weight), scores = given[0], output.user @ output.items.T
+    for t, items, said in by_list(batch["teacher_items"], batch["teacher_scores"]):
+        drawn = weight[t] > 0
+        place = [(scores[t, items] - s).abs().argmin().item() for s in listed[t][drawn]]
+        confidence = torch.exp(-(said[:1] - said) / (said[:1] - said[-1:]))[place]
+        torch.testing.assert_close(weight[t][drawn], confidence / confidence.sum())
+
+
 def test_negatives_are_off_the_list_and_the_row():
     """All items but 1 and 2 are listed or met: the negative can be no other, or none at all."""
     output, batch = case()
@@ -139,6 +155,26 @@ def test_rrd_draws_from_the_list_and_keeps_its_order():
         assert int(valid[t].sum()) == min(4, len(items))
         place = [(scores[t, items] - s).abs().argmin().item() for s in listed[t][valid[t]]]
         assert place == sorted(set(place))
+
+
+def test_what_stands_under_the_list_is_nowhere_on_the_recorded_one(monkeypatch):
+    """Not behind the first k either, which are all that a step takes."""
+    draw_others, relaxed, off_list, listed = samples.draw_others, losses.relaxed_listwise, [], []
+    monkeypatch.setattr(samples, "draw_others", lambda *given: off_list.append(draw_others(*given)) or off_list[-1])
+    monkeypatch.setattr(losses, "relaxed_listwise", lambda *given: listed.append(given[0]) or relaxed(*given))
+    output, batch = case()
+    callback = RankingDistillation(Lists(12), POPULARITY, **(METHODS["rrd"] | {"k": 3, "uninteresting": 400}))
+    model = sequential()
+    callback.setup(None, model, "fit")
+    batch |= {"target_row": torch.arange(12)}
+    torch.manual_seed(0)
+    callback.on_train_batch_start(None, model, batch, 0)
+    model.terms["ranking"](output, batch)
+    (drawn, free), scores = off_list[0], output.user @ output.items.T
+    for t, items, _ in by_list(Lists(12).items, Lists(12).scores):
+        counted = set(drawn[0][free[t]].tolist())
+        assert counted == set(range(1, N_ITEMS + 1)) - set(items.tolist()) - {batch["target"][t].item()}
+        torch.testing.assert_close(listed[0][t][: len(items)], scores[t, items[:3]])
 
 
 def test_unkd_compares_within_groups():
@@ -254,12 +290,16 @@ def test_the_targets_own_dros_is_of_the_drawn_targets_and_needs_no_list():
 # ---- in training -------------------------------------------------------------------------------------------------------
 
 
+def sequential() -> SequentialRecommender:
+    return SequentialRecommender(SASRec(N_ITEMS, 8, dim=8, layers=1, dropout=0.0), OptimizerConfig(lr=0.03))
+
+
 def train(callback, kind: str, folder, epochs: int = 4, share_of_task: float = 1.0):
     """Losses of the term, by epoch, and the student."""
     dataset = random_dataset(users=40, n_items=N_ITEMS)
     L.seed_everything(0, verbose=False)
     if kind == "sequential":
-        model = SequentialRecommender(SASRec(N_ITEMS, 8, dim=8, layers=1, dropout=0.0), OptimizerConfig(lr=0.03))
+        model = sequential()
         data = SequenceDataModule(dataset, SequenceConfig(max_length=8), batch_size=16, mask_history=True, seed=0)
     else:
         backbone = BPRMF(n_items=N_ITEMS, n_users=40, dim=8)
@@ -330,6 +370,16 @@ def test_what_a_collaborative_students_users_have_met_is_no_candidate(method, sh
         assert torch.equal(student_ranks(user, table, items, listed, seen, None, deepest), exact.float())
     assert (len(off_list), len(ranks)) == {"dllm2rec": (1, 1), "rrd": (1, 0), "dcd": (1, 1), "rd": (0, 1)}.get(method, (0, 0))
     assert ("seen_row" in batch) == (method != "unkd"), "what nobody asks for is not looked up"
+
+
+@pytest.mark.parametrize(("shift", "raw", "warned"), [(-40.0, True, 1), (-40.0, False, 0), (0.0, True, 0)])
+def test_raw_confidence_of_large_distances_is_warned_of_once(shift, raw, warned, tmp_path, monkeypatch, caplog):
+    read = Lists.read
+    monkeypatch.setattr(Lists, "read", lambda *given: (read(*given)[0], read(*given)[1] + shift))
+    train(RankingDistillation(Lists(1), weights={"confidence": 1.0}, raw_confidence=raw), "sequential", tmp_path, epochs=2)
+    said = [record.getMessage() for record in caplog.records if "raw_confidence" in record.getMessage()]
+    assert len(said) == warned
+    assert all("below -18" in message and "Leave raw_confidence out" in message for message in said)
 
 
 def test_same_seed_same_draws(tmp_path):

@@ -61,6 +61,22 @@ def test_labels_of_distances_run_from_the_worst_to_the_best_of_each_whole_list()
             torch.testing.assert_close(gradient[drawn], expected[drawn], rtol=1e-5, atol=1e-9)
 
 
+def test_a_cut_list_has_the_labels_that_the_whole_one_gives_it():
+    output, batch = inputs()
+    settings = {"scaled": True, "temperature": 0.25, "offset": -0.5}
+    callback = ResponseDistillation(Lists(12), k=3, **settings)
+    cut = {"target_row": torch.arange(12)}
+    callback.on_train_batch_start(None, type("", (), {"device": torch.device("cpu")}), cut, 0)
+    loss = callback.build(student(lambda loss, batch: loss))(output, cut)
+    scores = output.user @ output.items.T
+    for t, (items, said) in enumerate(zip(batch["response_items"], batch["response_scores"], strict=True)):
+        said, items = said[items > 0].double(), items[items > 0]
+        if len(items):
+            label = torch.sigmoid(((said - said.min()) / (said.max() - said.min()) - 0.5) / 0.25)
+            expected = F.binary_cross_entropy_with_logits(scores[t, items[:3]], label[:3])
+            assert loss[t].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_cd_draws_high_ranks_more_often_and_each_item_once():
     output, batch = inputs()
     output.user.data[:] = 1.0  # all items score apart, so a draw can be told from its scores

@@ -113,6 +113,26 @@ def test_scaled_confidence_tells_large_distances_apart_where_the_official_one_ca
     torch.testing.assert_close(weighing.confidence_weights(torch.zeros(1, 3), valid[:1]), torch.full((1, 3), 1 / 3))
 
 
+def test_drawn_items_keep_the_distances_of_the_list_that_they_are_from():
+    scores, valid = -torch.tensor([[30.0, 31.0, 34.0, 38.0]]), torch.ones(1, 4, dtype=torch.bool)
+    distance, place = weighing.scaled_distance(scores, valid), torch.tensor([[0, 2, 0]])
+    drawn = torch.tensor([[True, True, False]])
+    weight = weighing.confidence_weights(scores.gather(1, place), drawn, distance=distance.gather(1, place))
+    want = torch.exp(-torch.tensor([[0.0, 0.5, torch.inf]]))
+    torch.testing.assert_close(weight, want / want.sum())
+    whole = weighing.confidence_weights(scores, valid)
+    assert torch.equal(weighing.confidence_weights(scores, valid, distance=distance), whole)
+
+
+def test_lists_of_which_raw_confidence_says_nothing():
+    scores = torch.tensor([[-19.0, -30.0], [-18.0, -30.0], [-500.0, 3.0], [-500.0, 3.0], [-19.0, -19.0]])
+    valid = torch.tensor([[True, True], [True, True], [True, True], [True, False], [False, False]])
+    below = weighing.below_floor(scores, valid)
+    assert below.tolist() == [True, False, False, True, False]
+    weight = weighing.confidence_weights(torch.tensor([[-40.0, -45.0]]), valid[:1], raw=True)
+    assert torch.equal(weight, torch.full((1, 2), 0.5))
+
+
 def test_places_far_down_a_list_weigh_something():
     valid, place = torch.tensor([[True, True, False], [False, False, False]]), torch.tensor([[140, 120, 0], [1, 2, 3]])
     expected = torch.tensor([[math.exp(-20.0), 1.0, 0.0], [0.0, 0.0, 0.0]])

@@ -430,6 +430,12 @@ def test_llmemb_at_paper_scale_aligns_all_targets_of_a_batch(no_files):
     assert dict(config.terms)["alignment"]["share"] == 1
 
 
+def test_llmemb_at_paper_scale_encodes_the_vectors_that_it_tunes(no_files):
+    text = by_name(resolve(recipes.compose("llmemb", ["data=ml-1m", "scale=paper"])))["text"].config
+    assert text.contrast is not None, "of pooled vectors that are not normalised"
+    assert not text.normalise
+
+
 @pytest.mark.parametrize("name", ["sasrec", "cl4srec", "caser", "srgnn", "bpr-mf", "lightgcn", "sgl", "simgcl", "mixgcf"])
 def test_students_whose_codes_do_not_clip_gradients_do_not(name, no_files):
     assert by_name(resolve(recipes.compose("student", [f"student={name}"])))["student"].config.trainer.gradient_clip_val is None
