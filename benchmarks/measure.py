@@ -10,6 +10,8 @@ from typing import Any
 
 from lit_llmers.files import atomic_write
 
+MET = {True: "yes", False: "**no**", None: ""}  # whether a goal is, in a table
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -105,9 +107,8 @@ def table(comparisons: Iterable[Comparison]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for c in comparisons:
-        met = {True: "yes", False: "**no**", None: ""}[c.met]
         lines.append(
-            f"| {c.what} | {c.examples} | {c.cpu:.3f} | {c.low:.3f} to {c.high:.3f} | {c.wall:.3f} | {c.goal} | {met} "
+            f"| {c.what} | {c.examples} | {c.cpu:.3f} | {c.low:.3f} to {c.high:.3f} | {c.wall:.3f} | {c.goal} | {MET[c.met]} "
             f"| {c.absolute} |"
         )
     return "\n".join(lines)

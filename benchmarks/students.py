@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Comparison, Cost, alternate, rewrite_section, title, when
+from measure import MET, Comparison, Cost, alternate, rewrite_section, title, when
 from subjects import Peer, Subject, Unavailable, environment
 
 from lit_llmers import recipes
@@ -304,8 +304,7 @@ def table(contests: list[dict[str, Any]]) -> str:
                 continue
             versus = " | | | |"
             if c := compared.get(row["who"]):
-                met = "yes" if c.met else "**no**"
-                versus = f" {c.cpu:.2f} | {c.low:.2f} to {c.high:.2f} | {c.goal} | {met} |"
+                versus = f" {c.cpu:.2f} | {c.low:.2f} to {c.high:.2f} | {c.goal} | {MET[c.met]} |"
             about = "~" if row["share"] < 1 else ""
             lines.append(
                 f"{first} {about}{median(row['epochs'])} |{versus} {median(row['evaluations'])} | {row['memory']:,} "
