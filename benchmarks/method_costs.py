@@ -211,7 +211,8 @@ def body(methods: list[Method], inference: str, failed: list[str], machine: dict
         bare = "" if m.bare is None else f"{m.bare:.3f}"
         lines.append(
             f"| {m.recipe} | {m.student} | {m.control} | {m.adds} | {m.step.cpu:.3f} | {m.step.low:.3f} to {m.step.high:.3f} "
-            f"| {m.step.wall:.3f} | {m.step.goal} | {MET[m.step.met]} | {bare} | {m.step.absolute} | {m.parameters[0]:,} / {m.parameters[1]:,} |"
+            f"| {m.step.wall:.3f} | {m.step.goal} | {MET[m.step.met]} | {bare} | {m.step.absolute} "
+            f"| {m.parameters[0]:,} / {m.parameters[1]:,} |"
         )
     texts = [f"{when(machine)} `{command}`.", "\n".join(lines), inference, "\n".join(f"- {each}" for each in failed)]
     return "\n\n".join(text for text in texts if text)
