@@ -359,6 +359,33 @@ def test_the_lists_of_drawn_targets_alone_can_be_read(ranked, stage):
         assert torch.equal(some, every[drawn])
 
 
+@pytest.mark.parametrize("stage", ["targets", "users"])
+def test_lists_of_another_split_are_refused(ranked, stage):
+    data, sequences = load_dataset(ranked[stage]), ranked["teacher"].config.sequences
+    assert open_signals(ranked[stage], TrainingRows(data, sequences)).k == 7
+    shorter = TrainingRows(data, SequenceConfig(5))
+    if stage == "targets":
+        with pytest.raises(UserError, match="is of another split.*run the stage that records it again"):
+            open_signals(ranked[stage], shorter)
+    else:
+        assert open_signals(ranked[stage], shorter).k == 7, "a user's list is the same whatever his targets are"
+    swapped = replace(data, users=data.users[::-1].copy())  # the same interactions, of other users
+    with pytest.raises(UserError, match="is of another split.*run the stage that records it again"):
+        open_signals(ranked[stage], TrainingRows(swapped, sequences))
+
+
+@pytest.mark.parametrize("stage", ["targets", "users"])
+def test_lists_of_another_teacher_are_refused(ranked, stage):
+    made = ranked[stage]
+    other = replace(made.need("teacher"), seed=1)
+    foreign = replace(made, needs=[other if need.name == "teacher" else need for need in made.needs])
+    rows = TrainingRows(load_dataset(made), ranked["teacher"].config.sequences)
+    shutil.copytree(made.folder, foreign.folder)
+    with pytest.raises(UserError, match="is of another teacher"):
+        open_signals(foreign, rows)
+    shutil.rmtree(foreign.folder)
+
+
 def test_a_graph_has_no_list_for_a_target(tmp_path):
     (tmp_path / "lists.yaml").write_text(RANKING.replace("of: graph, k: 7, per: user", "of: graph, k: 7"))
     message = "'graph' cannot answer 'graph_users' after each training target.*Set stages.graph_users.per=user"
