@@ -389,9 +389,7 @@ def test_bad_settings_name_the_key_and_the_cure(settings, message):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
-@pytest.mark.parametrize(
-    "key", ["temperature", "steepness", "mu", "epsilon", "rank_temperature", "dros_beta", "dros_power"]
-)
+@pytest.mark.parametrize("key", ["temperature", "steepness", "mu", "epsilon", "rank_temperature", "dros_beta", "dros_power"])
 def test_what_divides_or_scales_must_be_positive(key, value):
     with pytest.raises(UserError, match=rf"^ranking_distillation: {key} is {value}\. It must be positive\.$"):
         RankingDistillation(Lists(1), POPULARITY, **{key: value})
