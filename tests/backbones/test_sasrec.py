@@ -5,7 +5,6 @@ from torch.nn import functional as F
 from lit_llmers.backbones.sasrec import SASRec, _visible
 from lit_llmers.errors import UserError
 
-
 OFFICIAL = {  # names of a block's layers in pmixer/SASRec.pytorch
     "attention_norm": "attention_layernorms.{}",
     "qkv": "attention_layers.{}.in_proj",
