@@ -25,6 +25,9 @@ RANKED = ("cd", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd")
 METHODS = sorted(set(recipes.available()) - {"slmrec", "student"})
 
 
+CROSSED = [("dllm2rec", "caser", "caser"), ("rlmrec-con", "bpr-mf", "bpr_mf"), ("llm-esr", "gru4rec", "gru4rec")]
+
+
 def overrides(name: str, folder) -> list[str]:
     given = [each for each in COMMON if not each.startswith("trainer.max_epochs")]
     given += [f"run.dir={folder}", "trainer.max_epochs=1", "stages.export.export=[safetensors]", *SMALL.get(name, [])]
@@ -65,9 +68,8 @@ def assert_added(stages: dict[str, Stage]) -> None:
         assert all(map(math.isfinite, logged.values()))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_runs_from_data_to_export(name, tmp_path):
-    given = overrides(name, tmp_path)
+def run_whole(name: str, given: list[str]) -> dict[str, Stage]:
+    """Run a method's recipe and check all that it leaves; returns its stages."""
     assert main([f"recipe={name}", *given]) == 0
     stages = by_name(resolve(recipes.compose(name, given)))
     assert all(stage.done for stage in stages.values())
@@ -78,6 +80,19 @@ def test_a_method_runs_from_data_to_export(name, tmp_path):
     assert student is not None
     described = json.loads((stages["export"].folder / "config.json").read_text())
     assert [entry["name"] for entry in described.get("fusion", [])] == [name for name, _ in stages["student"].config.fusions]
+    return stages
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_from_data_to_export(name, tmp_path):
+    run_whole(name, overrides(name, tmp_path))
+
+
+@pytest.mark.parametrize(("name", "student", "backbone"), CROSSED)
+def test_a_method_teaches_a_student_that_is_not_its_own(name, student, backbone, tmp_path):
+    assert by_name(resolve(recipes.compose(name, [])))["student"].config.fit != backbone
+    stages = run_whole(name, [*overrides(name, tmp_path), f"student={student}", "trainer.limit_train_batches=40"])
+    assert stages["student"].config.fit == stages["control"].config.fit == backbone
 
 
 def test_a_method_of_two_papers_parts_is_one_yaml(tmp_path):
