@@ -110,6 +110,14 @@ def test_config_prints_what_the_recipe_composes_to(capsys, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_keeps_the_memory_that_its_steps_free(capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(fit, "keep_memory", lambda: kept.append("kept"))
+    monkeypatch.setattr(fit, "fit", lambda *_: kept.append("run"))
+    assert main("recipe=slmrec") == 0
+    assert kept == ["kept", "run"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -1,12 +1,14 @@
 """A recorded teacher and the same teacher beside the student say the same; a record goes on, and foreign ones are refused."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny import assert_equal_weights, by_name, losses, small, weights
+from tiny import BASE, assert_equal_weights, by_name, losses, small, weights
+from tiny_text import save_model
 
 from lit_llmers import record as record_stage
 from lit_llmers.building import build_callbacks
@@ -372,6 +374,104 @@ def test_the_lists_of_drawn_targets_alone_can_be_read(ranked, stage):
     drawn = torch.tensor([0, 3, 4, 11])
     for some, every in zip(source.read(batch, drawn), source.read(batch), strict=True):
         assert torch.equal(some, every[drawn])
+
+
+SCORER = """\
+# The lists of an LLM that scores items, as E4SRec does.
+defaults: [/base, /data: demo, /teacher: tiny-llama, /trainer: single, /logger: csv, _self_]
+stages:
+  prepare: {prepare: interactions}
+  items: {fit: sasrec, model: {dim: 8, layers: 1, init_std: 0.5}}
+  teacher: {fit: llm_decoder, items: [items], model: {base: BASE, layers: 2}}
+  targets: {record: ranking, of: teacher, k: 7, batch_size: 16}
+  users: {record: ranking, of: teacher, k: 7, per: user, batch_size: 16}
+"""
+
+
+@pytest.fixture(scope="module", params=["sequence", "last, in a prompt"])
+def scored(request, tmp_path_factory):
+    folder, (examples, _, prompted) = tmp_path_factory.mktemp("scored"), request.param.partition(", ")
+    base = BASE
+    if prompted:
+        lora = {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
+        base = {"name": "own", "path": str(save_model("llama", folder / "base", headed=True)), "prompt": True, "lora": lora}
+    (folder / "scorer.yaml").write_text(SCORER.replace("BASE", json.dumps(base)))
+    given = [f"sequences.examples={examples}", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "optimizer.lr=0.01"]
+    planned = small(folder, *given, recipe=str(folder / "scorer.yaml"))
+    run(planned, None)
+    stages = by_name(planned)
+    model = load_model(stages["teacher"], load_dataset(stages["teacher"]))
+    assert bool(len(model.backbone.before)) == bool(prompted)
+    return stages, model
+
+
+def asked_alone(model, met: np.ndarray, excluded: set[int]) -> np.ndarray:
+    """The scores of the catalogue after one history by itself, without batch or padding."""
+    items = torch.from_numpy(met.astype(np.int64))[None]
+    with torch.no_grad():
+        scores = (model.encode(items, items > 0) @ model.item_table().T)[0].numpy().copy()
+    scores[[0, *excluded]] = -np.inf
+    return scores
+
+
+def assert_best(items: torch.Tensor, scores: torch.Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(scores, np.sort(expected)[::-1][: len(items)], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(expected[items], scores, rtol=1e-4, atol=1e-4)
+
+
+def test_lists_of_an_llm_are_what_it_says_after_each_history_alone(scored):
+    stages, model = scored
+    data = load_dataset(stages["targets"])
+    rows = TrainingRows(data, stages["teacher"].config.sequences)
+    source, first = open_signals(stages["targets"], rows), set()
+    for number in np.random.default_rng(0).permutation(rows.targets)[:40]:
+        (user,), (at,) = rows.places(np.array([number]))
+        row = np.searchsorted(rows.target_offset, number, side="right") - 1
+        expected = asked_alone(model, data.items[rows.start[row] : at], history(data, user, at) - {int(data.items[at])})
+        key = torch.tensor([number])
+        (items,), (scores,) = source.read({"target_row": key})
+        assert_best(items, scores, expected)
+        first.add(int(items[0]))
+    assert len(first) > 3, "it says something else after another history"
+
+
+def test_lists_of_an_llm_for_users_leave_out_all_that_they_met(scored):
+    stages, model = scored
+    data = load_dataset(stages["users"])
+    source = open_signals(stages["users"], TrainingRows(data, stages["teacher"].config.sequences))
+    for user in range(0, data.n_users, 10):
+        stop = int(data.offsets[user] + (data.split[data.offsets[user] : data.offsets[user + 1]] == 0).sum())
+        expected = asked_alone(model, data.items[data.offsets[user] : stop][-8:], history(data, user, stop))
+        one = torch.tensor([user])
+        (items,), (scores,) = source.read({"target_row": one, "user": one, "target": one})
+        assert_best(items, scores, expected)
+
+
+@pytest.mark.parametrize("stage", ["targets", "users"])
+def test_lists_of_another_split_are_refused(ranked, stage):
+    data, sequences = load_dataset(ranked[stage]), ranked["teacher"].config.sequences
+    assert open_signals(ranked[stage], TrainingRows(data, sequences)).k == 7
+    shorter = TrainingRows(data, SequenceConfig(5))
+    if stage == "targets":
+        with pytest.raises(UserError, match="is of another split.*run the stage that records it again"):
+            open_signals(ranked[stage], shorter)
+    else:
+        assert open_signals(ranked[stage], shorter).k == 7, "a user's list is the same whatever his targets are"
+    swapped = replace(data, users=data.users[::-1].copy())  # the same interactions, of other users
+    with pytest.raises(UserError, match="is of another split.*run the stage that records it again"):
+        open_signals(ranked[stage], TrainingRows(swapped, sequences))
+
+
+@pytest.mark.parametrize("stage", ["targets", "users"])
+def test_lists_of_another_teacher_are_refused(ranked, stage):
+    made = ranked[stage]
+    other = replace(made.need("teacher"), seed=1)
+    foreign = replace(made, needs=[other if need.name == "teacher" else need for need in made.needs])
+    rows = TrainingRows(load_dataset(made), ranked["teacher"].config.sequences)
+    shutil.copytree(made.folder, foreign.folder)
+    with pytest.raises(UserError, match="is of another teacher"):
+        open_signals(foreign, rows)
+    shutil.rmtree(foreign.folder)
 
 
 def test_a_graph_has_no_list_for_a_target(tmp_path):

@@ -39,6 +39,8 @@ NONE = "no Hugging Face configuration"
             r"Unknown configuration key 'teacher.config.hidden_sze'.*Did you mean 'hidden_size'\?",
         ),
         ("teacher.lora={rank: 0}", "lora.rank is 0. It must be at least 1"),
+        ("teacher.lora={alpha: 0}", "lora.alpha is 0. It must be at least 1"),
+        ("teacher.lora={alpha: -16}", "lora.alpha is -16"),
         ("teacher.lora={dropout: 1}", "lora.dropout is 1"),
         ("teacher.lora={targets: [q_pro]}", r"\['q_pro'\] is not a linear layer"),
         ("teacher.lora={targets: q_proj}", "'teacher.lora.targets' is 'q_proj'. It must be a list"),

@@ -28,8 +28,9 @@ class LoraConfig:
     targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"lora.rank is {self.rank}. It must be at least 1.")
+        for name, value in {"rank": self.rank, "alpha": self.alpha}.items():
+            if value < 1:
+                raise UserError(f"lora.{name} is {value}. It must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout is {self.dropout}. It must be 0 or more and less than 1.")
 

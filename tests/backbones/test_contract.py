@@ -12,6 +12,7 @@ from battery import (
     MAX_LENGTH,
     N_ITEMS,
     Battery,
+    CausalBattery,
     assert_same,
     check_compiled_equals_eager,
     check_learns_by_heart,
@@ -52,6 +53,7 @@ MODELS: dict[str, tuple[str, dict]] = {  # layers differ from their default and 
     "qwen3": llm(model_type="qwen3", num_key_value_heads=2, head_dim=8),
 }
 SMALL = ["sasrec", "gru4rec", "bert4rec", "caser", "srgnn"]  # of LLM decoders, tests/test_export.py exports several
+CAUSAL = ["sasrec", "gru4rec", "llama", "qwen3"]
 EVERY = [name for name, (fit, _) in MODELS.items() if find("backbones", fit).every_position]
 
 
@@ -111,6 +113,15 @@ def items() -> Tensor:
 
 class TestBattery(Battery):
     """Every backbone."""
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+class TestCausalBattery(CausalBattery):
+    """Those that train on every position of a row."""
+
+
+def test_who_reads_every_position_and_sees_only_the_past(backbone, name):
+    assert (backbone.every_position and backbone.causal) == (name in CAUSAL)
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,21 @@ def test_official_numbers(golden):
     scores = user @ model.item_table().T
     torch.testing.assert_close(scores[:, 1:], z["out.logits"][:, 1:], rtol=1e-9, atol=1e-10)
 
+    total = F.cross_entropy(scores, z["in.target"])  # there padding is an item of the softmax
+    torch.testing.assert_close(total, z["out.total"], rtol=1e-9, atol=1e-10)
+    total.backward()
+    dim = table.shape[1]
+    ours = {
+        "item_embedding.weight": model.items.weight.grad[:, :dim],
+        "gru_layers.weight_ih_l0": model.grus[0].weight_ih_l0.grad[:, :dim],
+        "gru_layers.weight_hh_l0": model.grus[0].weight_hh_l0.grad,
+        "dense.weight": model.dense.weight.grad[:dim],
+        "dense.bias": model.dense.bias.grad[:dim],
+    }
+    assert {f"grad.param.{name}" for name in ours} == {name for name in z if name.startswith("grad.")}
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, z[f"grad.param.{name}"], rtol=1e-7, atol=1e-9)
+
 
 def test_stacked_states_are_those_of_torch_gru():
     """Hidden states per layer come from single-layer GRUs; stacked they are one GRU of that depth."""

@@ -428,7 +428,6 @@ def test_bf16_is_finite(tmp_path):
         ({"k": 0}, "k is 0. It must be at least 1"),
         ({"rank_samples": 0}, "rank_samples is 0"),
         ({"start_epoch": -1}, "start_epoch is -1"),
-        ({"temperature": 0.0}, "temperature is 0.0. It must be positive"),
         ({"share": 0.0}, r"ranking_distillation: share is 0.0. It must be above 0 and at most 1\."),
         ({"decay_epochs": -1}, "decay_epochs is -1"),
         ({"weight": -1.0}, "weight is -1"),
@@ -437,6 +436,13 @@ def test_bf16_is_finite(tmp_path):
 def test_bad_settings_name_the_key_and_the_cure(settings, message):
     with pytest.raises(UserError, match=message):
         RankingDistillation(Lists(1), POPULARITY, **settings)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("key", ["temperature", "steepness", "mu", "epsilon", "rank_temperature", "dros_beta", "dros_power"])
+def test_what_divides_or_scales_must_be_positive(key, value):
+    with pytest.raises(UserError, match=rf"^ranking_distillation: {key} is {value}\. It must be positive\.$"):
+        RankingDistillation(Lists(1), POPULARITY, **{key: value})
 
 
 @pytest.mark.parametrize(

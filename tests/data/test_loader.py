@@ -103,6 +103,16 @@ def test_rows_of_like_length_share_a_batch():
     assert widths != sorted(widths), "batches come in random order, not by length"
 
 
+def test_held_out_rows_of_like_length_share_a_batch():
+    rows = EvaluationRows(random_dataset(users=400, longest=40), "test", 40)
+    batches = list(EvaluationBatches(rows, 32))
+    assert sorted(torch.cat([batch["row"] for batch in batches]).tolist()) == list(range(400))
+    padded, real = (sum(int((batch["mask"] == there).sum()) for batch in batches) for there in (False, True))
+    assert padded < 0.1 * real
+    as_they_come = [rows.lengths[i : i + 32] for i in range(0, 400, 32)]
+    assert sum((lengths.max() - lengths).sum() for lengths in as_they_come) > 0.5 * real, "the example shows nothing"
+
+
 @pytest.mark.parametrize("examples", MODES)
 def test_a_batch_larger_than_the_data_holds_all_of_it(unique, examples):
     rows, held_out = rows_of(unique, examples), EvaluationRows(unique, "valid", 4)

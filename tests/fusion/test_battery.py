@@ -13,6 +13,7 @@ from battery import (
     MAX_LENGTH,
     N_ITEMS,
     Battery,
+    CausalBattery,
     assert_same,
     check_compiled_equals_eager,
     check_learns_by_heart,
@@ -59,6 +60,7 @@ FUSIONS = {
     "popularity_gate": lambda backbone, text: PopularityGate(backbone, text, POPULARITY, layers=2, dropout=0.0),
 }
 PAIRS = [(fusion, name) for fusion in FUSIONS for name in BACKBONES if (fusion, name) != ("frequency", "bert4rec")]
+CAUSAL = [(fusion, name) for fusion, name in PAIRS if fusion != "frequency" and name in ("sasrec", "gru4rec")]
 EXPORTED = [(fusion, "sasrec") for fusion in FUSIONS] + [("popularity_gate", "gru4rec")]  # an export takes seconds
 EXPORTED += [("dual_view", name) for name in ("gru4rec", "bert4rec", "caser")]
 ADAPTED = [fusion for fusion in FUSIONS if fusion not in ("add_projected", "frequency")]  # text in the item table
@@ -100,8 +102,14 @@ class TestBattery(Battery):
     """Every fusion around every backbone."""
 
 
+@pytest.mark.parametrize("pair", CAUSAL, ids="-".join)
+class TestCausalBattery(CausalBattery):
+    """Every fusion that leaves the positions apart, around every backbone that trains on them."""
+
+
 def test_every_position_is_read_where_the_backbone_inside_does(pair, backbone):
     assert backbone.every_position == (backbone.inner.every_position and pair[0] != "frequency")
+    assert (backbone.every_position and backbone.causal) == (pair in CAUSAL)
 
 
 def test_what_serves_counts_each_table_once_and_not_what_it_is_made_of():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llmers.losses import task
 
@@ -82,6 +83,37 @@ def test_value_worked_out_by_hand():
     user, table = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.0, 0.0]])
     loss = task.cross_entropy(user, table, torch.tensor([1]))  # scores 0 and 1, target the second: log(1 + e^-1)
     torch.testing.assert_close(loss, torch.tensor([0.31326168]))
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        made = function(*arguments, **(named or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.entries = max(self.entries, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("cotangent", ["uniform", "by row"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_more_than_a_chunk_of_logits_is_ever_in_memory_and_none_is_kept(monkeypatch, cotangent, weighted):
+    monkeypatch.setattr(task, "_CHUNK", 10)
+    kept: list[int] = []
+    user, table, target = inputs(rows=95, items=60)
+    weight = torch.rand(95, dtype=torch.float64) if weighted else None
+    with Largest() as largest:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss = task.cross_entropy(user, table, target, weight)
+        (loss.sum() if cotangent == "uniform" else loss.square().sum()).backward()
+    assert max(kept) == user.numel(), "the vectors and their gradients, 95 x 8 and 60 x 8"
+    assert largest.entries <= max(10 * 60, user.numel())
+    with torch.no_grad(), Largest() as largest:
+        task.cross_entropy(user, table, target, weight)
+    assert largest.entries <= 10 * 60
 
 
 def test_frozen_table_gets_no_gradient_and_the_user_the_same():

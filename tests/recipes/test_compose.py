@@ -69,6 +69,8 @@ def scales(name: str) -> list[str]:
 
 
 SCALED = [(name, f"scale={scale}") for name in RECIPES for scale in scales(name)]
+RANKED = ["bigrec", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd"]  # whose student learns the order of lists
+GROUNDED = [("bigrec", "scale=laptop"), ("cd", "scale=paper"), *((name, "scale=paper") for name in RANKED)]  # by distance
 
 
 def test_there_are_recipes_and_options():
@@ -317,7 +319,17 @@ def test_the_parts_of_every_recipe_can_be_made_before_anything_runs(name, no_fil
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "scale"), SCALED)
+def test_whose_lists_and_whose_distances_are_tested_below(name, scale, no_files):
+    planned = resolve(recipes.compose(name, ["data=ml-1m", *([] if scale == "scale=laptop" else [scale])]))
+    ranked = any(part == "ranking_distillation" for stage in planned if stage.verb == "fit" for part, _ in stage.config.terms)
+    assert ranked == (name in RANKED)
+    teachers = [stage.need(stage.config.of) for stage in planned if stage.verb == "record" and stage.config.record == "ranking"]
+    assert any(teacher.verb == "tune" for teacher in teachers) == ((name, scale) in GROUNDED)
+    assert bool(teachers) == (name in (*RANKED, "cd"))
+
+
+@pytest.mark.parametrize("name", RANKED)
 def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_not_see(name, no_files):
     torch.manual_seed(0)
     items = torch.rand(40, 120).argsort(1)[:, :100] + 1
@@ -326,7 +338,7 @@ def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_
     user, table = torch.randn(40, 9), torch.randn(121, 9)
     user[:, -1], table[:, -1] = 1, 0
     higher = table + torch.eye(9)[-1] * 20  # every item's score
-    student = SimpleNamespace(reduce=lambda values, batch: values.mean())
+    student, compared = SimpleNamespace(reduce=lambda values, batch: values.mean()), 0
     for stage in resolve(recipes.compose(name, ["data=ml-1m", *TEXT.get(name, [])])):
         for part, settings in stage.config.terms if stage.verb == "fit" else []:
             if part != "ranking_distillation" or stage.config.loss.kind not in ("cross_entropy", "sampled_softmax"):
@@ -339,9 +351,11 @@ def test_no_list_is_met_by_a_shift_of_all_scores_that_the_students_softmax_does_
                 torch.manual_seed(1)
                 losses.append(term(StudentOutput(user, scores), batch).item())
             assert losses[1] > 0.99 * losses[0]
+            compared += 1
+    assert compared == 1
 
 
-@pytest.mark.parametrize(("name", "scale"), SCALED)
+@pytest.mark.parametrize(("name", "scale"), GROUNDED)
 def test_lists_of_distances_teach_the_same_in_any_unit_and_their_best_item_is_pushed_up(name, scale, no_files):
     """A teacher that is grounded by distance has scores that are no logits: neither their size nor their sign says a thing."""
     items = torch.arange(1, 101).expand(20, -1)
@@ -352,22 +366,20 @@ def test_lists_of_distances_teach_the_same_in_any_unit_and_their_best_item_is_pu
     }
     student = SimpleNamespace(reduce=lambda values, batch: values.mean())
     planned = resolve(recipes.compose(name, ["data=ml-1m", *([] if scale == "scale=laptop" else [scale])]))
-    if getattr(by_name(planned).get("teacher"), "verb", None) != "tune":
-        return
-    for part, settings in by_name(planned)["student"].config.terms:
-        prefix, make = parts[part]
-        given = {key: value for key, value in settings.items() if key not in ("from", "share")}
-        popularity = {"popularity": torch.arange(121)} if make is RankingDistillation else {}
-        term = make(SimpleNamespace(k=100), **popularity, **given).build(student)
-        losses = []
-        for scores in (-distances, -1000 - 7 * distances):
-            batch = {"target": items[:, 3], f"{prefix}_items": items, f"{prefix}_scores": scores}
-            batch["items"] = torch.zeros(20, 1, dtype=torch.int64)  # nothing came before
-            torch.manual_seed(1)
-            table = (torch.randn(121, 4) / 20).requires_grad_()
-            losses.append(term(StudentOutput(torch.ones(20, 4), table), batch))
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
-        assert torch.autograd.grad(losses[1], table)[0][1].sum() < 0, "its score is to rise"
+    ((part, settings),) = by_name(planned)["student"].config.terms
+    prefix, make = parts[part]
+    given = {key: value for key, value in settings.items() if key not in ("from", "share")}
+    popularity = {"popularity": torch.arange(121)} if make is RankingDistillation else {}
+    term = make(SimpleNamespace(k=100), **popularity, **given).build(student)
+    losses = []
+    for scores in (-distances, -1000 - 7 * distances):
+        batch = {"target": items[:, 3], f"{prefix}_items": items, f"{prefix}_scores": scores}
+        batch["items"] = torch.zeros(20, 1, dtype=torch.int64)  # nothing came before
+        torch.manual_seed(1)
+        table = (torch.randn(121, 4) / 20).requires_grad_()
+        losses.append(term(StudentOutput(torch.ones(20, 4), table), batch))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+    assert torch.autograd.grad(losses[1], table)[0][1].sum() < 0, "its score is to rise"
 
 
 @pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in ("dllm2rec", "bigrec") for scale in scales(name)])

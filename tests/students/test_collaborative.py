@@ -315,7 +315,16 @@ def test_counting_ranks_are_those_of_the_scores(kind, monkeypatch):
 
 
 def test_a_counting_student_is_validated_without_training(data):
+    """Against each user's place of the held-out item among those that he has not met, by how often all have met them."""
+    count, hits = np.bincount(data.training_pairs[:, 1], minlength=41), []
+    for user in range(data.n_users):
+        own = data.items[data.offsets[user] : data.offsets[user + 1]]
+        *met, target = own[: len(own) - 1].tolist()
+        others = [count[item] for item in range(1, 41) if item not in met and item != target]
+        place = sum(each > count[target] for each in others) + sum(each == count[target] for each in others) / 2
+        hits.append(place <= 9)
+    assert 0 < np.mean(hits) < 1
     run = trainer(1, validate=True)
     student = CountingRecommender(Popularity(data.n_items, data.training_pairs))
     found = run.validate(student, datamodule=PairDataModule(data, 32, 1, True, seed=0), verbose=False)[0]
-    assert 0 <= found["val/HR@10"] <= 1
+    assert found["val/HR@10"] == pytest.approx(np.mean(hits))

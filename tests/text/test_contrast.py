@@ -197,3 +197,9 @@ def test_what_cannot_be_is_refused(settings):
         EncodeStage(**{"encode": "transformer", "model": "minilm", "contrast": ContrastConfig()} | settings)
     with pytest.raises(UserError, match=r"contrast.drop is 1.0"):
         ContrastConfig(drop=1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(UserError, match=rf"^contrast\.temperature is {temperature}\. It must be positive\.$"):
+        ContrastConfig(temperature=temperature)

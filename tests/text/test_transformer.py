@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_a_teacher_s_base_is_a_model(models):
     assert (
         TextEncoder(EncodeStage(encode="transformer", model=base, max_tokens=40, dtype="float32")).model.dtype == torch.float32
     )
+
+
+@pytest.mark.parametrize(("pooling", "official"), [("mean", "avg"), ("last", "last")])
+def test_pooling_by_llmemb_s_numbers(golden, models, pooling, official):
+    z = golden("llmemb/case_a_pooling")
+    made, mask = encoder(models["llama"], pooling=pooling), z["in.mask"] > 0
+    assert (mask.sum(1) - 1 == z["in.last_index"]).all()
+    assert (mask.sum(1) < mask.shape[1]).any(), "padding is there, and says something"
+    made.model = lambda input_ids, attention_mask: SimpleNamespace(last_hidden_state=z["in.hidden"])
+    pooled = made.pooled(torch.zeros(mask.shape, dtype=torch.int64), mask)
+    torch.testing.assert_close(pooled, z[f"out.{official}"].float(), rtol=1e-6, atol=1e-6)
 
 
 # ---- MiniLM ----------------------------------------------------------------------------------------------------------
