@@ -88,7 +88,7 @@ def _cut(met: Met, targets: int, size: int) -> Iterator[tuple[slice, Tensor, Ten
     """So many targets at a time: which, and of those their places among them `[p]` and the items `[p]`."""
     starts = range(0, targets, size)
     target, item = met
-    ends = torch.searchsorted(target, torch.tensor([*starts, targets], device=target.device)).tolist()
+    ends = torch.searchsorted(target.contiguous(), torch.tensor([*starts, targets], device=target.device)).tolist()
     for number, start in enumerate(starts):
         own = slice(ends[number], ends[number + 1])
         yield slice(start, start + size), target[own] - start, item[own]
