@@ -4,6 +4,7 @@ Only training items stand in the prompts and responses that are trained on. What
 after training items.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from lit_llmers.stages import Stage
 from lit_llmers.teachers.wording import Wording, pad_left
 
 IGNORED = -100  # label of a token that is not learnt
+
+log = logging.getLogger(__name__)
 
 
 class InstructionRows:
@@ -45,13 +48,25 @@ class InstructionRows:
     def of_training(
         cls, dataset: Dataset, wording: Wording, sequences: SequenceConfig, samples: int | None, seed: int
     ) -> "InstructionRows":
-        """Training targets that have a title; `samples` of them, drawn at random."""
+        """Training targets that have a title, after something that a prompt can tell of; `samples` of them, drawn at random."""
         rows = TrainingRows(dataset, sequences)
         user, at = rows.places(np.arange(rows.targets))
-        titled = np.array([bool(title) for title in wording.titles])
-        chosen = np.flatnonzero(titled[dataset.items[at]])
+        titled, told = (np.array([bool(text) for text in texts]) for texts in (wording.titles, wording.told))
+        before = np.concatenate([[0], np.cumsum(told[dataset.items])])
+        something = before[at] > before[np.maximum(at - wording.history, dataset.offsets[user])]
+        if not something.all():
+            log.warning(
+                "%d of %d training targets come after items of which no text says anything, and are left out: their prompts "
+                "would be empty. When it ranks, the model answers such prompts with what it says to anybody",
+                np.count_nonzero(~something),
+                len(at),
+            )
+        chosen = np.flatnonzero(titled[dataset.items[at]] & something)
         if not len(chosen):
-            raise UserError("No training target has a title, so there is nothing to tune on. Look at data.columns.title.")
+            raise UserError(
+                "No training target has a title and comes after an item with a text, so there is nothing to tune on. Look at "
+                "data.columns.title, and the tune stage's fields."
+            )
         if samples is not None and samples < len(chosen):
             chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:samples])
         return cls(dataset, wording, user[chosen], at[chosen])

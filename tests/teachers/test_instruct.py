@@ -61,6 +61,20 @@ def test_without_a_titled_validation_item_nothing_can_be_selected():
         InstructionRows.of_validation(data, wording_of(data), None)
 
 
+def test_what_comes_after_nothing_that_a_prompt_could_tell_of_is_not_trained_on_and_that_is_said(caplog):
+    data = titled([[16, 1, 2, 3, 4], [16, 5, 16, 6, 7, 8], *HISTORIES[2:]], [*TITLES, ""])
+    rows = rows_of(data, wording_of(data))
+    targets = {int(data.items[at]) for user, at in zip(rows.user, rows.at, strict=True) if user < 2}
+    assert targets == {2, 6}, "not the 1 and the 5 after the untitled 16"
+    assert "2 of 8 training targets come after items of which no text says anything, and are left out" in caplog.text
+    caplog.clear()
+    rows_of(titled(HISTORIES), wording_of(titled(HISTORIES)))
+    assert not caplog.text
+    empty = titled([[16, 1, 2, 3]], [*TITLES, ""])
+    with pytest.raises(UserError, match="comes after an item with a text, so there is nothing to tune on"):
+        rows_of(empty, wording_of(empty))
+
+
 def test_held_out_items_are_in_no_training_prompt_and_no_response():
     """User 0's validation item and user 1's test item have titles that stand nowhere else."""
     marked = [*TITLES, "Zanzibar quux", "Quixotic zephyr"]
