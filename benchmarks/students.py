@@ -61,6 +61,7 @@ OTHERS = {
 SIZES = {  # the plain loop's, where ours are others by default
     "bert4rec": ["model.ffn=1", "model.mask_prob=0.15", "model.last_prob=0.0"],
     "lightgcn": ["model.layers=2"],
+    "bpr-mf": ["model.reg=0.0"],
 }
 QUICK = ["data.generator.users=600", "data.generator.items=200"]
 
