@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -337,7 +338,7 @@ def body(contests: list[dict[str, Any]], machine: dict[str, Any], options: argpa
         variant = "".join(f"; the fastest loop is its variant '{row['variant']}'" for row in others if "variant" in row)
         seconds = ", ".join(f"{name} after {value:.1f} s" for name, value in ours["after"].items())
         about = f"{len(ours['epochs'])} rounds; our evaluation takes {evaluation / epoch:.3f} of our epoch{variant}; {seconds}"
-        lines.append(f"- {each['model']} on {each['data']}: {about}.")
+        lines.append(textwrap.fill(f"- {each['model']} on {each['data']}: {about}.", 128, subsequent_indent="  "))
     return "\n".join([lines[0], "", table(contests), "", *lines[1:]])
 
 
