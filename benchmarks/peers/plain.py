@@ -8,6 +8,8 @@ import subject
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 DIM, LAYERS, HEADS, DROPOUT, STD = 64, 2, 2, 0.2, 0.02
 HIDDEN = 0.15  # share of the items that BERT4Rec hides
@@ -101,20 +103,32 @@ def sequential(task: dict) -> tuple[Callable[[], None], subject.Scores]:
     else:
         rows = torch.from_numpy(subject.padded([row for row in training if len(row) > 1], length + 1))
     model = GRU4Rec(n_items) if task["model"] == "gru4rec" else Transformer(n_items, length, not cloze)
+    compiled = task.get("compiled", False)
+    device = "cuda" if compiled and torch.cuda.is_available() else "cpu"
+    rows, model = rows.to(device), model.to(device)
+    forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.Adam(model.parameters(), task.get("lr", 1e-3), fused=True)
+
+    def loss(batch: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        if cloze:
+            scored = (torch.rand(batch.shape, device=device) < HIDDEN) & (batch > 0)
+            items, answer = batch.masked_fill(scored, n_items + 1), batch[scored]
+        else:
+            items, scored = batch[:, :-1], batch[:, :-1] > 0
+            answer = batch[:, 1:][scored]
+        with torch.autocast(device, torch.bfloat16, enabled=compiled):
+            return F.cross_entropy(forward(items)[scored] @ model.items.weight[: n_items + 1].T, answer)
+
+    if compiled:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            loss(rows[: task["batch"]], model).backward()
+        optimizer.zero_grad()
+        task["flop"] = counter.get_total_flops() * -(-len(rows) // task["batch"])
 
     def train() -> None:
         model.train()
-        for index in torch.randperm(len(rows)).split(task["batch"]):
-            batch = rows[index]
-            if cloze:
-                scored = (torch.rand(batch.shape) < HIDDEN) & (batch > 0)
-                items, answer = batch.masked_fill(scored, n_items + 1), batch[scored]
-            else:
-                items, scored = batch[:, :-1], batch[:, :-1] > 0
-                answer = batch[:, 1:][scored]
-            logits = model(items)[scored] @ model.items.weight[: n_items + 1].T
-            F.cross_entropy(logits, answer).backward()
+        for index in torch.randperm(len(rows), device=device).split(task["batch"]):
+            loss(rows[index], forward).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -124,7 +138,7 @@ def sequential(task: dict) -> tuple[Callable[[], None], subject.Scores]:
         if cloze:
             read = [np.append(items, n_items + 1) for items in read]  # hidden, to be filled in
         for batch in torch.from_numpy(subject.padded(read, length)).split(subject.CHUNK):
-            yield (model(batch)[:, -1] @ model.items.weight[: n_items + 1].T).numpy()
+            yield (model(batch.to(device))[:, -1] @ model.items.weight[: n_items + 1].T).cpu().numpy()
 
     return train, scores
 
@@ -182,5 +196,5 @@ if __name__ == "__main__":
     task = subject.settings()
     torch.manual_seed(task["seed"])
     train, scores = (collaborative if task["model"] in ("lightgcn", "bpr-mf") else sequential)(task)
-    subject.epochs(train, scores)
+    subject.epochs(train, scores, **({"flop": task["flop"]} if "flop" in task else {}))
     subject.evaluations(lambda: subject.ranks(scores, "test", ("kept",)))

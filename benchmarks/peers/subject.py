@@ -104,20 +104,29 @@ def metrics(places: np.ndarray) -> dict[str, float]:
 
 
 class Clock:
-    """Counts seconds of the processor and on the clock while it runs; a new one runs."""
+    """Counts seconds of the processor and on the clock while it runs; a new one runs. What a GPU was given is waited for."""
 
     def __init__(self) -> None:
         self.cpu = self.wall = 0.0
         self.go()
 
     def go(self) -> None:
+        synchronise()
         self._start = time.process_time(), time.perf_counter()
 
     def stop(self) -> dict[str, float]:
         """What it has counted."""
+        synchronise()
         self.cpu += time.process_time() - self._start[0]
         self.wall += time.perf_counter() - self._start[1]
         return {"cpu": self.cpu, "wall": self.wall}
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where one is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def say(**message: Any) -> None:

@@ -46,7 +46,7 @@ CUT_MORE = {
     "llminit": ["student.model.dim=16"],
     "llmemb": ["stages.text.reduce=8", "stages.text.max_tokens=64"],
     "said": ["stages.said.max_tokens=16", "stages.said.vocabulary=200"],
-    **dict.fromkeys(("cd", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd"), ["stages.lists.k=60"]),
+    **{name: ["stages.lists.k=60"] for name in ("cd", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd")},
 }
 
 
