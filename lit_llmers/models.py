@@ -203,7 +203,10 @@ def load_weights(model: Recommender, path: Path) -> None:
     """
     with readable(path, path.parent):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    model.on_load_checkpoint(checkpoint)
+    try:
+        model.on_load_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"{path.resolve()}: {error}") from error
     own = model.state_dict()
     model.load_state_dict({name: value for name, value in checkpoint["state_dict"].items() if name in own})
 

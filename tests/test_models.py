@@ -10,12 +10,14 @@ import torch
 from tiny import assert_equal_weights, by_name, small
 
 from lit_llmers import export
+from lit_llmers.backbones.sasrec import SASRec
 from lit_llmers.errors import UserError
 from lit_llmers.export import load_exported
 from lit_llmers.files import read_json, sha256, write_json
-from lit_llmers.models import build_model, load_dataset, load_item_table, load_model
+from lit_llmers.models import build_model, load_dataset, load_item_table, load_model, load_weights
 from lit_llmers.running import run
 from lit_llmers.stages import TABLE, USER_TABLE, Stage
+from lit_llmers.students.sequential import SequentialRecommender
 
 RECIPE = """\
 # For tests.
@@ -184,6 +186,17 @@ def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):
     exporting.folder.mkdir()
     export.run(exporting)
     assert_equal_weights(load_exported(exporting.folder).state_dict(), served.state_dict())
+
+
+def test_the_checkpoint_of_another_model_is_refused_and_named(tmp_path):
+    wide, narrow = (SequentialRecommender(SASRec(20, 5, dim, layers=1)) for dim in (8, 4))
+    torch.save({"state_dict": wide.state_dict()}, tmp_path / "best.ckpt")
+    named = re.escape(str(tmp_path / "best.ckpt"))
+    with pytest.raises(UserError, match=rf"{named}: The checkpoint is of another model: .* of another shape.*'backbone.blocks.0"):
+        load_weights(narrow, tmp_path / "best.ckpt")
+    torch.save({"state_dict": {"backbone.more": torch.ones(1)} | wide.state_dict()}, tmp_path / "best.ckpt")
+    with pytest.raises(UserError, match="0 tensors missing, 1 unknown.*'backbone.more'"):
+        load_weights(wide, tmp_path / "best.ckpt")
 
 
 @pytest.mark.parametrize("student", ["popularity", "item-knn"])
