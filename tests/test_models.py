@@ -191,8 +191,8 @@ def test_a_trained_model_needs_none_of_those_that_it_started_from(tmp_path):
 def test_the_checkpoint_of_another_model_is_refused_and_named(tmp_path):
     wide, narrow = (SequentialRecommender(SASRec(20, 5, dim, layers=1)) for dim in (8, 4))
     torch.save({"state_dict": wide.state_dict()}, tmp_path / "best.ckpt")
-    named = re.escape(str(tmp_path / "best.ckpt"))
-    with pytest.raises(UserError, match=rf"{named}: The checkpoint is of another model: .* of another shape.*'backbone.blocks.0"):
+    message = rf"{re.escape(str(tmp_path / 'best.ckpt'))}: The checkpoint is of another model: .* of another shape.*'backbone"
+    with pytest.raises(UserError, match=message):
         load_weights(narrow, tmp_path / "best.ckpt")
     torch.save({"state_dict": {"backbone.more": torch.ones(1)} | wide.state_dict()}, tmp_path / "best.ckpt")
     with pytest.raises(UserError, match="0 tensors missing, 1 unknown.*'backbone.more'"):
