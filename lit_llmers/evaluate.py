@@ -122,15 +122,15 @@ def _evaluate(
         model.keep(stage.folder / f"said-{name}.jsonl")
     begun, ranks_file = stage.folder / f"begun-{name}.npz", f"ranks-{name}.npy"
     ranks, seconds = rank_all(model, rows, config, candidates, begun)
-    shown = coverage(model, rows, config) if candidates is None else {}
+    named = _named_groups(groups)
+    shown = coverage(model, rows, config, named) if candidates is None else {}
     if isinstance(model, GroundedRecommender):
         model.work.warn(fitted.label)
     with atomic_write(stage.folder / ranks_file) as temporary, open(temporary, "wb") as file:
         np.save(file, ranks.astype(np.float32), allow_pickle=False)
     begun.unlink(missing_ok=True)
     ks = tuple(config.evaluation.cutoffs)
-    metrics = {name: _metrics(ranks, inside, rows.user, ks) for name, inside in _named_groups(groups).items()}
-    metrics["all"] |= shown
+    metrics = {name: _metrics(ranks, inside, rows.user, ks) | shown.get(name, {}) for name, inside in named.items()}
     summary = fitted.summary
     return {
         "name": fitted.name,
@@ -192,14 +192,25 @@ def rank_all(
 
 
 @torch.inference_mode()
-def coverage(model: Recommender, rows: EvaluationRows, config: EvaluateStage) -> dict[str, float]:
-    """coverage@k over the lists that the rows are shown, whatever is held out: a second pass, for a rank needs no list."""
+def coverage(
+    model: Recommender, rows: EvaluationRows, config: EvaluateStage, groups: dict[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """coverage@k over the lists that the rows are shown, whatever is held out: a second pass, for a rank needs no list.
+
+    Args:
+        groups: which rows `[R]` belong to each; one without any has no figure.
+
+    Returns:
+        `coverage@k` of each group.
+    """
     device, tables, ks = model.device, model.tables(), tuple(config.evaluation.cutoffs)
-    found = Coverage(rows.dataset.n_items, ks)
+    found = {name: Coverage(rows.dataset.n_items, ks) for name, inside in groups.items() if inside.any()}
     for batch in EvaluationBatches(rows, config.evaluation.batch_size, config.evaluation.mask_history, spare_target=False):
         stop_if_asked()
-        found.update(model.top_items(_on(device, batch), max(ks), tables)[0])
-    return found.compute()
+        lists, index = model.top_items(_on(device, batch), max(ks), tables)[0].cpu(), batch["row"].numpy()
+        for name, own in found.items():
+            own.update(lists[torch.from_numpy(groups[name][index])])
+    return {name: own.compute() for name, own in found.items()}
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

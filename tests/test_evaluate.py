@@ -110,25 +110,36 @@ def test_ranks_and_metrics_equal_plain_loops(whole, name):
 
 
 def test_coverage_equals_plain_loops(whole):
+    """Of all rows and of each group."""
     stage = next(stage for stage in whole if stage.name == "evaluate")
     fitted, data = next(stage for stage in whole if stage.name == "item_embeddings"), load_dataset(stage)
-    figures = next(model for model in read(stage)["models"] if model["name"] == fitted.name)["metrics"]["all"]
-    shown = np.zeros((len(KS), data.n_items + 1), bool)
+    figures = next(model for model in read(stage)["models"] if model["name"] == fitted.name)["metrics"]
+    with np.load(stage.folder / "groups.npz") as file:
+        head, short = file["head"], file["short"]
+    groups = {"all": head | ~head, "head": head, "tail": ~head, "short": short, "long": ~short}
+    shown = {name: np.zeros((len(KS), data.n_items + 1), bool) for name in groups}
     for user in range(150):
         scores, _, _ = plain_scores(fitted, data, user)
         scores[[0, *data.items[data.offsets[user] : data.offsets[user + 1] - 1]]] = -math.inf
         best = np.argsort(-scores)
-        for line, k in zip(shown, KS, strict=True):
-            line[best[:k]] = True
-    for line, k in zip(shown, KS, strict=True):
-        assert figures[f"coverage@{k}"] == pytest.approx(line.sum() / data.n_items, abs=0.011), "one item apart by rounding"
+        for name, inside in groups.items():
+            for line, k in zip(shown[name], KS, strict=True):
+                line[best[: k * inside[user]]] = True
+    for name, lines in shown.items():
+        for line, k in zip(lines, KS, strict=True):
+            own = figures[name][f"coverage@{k}"]
+            assert own == pytest.approx(line.sum() / data.n_items, abs=0.011), f"{name}: one item apart by rounding"
+    assert len({figures[name]["coverage@10"] for name in groups}) > 2
 
 
 @pytest.mark.parametrize("target", [1, 5])
 def test_a_list_does_not_depend_on_the_held_out_item(target):
     data = dataset([[1, 1, 2, 3, target]], n_items=5)
     model, config = CountingRecommender(Popularity(5, data.training_pairs)), EvaluateStage("test", ["model"])
-    assert evaluate.coverage(model, EvaluationRows(data, "test", 5), config)["coverage@10"] == pytest.approx(2 / 5)
+    rows = EvaluationRows(data, "test", 5)
+    assert evaluate.coverage(model, rows, config, {"all": np.ones(len(rows), bool)})["all"]["coverage@10"] == pytest.approx(
+        2 / 5
+    )
 
 
 def test_every_model_and_seed_is_there_with_its_size_and_speed(whole):
@@ -241,13 +252,14 @@ def test_the_figures_of_one_model_at_batch_sizes_of_1_7_and_64(whole):
     fitted = next(stage for stage in whole if stage.name == "item_embeddings")
     data = load_dataset(next(stage for stage in whole if stage.name == "teacher"))
     rows, model = EvaluationRows(data, "test", 8), load_model(fitted, data)
-    found = []
+    found, some = [], {"all": np.ones(len(rows), bool), "few": np.arange(len(rows)) % 9 == 0, "none": np.zeros(len(rows), bool)}
     for size in (1, 7, 64, 1000):
         settings = type(config)("test", ["model"], type(config.evaluation)(batch_size=size))
-        found.append((evaluate.rank_all(model, rows, settings, None)[0], evaluate.coverage(model, rows, settings)))
+        found.append((evaluate.rank_all(model, rows, settings, None)[0], evaluate.coverage(model, rows, settings, some)))
     for ranks, shown in found[1:]:
         assert (ranks == found[0][0]).all()
         assert shown == found[0][1]
+    assert shown.keys() == {"all", "few"}, "a group of nobody is shown nothing"
 
 
 def test_batches_larger_than_the_data_train_and_evaluate(tmp_path):

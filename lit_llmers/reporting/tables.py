@@ -46,8 +46,11 @@ def main_table(results: Evaluated) -> str:
     return markdown(["model", "seeds", *names], metric_rows(results, [("all", name) for name in names]))
 
 
-def group_table(results: Evaluated, groups: Sequence[str], metrics: Sequence[str] = ("HR@10", METRIC)) -> str:
-    """Some metrics on groups of the test users."""
+def group_table(results: Evaluated, groups: Sequence[str]) -> str:
+    """Some metrics on groups of the test users; coverage where it is known."""
+    assert results.evaluation is not None
+    known = results.evaluation["models"][0]["metrics"][groups[0]]
+    metrics = ["HR@10", METRIC, *(["coverage@10"] if "coverage@10" in known else [])]
     columns = [(group, metric) for group in groups for metric in metrics]
     header = ["model", "seeds", *(f"{metric} {group}" for group, metric in columns)]
     return markdown(header, metric_rows(results, columns))
