@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from lit_llmers.stages import Stage
 LEFT_OUT = ("slmrec", "bigrec")  # slmrec_costs.py has the first; the second's teacher writes, which takes long
 WITH_INFERENCE = "dllm2rec"  # whose teacher and student are ranked with, too; the teachers of the other recipes are alike
 GOAL = "<= 1.10"
+WIDTH = 128
 BARE = "bare"  # a stage beside the recipe's own: the student without callbacks
 
 
@@ -214,7 +216,8 @@ def body(methods: list[Method], inference: str, failed: list[str], machine: dict
             f"| {m.step.wall:.3f} | {m.step.goal} | {MET[m.step.met]} | {bare} | {m.step.absolute} "
             f"| {m.parameters[0]:,} / {m.parameters[1]:,} |"
         )
-    texts = [f"{when(machine)} `{command}`.", "\n".join(lines), inference, "\n".join(f"- {each}" for each in failed)]
+    about = textwrap.fill(f"{when(machine)} `{command}`.", WIDTH)
+    texts = [about, "\n".join(lines), textwrap.fill(inference, WIDTH), "\n".join(f"- {each}" for each in failed)]
     return "\n\n".join(text for text in texts if text)
 
 
