@@ -144,7 +144,7 @@ def test_a_teacher_on_many_gpus_gets_its_nodes_and_the_rest_one_gpu_or_none(tmp_
 
 def test_what_is_done_is_not_submitted_and_a_sweep_runs_what_is_alike_once(tmp_path, environment, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small_data = ["data.generator.users=150", "data.generator.items=100"]
+    small_data = ["data.generator.users=150", "data.generator.items=130"]
     first_value = [*small_data, "logger=csv", "student=sasrec", "run.name=few-student-sasrec"]
     assert fit.main(["recipe=rd", *first_value, "stage=prepare"]) == 0
     prepared, text, *_ = resolve(recipes.compose("rd", first_value))
