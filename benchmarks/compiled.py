@@ -7,26 +7,28 @@ plain loop's floating-point operations in products, padding included, over our s
 bfloat16 matrices does here. `--record FILE` rewrites their section in a Markdown file.
 """
 
+# ruff: noqa: E402
+
 import os
 
 visible = os.environ.get("CUDA_VISIBLE_DEVICES")
 
-import argparse  # noqa: E402
-import statistics  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import textwrap  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import students  # noqa: E402  (which hides GPUs, as what it measures is for the CPU)
-import torch  # noqa: E402
-from measure import MET, Comparison, Cost, alternate, rewrite_section, title, when  # noqa: E402
-from subjects import Subject  # noqa: E402
+import students  # hides GPUs, for what it measures is for the CPU
+import torch
+from measure import MET, Comparison, Cost, alternate, rewrite_section, title, when
+from subjects import Subject
 
-from lit_llmers.environment import environment  # noqa: E402
-from lit_llmers.errors import UserError  # noqa: E402
+from lit_llmers.environment import environment
+from lit_llmers.errors import UserError
 
 if visible is None:
     os.environ.pop("CUDA_VISIBLE_DEVICES")

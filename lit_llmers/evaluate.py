@@ -291,7 +291,8 @@ def _number(protocol: str) -> int:
 
 def _protocol(stage: Stage, rows: EvaluationRows, candidates_hash: str | None) -> dict[str, Any]:
     settings, dataset = stage.config.evaluation, rows.dataset
-    ranked, users = (len(np.unique(each.user)) for each in (rows, EvaluationRows(dataset, "test", 1)))
+    everybody = rows if settings.users is None else EvaluationRows(dataset, "test", 1)
+    ranked, users = (len(np.unique(each.user)) for each in (rows, everybody))
     history = "masked" if settings.mask_history or candidates_hash else "kept"
     return {
         "name": Path(settings.candidates).name if settings.candidates else settings.protocol,

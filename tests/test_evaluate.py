@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from lit_llmers.backbones.popularity import Popularity
 from lit_llmers.conf.schema import EvaluationConfig
 from lit_llmers.conf.stages import EvaluateStage
 from lit_llmers.data import GeneratorConfig
-from lit_llmers.data.dataset import TEST, TRAIN, Dataset
+from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.data.sources.demo import Demo
 from lit_llmers.errors import UserError
@@ -310,6 +311,15 @@ def test_a_sample_is_a_number_and_not_beside_the_users_of_a_file():
         EvaluationConfig(users=1)
     with pytest.raises(UserError, match=r"evaluation\.candidates excludes evaluation\.users=5"):
         EvaluationConfig(users=5, candidates="mine.npy")
+
+
+@pytest.mark.parametrize(("users", "sample"), [(None, None), (2, 2), (3, None), (9, None)])
+def test_who_is_told_to_be_ranked_has_a_test_item_and_a_sample_is_smaller_than_all(users, sample):
+    """Of four users one has nothing held out."""
+    data = dataset([[1, 2, 3]] * 4, split=[[TRAIN, VALID, TEST]] * 3 + [[TRAIN, TRAIN, VALID]])
+    stage = SimpleNamespace(config=EvaluateStage("test", ["model"], EvaluationConfig(users=users)))
+    protocol = evaluate._protocol(stage, EvaluationRows(data, "test", 2, users), None)
+    assert (protocol["users"], protocol["sample"], protocol["interactions"]) == (3, sample, sample or 3)
 
 
 @pytest.mark.parametrize("listing", [False, True], ids=["while it ranks", "while it lists"])

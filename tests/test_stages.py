@@ -319,6 +319,10 @@ BAD = [
     ("b: {fit: sasrec}\na: {fit: sasrec, items: [c]}", "Stage 'a' needs stage 'c', which does not exist"),
     ("signals: {fit: sasrec}\na: {fit: sasrec, items: [signal]}", "does not exist. Did you mean 'signals'?"),
     ("more: {prepare: interactions}", "one stage that prepares the data, and 'mine' has prepare, more"),
+    (
+        "x: {encode: tfidf}\nt: {fit: sasrec, fusion: [{dual_view: {from: x, official_no_causal_mask: true}}]}",
+        "t.fusion.dual_view' mixes all positions .*examples=prefixes, or last, or accept_visible_labels=true",
+    ),
     ("t: {fit: sasrec, model: {official_no_causal_mask: true}}", "shows each position .*examples=prefixes, or accept_visible"),
     ("a: {fit: sasrec, encode: tfidf}", "Stage 'a' must have exactly one of .* it has fit, encode"),
     ("a: {model: {}}", "Stage 'a' must have exactly one of .* it has none"),

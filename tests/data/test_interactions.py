@@ -388,6 +388,14 @@ class TestBadInput:
             source_of(DataConfig(name="local", source="folder"))
 
 
+def test_an_id_that_the_items_alone_lack_has_a_cure_that_works(folder: Path) -> None:
+    items = pd.read_parquet(folder / "items.parquet").rename(columns={"item_id": "asin"})
+    items.to_parquet(folder / "items.parquet", index=False)
+    with pytest.raises(UserError, match=r"data.columns.catalogue_item="):
+        read_folder(folder, Columns())
+    assert len(read_folder(folder, Columns(catalogue_item="asin")).items) == len(items)
+
+
 def test_fingerprint_follows_the_content_and_not_the_path(folder: Path, tmp_path: Path) -> None:
     first = folder_fingerprint(folder)
     shutil.copytree(folder, tmp_path / "elsewhere")
