@@ -77,7 +77,7 @@ def run(pairs: list[tuple[str, str]], machine: dict[str, Any], options: argparse
 
 
 def arguments() -> argparse.Namespace:
-    parser = students.parser_of(__doc__)
+    parser = students.parser_of(__doc__, list(BATCH))
     add = parser.add_argument
     add("--report", action="store_true", help="run nothing, but show and write what is kept")
     add("--who", nargs="+", metavar="NAME", help=f"these alone, of {OURS}, {', '.join(OTHERS)}")

@@ -38,24 +38,26 @@ from lit_llmers.stages import Stage
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"  # a checkout's neighbour with data and the fastest loop
-SETS = {"sasrec": ["ml-100k", "ml-1m", "amazon-beauty"]}  # of the other models: the first
+SETS = {"sasrec": ["ml-100k", "ml-1m", "amazon-beauty"], "bpr-mf": ["ml-100k", "ml-1m"]}  # of the other models: the first
 ROUNDS = {"ml-1m": 3, "amazon-beauty": 3}  # of all other data: 7
 BATCH = {"sasrec": 128, "gru4rec": 128, "bert4rec": 128, "lightgcn": 2048, "bpr-mf": 2048}
+BATCH |= {"caser": 512, "srgnn": 100, "sgl": 2048}  # as the students have them; `quality.py` alone looks at these
+TIMED = list(BATCH)[:5]
 LENGTH = 50
 OURS, FASTEST = "lit_llmers", "the fastest loop"
 EVALUATIONS = 2  # turns that count
 OTHERS = {
     FASTEST: Peer("fastest.py", ("sasrec",), evaluates=False),
-    "plain PyTorch": Peer("plain.py", tuple(BATCH)),
+    "plain PyTorch": Peer("plain.py", tuple(TIMED)),
     "RePlay": Peer("with_replay.py", ("sasrec",), ("replay-rec==0.22.*", "lightning<2.7"), {"amazon-beauty": 5}),
     "RecTools": Peer(
         "with_rectools.py", ("sasrec", "bert4rec"), ("rectools[torch]==0.19.*",), {"ml-1m": 12, "amazon-beauty": 3}
     ),
     "RecBole": Peer(
         "with_recbole.py",
-        ("sasrec", "gru4rec", "lightgcn", "bpr-mf"),
+        ("sasrec", "gru4rec", "lightgcn", "bpr-mf", "caser", "srgnn", "sgl"),
         ("recbole==1.2.1", "setuptools<81", "numpy<2", "pandas<3", "scipy<1.13"),
-        {"sasrec": 20, "gru4rec": 20},
+        dict.fromkeys(("sasrec", "gru4rec", "caser", "srgnn", "sgl"), 20),
     ),
     "Cornac": Peer("with_cornac.py", ("bpr-mf",), ("cornac==3.*",)),
 }
@@ -93,15 +95,15 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, TIMED)
     parser.add_argument("--rounds", type=int, help="rounds that count (default 7, 3 for large data)")
     options = settled(parser)
     options.rounds = 2 if options.quick else options.rounds
     return options
 
 
-def parser_of(what: str | None) -> argparse.ArgumentParser:
-    """The options that `quality.py` has, too."""
+def parser_of(what: str | None, models: list[str]) -> argparse.ArgumentParser:
+    """The options that `quality.py` has, too, for these models."""
     parser = argparse.ArgumentParser(description=(what or "").partition("\n")[0])
     add = parser.add_argument
     add("--peers", action="store_true", help="RePlay, RecTools, RecBole and Cornac too; installs them where they are missing")
@@ -113,8 +115,8 @@ def parser_of(what: str | None) -> argparse.ArgumentParser:
         help="the fastest loop, where there is one",
     )
     add("--data-root", default=str(SHARED / "data"), metavar="FOLDER", help="the data sets; without it, generated data")
-    add("--data", nargs="+", metavar="NAME", help="for all models (default ml-100k; for sasrec ml-1m and amazon-beauty too)")
-    add("--models", nargs="+", default=list(BATCH), choices=list(BATCH), help="default: all")
+    add("--data", nargs="+", metavar="NAME", help="for all models (default: each has its own)")
+    add("--models", nargs="+", default=models, choices=models, help="default: all")
     add("--quick", action="store_true", help="little of it on little generated data: shows that it runs, no more")
     add("--record", metavar="FILE", help="Markdown file to write the table to")
     return parser
@@ -328,7 +330,7 @@ def body(contests: list[dict[str, Any]], machine: dict[str, Any], options: argpa
     command = "python benchmarks/students.py" + " --peers" * options.peers + " --quick" * options.quick
     command += f" --rounds {options.rounds}" if options.rounds and not options.quick else ""
     command += f" --data {' '.join(options.data)}" if options.data and not options.quick else ""
-    command += f" --models {' '.join(options.models)}" if options.models != list(BATCH) else ""
+    command += f" --models {' '.join(options.models)}" if options.models != TIMED else ""
     lines = [f"{when(machine)} `{command}`, {minutes:.0f} minutes."]
     for each in contests:
         ours, *others = each["rows"]

@@ -374,6 +374,8 @@ BAD = [
     ("t: {fit: sasrec, model: {heads: 0}}", r"'stages.t.model.heads' is 0"),
     ("t: {fit: sasrec, model: {dropout: 2}}", r"'stages.t.model.dropout' is 2.0. It is a share"),
     ("t: {fit: caser, model: {dropout: -0.5}}", r"'stages.t.model.dropout' is -0.5"),
+    ("t: {fit: sasrec, loss: {negatives: 9}}", r"loss.negatives=9 has no effect with loss.kind=cross_entropy.*to 256"),
+    ("t: {fit: sasrec, loss: {kind: bce, t: 0.5}}", r"loss.t=0.5 has no effect with loss.kind=bce.*choose loss.kind=gbce"),
     ("a: {encode: tfid}", "tfidf"),
 ]
 

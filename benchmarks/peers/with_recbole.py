@@ -1,4 +1,4 @@
-"""A subject: RecBole's SASRec, GRU4Rec, LightGCN or BPR.
+"""A subject: RecBole's SASRec, GRU4Rec, Caser, SR-GNN, LightGCN, SGL or BPR.
 
 Its sequential models make a row of each prefix, which predicts one item. They get the end of each history, so that they
 predict the same items in an epoch as the others.
@@ -19,18 +19,24 @@ from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
 from recbole.utils import get_model, get_trainer, init_seed
 
-MODELS = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "lightgcn": "LightGCN", "bpr-mf": "BPR"}
-SEQUENTIAL: dict[str, Any] = {
-    "loss_type": "CE",
-    "train_neg_sample_args": None,
-    "hidden_size": 64,
-    "inner_size": 64,
-    "n_layers": 2,
-    "n_heads": 2,
-    "hidden_dropout_prob": 0.2,
-    "attn_dropout_prob": 0.2,
-    "num_layers": 1,  # of GRUs
-    "dropout_prob": 0.2,
+MODELS = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "caser": "Caser", "srgnn": "SRGNN"}
+SEQUENTIAL = set(MODELS)
+MODELS |= {"lightgcn": "LightGCN", "sgl": "SGL", "bpr-mf": "BPR"}
+READS_HISTORIES: dict[str, Any] = {"loss_type": "CE", "train_neg_sample_args": None}
+OWN: dict[str, dict[str, Any]] = {
+    "sasrec": {
+        "hidden_size": 64,
+        "inner_size": 64,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dropout_prob": 0.2,
+        "attn_dropout_prob": 0.2,
+    },
+    "gru4rec": {"hidden_size": 64, "num_layers": 1, "dropout_prob": 0.2},
+    "caser": {"MAX_ITEM_LIST_LENGTH": 5, "nh": 16, "nv": 4, "dropout_prob": 0.5, "reg_weight": 0.0},
+    "srgnn": {"step": 1},
+    "lightgcn": {"n_layers": 2},
+    "sgl": {"n_layers": 3, "type": "ED", "drop_ratio": 0.1, "ssl_tau": 0.2, "ssl_weight": 0.1},
 }
 
 
@@ -55,7 +61,8 @@ def main() -> None:
     subject.announce_first_step()
     task = subject.settings()
     os.chdir(task["folder"])
-    sequential = task["model"] in ("sasrec", "gru4rec")
+    sequential, own = task["model"] in SEQUENTIAL, OWN.get(task["model"], {})
+    length = own.get("MAX_ITEM_LIST_LENGTH", task["length"])
     atomic = Path("data/ours/ours.inter")
     atomic.parent.mkdir(parents=True)
     histories = subject.histories(task["data"])
@@ -78,11 +85,11 @@ def main() -> None:
         "train_batch_size": task["batch"],
         "eval_batch_size": 4096,
         "embedding_size": 64,
-        "n_layers": 2,
-        "MAX_ITEM_LIST_LENGTH": task["length"],
+        "MAX_ITEM_LIST_LENGTH": length,
         "seed": task["seed"],
         "reproducibility": False,
-        **(SEQUENTIAL if sequential else {}),
+        **(READS_HISTORIES if sequential else {}),
+        **own,
     }
     config = Config(model=MODELS[task["model"]], dataset="ours", config_dict=options)
     init_seed(task["seed"], False)
@@ -96,12 +103,12 @@ def main() -> None:
     @torch.inference_mode()
     def scores(read: list[np.ndarray]) -> Iterator[np.ndarray]:
         model.eval()
-        read = [number[items[-task["length"] :]] for items in read] if sequential else read
+        read = [number[items[-length:]] for items in read] if sequential else read
         for chosen in users.split(subject.CHUNK):
             asked = {"user_id": chosen}
             if sequential:
                 some, read = read[: len(chosen)], read[len(chosen) :]
-                rows = [torch.from_numpy(items) for items in [*some, np.zeros(task["length"], np.int64)]]
+                rows = [torch.from_numpy(items) for items in [*some, np.zeros(length, np.int64)]]
                 asked["item_id_list"] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:-1]
                 asked["item_length"] = torch.tensor([len(items) for items in some])
             table = model.full_sort_predict(Interaction(asked)).view(len(chosen), -1)[:, number].numpy()

@@ -65,7 +65,7 @@ class FeatureDistillation(Distillation):
     The number of blocks is that of the record; the student's depth must be divisible by it.
 
     Raises:
-        UserError: a weight below 0.
+        UserError: a weight below 0, or both distances without one.
     """
 
     name = "feature"
@@ -78,6 +78,8 @@ class FeatureDistillation(Distillation):
         for key, value in {"cosine": cosine, "l2": l2}.items():
             if not value >= 0:
                 raise UserError(f"feature_distillation: {key} is {value}. It must be 0 (no effect) or more.")
+        if not cosine + l2:
+            raise UserError("feature_distillation: cosine and l2 are both 0, so nothing is learned. Set one of them above 0.")
         self.signals, self.cosine, self.l2 = signals, cosine, l2
 
     def build(self, student: SequentialRecommender) -> FeatureTerm:

@@ -4,7 +4,7 @@ A room's own settings (a data source's, an LLM base's, a backbone's arguments) l
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lit_llmers.conf.typed import ADDED
@@ -20,6 +20,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true")
 STRATEGIES = ("auto", "ddp", "zero2", "zero3", "zero3-offload", "fsdp2")
 SHARDED = ("zero2", "zero3", "zero3-offload", "fsdp2")  # cut a large model over processes; no gain for a small one
 LOSSES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
+LOSS_READERS = {"negatives": LOSSES[1:], "t": ("gbce",)}  # settings that not all kinds read
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ class LossConfig:
             popularity once for the batch, with the log-q correction. `bce`, `bpr`: the target against items drawn uniformly for
             each target from those that its user has not met in training. `gbce`: from all but the target. A collaborative
             student takes `bpr`, `bce` or `sampled_softmax`, each against items drawn as for `bce`.
-        negatives: items drawn.
-        t: of `gbce`, calibration from 0 (plain BCE) to 1 (fully unbiased).
+        negatives: items drawn; `cross_entropy` draws none.
+        t: of `gbce` alone, calibration from 0 (plain BCE) to 1 (fully unbiased).
+
+    Raises:
+        UserError: an unknown kind, a value out of range, or one other than the default that the kind does not read.
     """
 
     kind: str = "cross_entropy"
@@ -112,6 +116,17 @@ class LossConfig:
             raise UserError(f"loss.negatives is {self.negatives}. It must be at least 1.")
         if not 0 <= self.t <= 1:
             raise UserError(f"loss.t is {self.t}. It must lie between 0 and 1.")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Who gives what the kind does not read expects an effect."""
+        for setting in fields(self):
+            value, kinds = getattr(self, setting.name), LOSS_READERS.get(setting.name, LOSSES)
+            if self.kind not in kinds and value != setting.default:
+                raise UserError(
+                    f"loss.{setting.name}={value} has no effect with loss.kind={self.kind}. Leave it out, set it to "
+                    f"{setting.default}, or choose loss.kind={' or '.join(kinds)}."
+                )
 
 
 @dataclass(frozen=True)

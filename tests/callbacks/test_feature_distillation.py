@@ -117,6 +117,11 @@ def test_a_weight_below_zero_or_none(key, value):
         FeatureDistillation(Source(2, 5), **{key: value})
 
 
+def test_no_weight_at_all():
+    with pytest.raises(UserError, match="cosine and l2 are both 0"):
+        FeatureDistillation(Source(2, 5), cosine=0, l2=0)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
