@@ -127,9 +127,12 @@ class Frequency(Fusion):
 
 
 def from_first(items: Tensor) -> Tensor:
-    """Histories `[B, L]` with their padding, which stands before them, moved behind them."""
+    """Histories `[B, L]` with their padding, which stands before them, moved behind them.
+
+    Item 0 inside a history is hidden (`callbacks.sequence_contrast`) and stays there; before the first item it is padding.
+    """
     length = items.shape[1]
-    padding = (items == 0).sum(1, keepdim=True)  # [B, 1]
+    padding = (items.cumsum(1) == 0).sum(1, keepdim=True)  # [B, 1]
     return F.pad(items, (0, length)).gather(1, torch.arange(length, device=items.device) + padding)
 
 

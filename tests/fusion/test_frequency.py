@@ -94,6 +94,22 @@ def test_text_meets_what_stands_before_it_wherever_the_row_ends():
         torch.testing.assert_close(model.embed(row)[0, padding:], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_hidden_item_leaves_the_others_where_they_are():
+    """Sequence contrast hides items inside a history, as item 0: what stands before them is no padding."""
+    torch.manual_seed(0)
+    model = Frequency(SASRec(10, 8, dim=4, heads=1), torch.randn(11, 6), 8, dropout=0.0).eval()
+    with torch.no_grad():
+        model.filter.zero_()  # c1 = 0
+        model.offset.normal_()  # text depends on where it stands
+    whole, hidden = torch.tensor([[3, 1, 4]]), torch.tensor([[3, 0, 4]])
+    h, t = model.inner.embed(hidden)[0], model.adapt(whole)[0]
+    c2 = (t[0] * h[2] + t[2] * h[0]) / 8**0.5  # at the last place; the hidden item has neither text nor identity
+    expected = 2 * c2 * torch.sigmoid(model.gates[1](c2))
+    for padding in range(6):
+        row = torch.cat([torch.zeros(1, padding, dtype=torch.long), hidden], 1)
+        torch.testing.assert_close(model.embed(row)[0, -1], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_scores_are_cosines_or_what_the_backbone_has():
     items = torch.tensor([[3, 7, 10]])
     for temperature, scale in ((0.07, 1 / 0.07), (None, None)):
