@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class Dropout(nn.Module):
     """Dropout from random bytes: eight mask elements out of each 64-bit draw of torch's generator, so a seed fixes it.
 
-    On a CPU the probability is rounded to 1/256 and the scale goes with it, so that the expectation is exact. Elsewhere it is
-    torch's own dropout.
+    On a CPU the probability is rounded to 1/256 (below 1 to 255/256 at most) and the scale goes with it, so that the
+    expectation is exact. Elsewhere it is torch's own dropout.
 
     Args:
         p: probability of a zero.
@@ -22,14 +22,16 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         nn.Dropout(p)  # refuses what is no probability
-        self.p, self.cut = p, round(p * 256)
+        self.p, self.cut = p, min(255, round(p * 256))  # a byte is never 256
 
     def mask(self, like: Tensor) -> Tensor:
         """Factors of a tensor's shape: 0, or 1 over the probability to stay."""
+        if self.p == 1:
+            return torch.zeros_like(like)
         count = like.numel()
         words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         stays = words.view(torch.uint8)[:count].view(like.shape) >= self.cut
-        return stays.to(like.dtype).mul_(256 / max(1, 256 - self.cut))
+        return stays.to(like.dtype).mul_(256 / (256 - self.cut))
 
     def _plain(self, x: Tensor) -> bool:
         return not self.training or self.cut == 0 or x.device.type != "cpu"

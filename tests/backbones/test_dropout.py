@@ -17,6 +17,16 @@ def test_share_and_expectation(p):
     assert dropped.mean().item() == pytest.approx(1, abs=3e-3), "and the scale goes with it"
 
 
+def test_the_largest_probabilities():
+    """Where all is dropped nothing stays, and below that a share stays, of which there are none smaller than 1/256."""
+    assert not Dropout(1.0)(ONES).any()
+    assert torch.equal(Dropout(1.0).add(ONES, ONES), ONES)
+    torch.manual_seed(0)
+    dropped = Dropout(0.999)(ONES)
+    assert dropped.unique().tolist() == [0, 256]
+    assert dropped.mean().item() == pytest.approx(1, abs=0.1)
+
+
 def test_neighbours_are_independent():
     """The eight elements of one draw, its highest bits included."""
     torch.manual_seed(0)
