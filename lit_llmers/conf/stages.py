@@ -29,8 +29,9 @@ class InitialConfig:
 
     Attributes:
         items: the stage whose item table is copied.
-        reduce: how it is cut to the model's width: `pca`, or columns that are drawn at `random`, `uniform`ly spaced, or of
-            the largest `variance` among the items that interact most; null where it has that width.
+        reduce: how a wider one is cut to the model's width: `pca`, or columns that are drawn at `random`, `uniform`ly spaced,
+            or of the largest `variance` among the items that interact most. One of that width is copied as it is, neither
+            turned nor centred, whatever stands here; with null it must have it.
         std: the copied table is scaled to this standard deviation; null keeps its scale.
         users: whether a collaborative model's users start as the means of their training items.
     """
