@@ -448,6 +448,31 @@ def test_a_gain_beyond_the_axis_is_said_in_words_at_its_edge():
     assert (words.get_text(), words.xy) == ("▲\n+400 %", (1, axes.get_ylim()[1]))
 
 
+@pytest.mark.parametrize("relative", [2.08, 9.0])
+def test_so_is_one_without_bounds_and_a_dot_is_never_cut_by_the_edge(relative):
+    gains = [{"group": "5-9", "rows": 9, "relative": relative, "relative_low": None, "relative_high": None}]
+    gains += [{"group": "10-19", "rows": 9, "relative": 2.0, "relative_low": 1.5, "relative_high": 9.0}]
+    figure, axes = pyplot.subplots()
+    plots._gain(gains, "student", "control", axes)
+    pyplot.close(figure)
+    (words,) = axes.texts
+    assert (words.get_text(), words.xy) == (f"△\n{100 * relative:+.0f} %", (0, axes.get_ylim()[1]))
+    assert [line for line in axes.lines if line.get_markerfacecolor() == "white"] == []
+
+
+def test_titles_and_words_stay_within_the_plot():
+    gains = [{"group": group, "rows": 9, "ours": 0.0, "theirs": 0.0, "relative": None} for group in GROUPS[:3]]
+    gains += [{"group": GROUPS[3], "rows": 9, "relative": -0.2, "relative_low": None, "relative_high": None}]
+    gains += [{"group": GROUPS[4], "rows": 9, "relative": -0.3, "relative_low": -0.5, "relative_high": -0.1}]
+    with plots._style(), plots._figure(SimpleNamespace(subject="slmrec on demo"), columns=2) as (figure, (_, right)):
+        plots._gain(gains, "student", "control", right)
+        figure.canvas.draw()
+        width, right_end = figure.bbox.x1, right.get_tightbbox().x1
+        tops, top = [text.get_window_extent().y1 for text in right.texts], right.get_window_extent().y1
+    assert right_end <= width, "the title is cut"
+    assert max(tops) <= top, "what is said of a group stands above the axis"
+
+
 def test_a_gain_whose_interval_has_no_bounds_is_hollow_and_that_is_said():
     gains = [{"group": "5-9", "rows": 9, "relative": 2.0, "relative_low": None, "relative_high": None}]
     figure, axes = pyplot.subplots()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")  # Okabe and Ito, and olive
 VALIDATION = f"val/{METRIC}"
 CHANCE, GAIN, LOSS = "#888888", COLOURS[0], COLOURS[1]  # of a difference; models that stand beside it have their own colours
-HIGHEST = 210  # per cent of relative gain on an axis; what is above is said in words
+HIGHEST = 200  # per cent of relative gain that has a dot; what is above is said in words, at the axis's end
+HEADROOM = 1.05  # of an axis over its highest dot, which its edge would cut
 SMOOTHING = 40  # a curve is averaged over a window of 1/40 of its points
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -279,29 +280,36 @@ def _levels(results: Results, gains: list[dict[str, Any]], method: str, control:
 def _gain(gains: list[dict[str, Any]], method: str, control: str, axes: "Axes") -> None:
     """Relative gain with its interval, one beyond the axis in words; groups in which the control never hits have none.
 
-    Where it hits so rarely that the interval has no bounds, the gain is a hollow dot.
+    Where it hits so rarely that the interval has no bounds, the gain is a hollow dot, and beyond the axis a hollow triangle.
     """
     for place, gain in enumerate(gains):
         if gain["relative"] is None:
             axes.annotate(f"{control}\nis 0", (place, 0), ha="center", va="bottom", fontsize=8, color="#666666")
             continue
-        middle = 100 * gain["relative"]
-        if gain["relative_low"] is None:
-            axes.plot(place, middle, "o", color=CHANCE, markerfacecolor="white")
-            continue
-        low, high = (100 * gain[key] for key in ("relative_low", "relative_high"))
-        colour = GAIN if low > 0 else LOSS if high < 0 else CHANCE
-        axes.errorbar(place, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=4, linewidth=1.6)
+        middle, colour, beyond = 100 * gain["relative"], CHANCE, "△"
+        if gain["relative_low"] is not None:
+            low, high = (100 * gain[key] for key in ("relative_low", "relative_high"))
+            colour, beyond = GAIN if low > 0 else LOSS if high < 0 else CHANCE, "▲"
+            error = [[middle - low], [high - middle]]
+            axes.errorbar(place, middle, yerr=error, fmt="o", color=colour, capsize=4, linewidth=1.6)
+        elif middle <= HIGHEST:
+            axes.plot(place, middle, "o", color=colour, markerfacecolor="white")
         if middle > HIGHEST:
-            words = f"▲\n{middle:+.0f} %"
+            words = f"{beyond}\n{middle:+.0f} %"
             ground = {"color": "white", "pad": 1}
-            axes.annotate(words, (place, HIGHEST), ha="center", va="top", fontsize=8, color=colour, bbox=ground)
+            end = (place, HEADROOM * HIGHEST)
+            axes.annotate(words, end, ha="center", va="top", fontsize=8, color=colour, bbox=ground)
     axes.axhline(0, color="black", linewidth=0.8)
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -110), min(high, HIGHEST))
+    if any(gain["relative"] is not None and 100 * gain["relative"] > HIGHEST for gain in gains):
+        high = HEADROOM * HIGHEST  # where the words stand
+    low, high = max(low, -110), min(high, HEADROOM * HIGHEST)
+    if any(gain["relative"] is None for gain in gains):
+        high = max(high, -0.16 * low)  # room for their words above the line at 0
+    axes.set_ylim(low, high)
     _labels(gains, axes)
     hollow = any(gain["relative"] is not None and gain["relative_low"] is None for gain in gains)
-    rare = "; hollow: too few hits for one" if hollow else ""
+    rare = ";\nhollow: too few hits for one" if hollow else ""
     title = f"Gain of {method} over {control}\n(95 % bootstrap over users; grey: contains 0{rare})"
     axes.set(title=title, ylabel=f"relative gain in {METRIC} [%]")
 
