@@ -5,9 +5,9 @@ and private mappings; the pages of a file that is mapped are not among them, for
 set below the record's size and tried first: an array of that size must be refused.
 """
 
+import argparse
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -82,4 +82,6 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the record is written, 655 MB; it is not removed")
+    main(parser.parse_args().folder)

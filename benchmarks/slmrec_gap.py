@@ -70,6 +70,9 @@ POINTS: dict[str, tuple[str, list[str]]] = {
 
 def main(arguments: list[str]) -> int:
     """Run the points and write the record."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\npoints: {', '.join(POINTS)}")
+        return 0
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     chosen = [a.partition("=")[2].split(",") for a in arguments if a.startswith("points=")]
     overrides = ["logger=csv", *(a for a in arguments if not a.startswith("points="))]

@@ -73,6 +73,15 @@ def test_two_seeds_rank_by_the_sum_of_their_scores(added_up):
     assert found["2"][1] == pytest.approx(mean(gains), abs=5e-5)
 
 
+@pytest.mark.parametrize("name", ["large_record", "slmrec_gap"])
+def test_a_question_for_help_is_answered_and_writes_nothing(tmp_path, name):
+    script = ENSEMBLES.with_name(f"{name}.py")
+    asked = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    assert f"python benchmarks/{name}.py" in " ".join(asked.stdout.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_seeds_of_what_is_counted_are_refused(tmp_path):
     given = arguments(tmp_path, "seeds=[0,1]", "student=popularity", recipe="student")
     command = [sys.executable, ENSEMBLES, "--stage", "student", "recipe=student", *given]
