@@ -54,7 +54,7 @@ def known_data(prepare: Stage, sizes: tuple[int, int, int] | None) -> Known | No
         made = config.generator
         return Known(stand_in(made.users, made.items, round(made.users * made.mean_length)), "the generator's sizes", False)
     if config.name in PUBLISHED and _unfiltered(config):
-        return Known(stand_in(*PUBLISHED[config.name]), "published sizes", False)
+        return Known(stand_in(*PUBLISHED[config.name]), "near the published sizes", False)
     return None
 
 
