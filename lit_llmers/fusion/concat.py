@@ -19,7 +19,8 @@ class Concat(Fusion):
 
     In PAD's second phase this trains with an alignment of `text_table`, the t of all items, and `id_table`, their E, by MK-MMD;
     `id` names the stage of the first phase, whose weights the backbone and E start from.
-    We differ from the official code: padding is zero; dropout is drawn once for an item and step; and t starts as large as E.
+    We differ from the official code: padding is zero; dropout is drawn once for an item and reading of a batch; and t starts as
+    large as E.
     Of a backbone with two item tables (Caser) the one that scores is E, and the other goes.
 
     Args:
