@@ -39,6 +39,7 @@ def run(stage: Stage) -> dict[str, Any]:
     texts = item_texts(dataset.catalogue, config.fields, config.prompt)
     if any(texts):  # without any, each encoder says so
         check_items(stage, dataset, np.array([not text for text in texts]))
+        check_differ(stage, [text for text in texts if text])
     users: np.ndarray | None = None
     summary: dict[str, Any] = {}
     if config.encode == "tfidf":
@@ -79,6 +80,20 @@ def check_items(stage: Stage, dataset: Dataset, missing: np.ndarray) -> None:
     named = [f"'{item}' ({title or 'no title'})" for item, title in zip(first["item_id"], first["title"], strict=True)]
     lack = f"items have no text to encode in {', '.join(stage.config.fields)} (fields)"
     _check_missing(stage, missing, named, lack, f"Name a field that has text of them in stages.{stage.name}.fields")
+
+
+def check_differ(stage: Stage, texts: list[str]) -> None:
+    """Refuse texts of several items that are all the same: what their vectors would differ in is rounding.
+
+    Raises:
+        UserError: it quotes the text.
+    """
+    if len(texts) > 1 and len(set(texts)) == 1:
+        raise UserError(
+            f"Stage '{stage.name}': the {len(texts)} items with a text in {', '.join(stage.config.fields)} (fields) all have "
+            f"the same, '{texts[0][:60]}', which tells none from another. Name a field that differs in "
+            f"stages.{stage.name}.fields."
+        )
 
 
 def check_users(stage: Stage, dataset: Dataset, missing: np.ndarray) -> None:

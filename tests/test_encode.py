@@ -422,3 +422,10 @@ def test_a_wrong_prompt_is_found_before_anything_runs(stages):
 def test_no_text_at_all(stages):
     with pytest.raises(UserError, match="item texts hold no word"):
         done(stages("stages.text.fields=[text]"))
+
+
+@pytest.mark.parametrize("overrides", [(), ("stages.text.encode=tfidf", "stages.text.model=null", "stages.text.dim=1")])
+def test_texts_that_are_all_the_same_are_refused(stages, overrides):
+    """Their vectors differ in rounding alone, which a start of a given deviation would blow up."""
+    with pytest.raises(UserError, match=r"'text': the 39 items .* in categories \(fields\) all have the same, 'wood'"):
+        done(stages("stages.text.fields=[categories]", *overrides))

@@ -23,7 +23,7 @@ def tfidf_svd(texts: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
         `[n+1, dim]` float32; row 0 is padding and zero.
 
     Raises:
-        UserError: there is no text at all, or too little of it for `dim` directions.
+        UserError: there is no text at all, a single word, or too little text for `dim` directions.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -35,6 +35,11 @@ def tfidf_svd(texts: Sequence[str], dim: int, seed: int = 0) -> np.ndarray:
         raise UserError(
             f"The {len(texts)} item texts hold no word. Name text columns in the stage's fields, or encode other data."
         ) from error
+    if terms.shape[1] < 2:  # each text is that word, once or more, or none
+        raise UserError(
+            f"The {len(texts)} item texts hold no word but '{vectoriser.get_feature_names_out()[0]}', which tells none from "
+            "another: words have two characters or more. Name other text columns in the stage's fields."
+        )
     filled = np.diff(terms.indptr) > 0
     possible = min(int(filled.sum()), terms.shape[1])
     if dim > possible:

@@ -62,3 +62,8 @@ def test_more_directions_than_the_texts_have():
 def test_no_text_at_all(texts):
     with pytest.raises(UserError, match="hold no word"):
         tfidf_svd(texts, 2)
+
+
+def test_a_single_word_tells_no_text_from_another():
+    with pytest.raises(UserError, match="hold no word but 'item', which tells none from another"):
+        tfidf_svd(["item A", "item B", ""], 1)
