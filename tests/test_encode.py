@@ -407,6 +407,12 @@ def test_the_model_s_content_names_the_stage_and_its_place_does_not(stages, mode
         ({"users": "profile"}, "goes with profile: NAME"),
         ({"missing": "zeros"}, "'zeros'. Did you mean 'zero'"),
         ({"profile": "llm_user_profile"}, "goes with profile: NAME"),
+        ({"fields": []}, "fields of the encode stage is empty"),
+        ({"user_prompt": "{history}"}, "user_prompt .* has no effect: it belongs to users: history"),
+        ({"encode": "tfidf", "model": None, "pooling": "last"}, "pooling=last .* no effect with encode: tfidf.* transformer"),
+        ({"encode": "tfidf", "model": None, "max_tokens": 9}, "max_tokens=9 .* no effect with encode: tfidf"),
+        ({"dim": 32}, "dim=32 .* no effect with encode: transformer. Leave it out, or choose tfidf or said"),
+        ({"encode": "said", "normalise": False}, "normalise=False .* no effect with encode: said"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -424,8 +430,9 @@ def test_no_text_at_all(stages):
         done(stages("stages.text.fields=[text]"))
 
 
-@pytest.mark.parametrize("overrides", [(), ("stages.text.encode=tfidf", "stages.text.model=null", "stages.text.dim=1")])
-def test_texts_that_are_all_the_same_are_refused(stages, overrides):
+@pytest.mark.parametrize("settings", ["encode: transformer, model: MODEL", "encode: tfidf, dim: 1"])
+def test_texts_that_are_all_the_same_are_refused(stages, model, settings):
     """Their vectors differ in rounding alone, which a start of a given deviation would blow up."""
-    with pytest.raises(UserError, match=r"'text': the 39 items .* in categories \(fields\) all have the same, 'wood'"):
-        done(stages("stages.text.fields=[categories]", *overrides))
+    words = f"  words: {{{settings}, fields: [categories], missing: zero}}\n".replace("MODEL", str(model))
+    with pytest.raises(UserError, match=r"'words': the 39 items .* in categories \(fields\) all have the same, 'wood'"):
+        done(stages(more=words))

@@ -1,6 +1,6 @@
 """What an `encode` stage takes: what becomes a vector, by what, and how that is tuned first."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lit_llmers.conf.schema import BASE_DTYPES, SHARDED, OptimizerConfig, TrainerConfig
@@ -12,6 +12,13 @@ POOLINGS = ("mean", "last", "eos", "cls")
 USER_VECTORS = ("mean", "history", "profile")
 MISSING = ("refuse", "zero")
 ALL = "all"  # of the principal components
+READERS: dict[str, tuple[str, ...]] = {  # of the settings that not every encoder reads
+    "dim": ("tfidf", "said"),
+    "max_tokens": ("transformer", "said"),
+    "dtype": ("transformer", "said"),
+    **dict.fromkeys(("pooling", "batch_size", "normalise"), ("transformer",)),
+    "vocabulary": ("said",),
+}
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,21 @@ class EncodeStage:
                 "users: profile of the encode stage goes with profile: NAME, a text of users among data.texts such as "
                 "llm_user_profile. Give both or none."
             )
+        if not self.fields:
+            raise UserError("fields of the encode stage is empty. Name columns of the catalogue, as fields: [title].")
+        if self.user_prompt is not None and self.users != "history":
+            raise UserError("user_prompt of the encode stage has no effect: it belongs to users: history. Leave it out.")
+        self._check_read()
+
+    def _check_read(self) -> None:
+        """Who gives what the encoder does not read expects an effect."""
+        for setting in fields(self):
+            value, encoders = getattr(self, setting.name), READERS.get(setting.name, ENCODERS)
+            if self.encode not in encoders and value != setting.default:
+                raise UserError(
+                    f"{setting.name}={value} of the encode stage has no effect with encode: {self.encode}. Leave it out, or "
+                    f"choose {' or '.join(encoders)}{' (text=minilm has one)' if 'transformer' in encoders else ''}."
+                )
 
     @property
     def read(self) -> list[str]:

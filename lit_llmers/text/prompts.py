@@ -21,7 +21,7 @@ def check_prompt(prompt: str | None, names: Sequence[str], where: str) -> None:
         where: the key of the prompt, for the error message.
 
     Raises:
-        UserError: a brace is open, or something else stands in braces.
+        UserError: a brace is open, or something else than a name stands in braces.
     """
     if prompt is None:
         return
@@ -30,7 +30,9 @@ def check_prompt(prompt: str | None, names: Sequence[str], where: str) -> None:
     except ValueError as error:
         raise UserError(f"'{where}' is no prompt: {error}. Write a brace that is meant as such twice.") from error
     for name, spec, conversion in parts:
-        if name not in names or spec or conversion:
+        if name in names and (spec or conversion):
+            raise UserError(f"'{where}' has a format for '{name}'. Write {{{name}}} alone: every field is a text.")
+        if name not in names:
             raise unknown(f"field in braces ({where})", name, names)
     if not parts:
         raise UserError(f"'{where}' has nothing in braces, so all texts would be the same. Add one of {list(names)}.")

@@ -49,8 +49,8 @@ def test_an_unknown_column():
     [
         ("Item {titel}", r"Unknown field in braces \(stages\.text\.prompt\) 'titel'. Did you mean 'title'"),
         ("Item {title.__class__}", r"'title\.__class__'"),
-        ("Item {title!r}", "'title'"),
-        ("Item {title:>9}", "'title'"),
+        ("Item {title!r}", r"has a format for 'title'. Write \{title\} alone"),
+        ("Item {title:>9}", r"has a format for 'title'. Write \{title\} alone"),
         ("Item {}", "''"),
         ("Item {title", "'stages.text.prompt' is no prompt"),
         ("Item", "nothing in braces"),
