@@ -96,6 +96,8 @@ class TuneStage:
                 f"validate: ranking asks each process for other titles, for which trainer.strategy={self.trainer.strategy} "
                 "would have to run its parts together. Use validate: loss, or trainer.strategy=ddp."
             )
+        if not self.fields:
+            raise UserError("fields of the tune stage is empty. Name columns of the catalogue, as fields: [title].")
         for name in ("history", "samples", "max_tokens", "vocabulary", "validation_users"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UserError(f"{name} of the tune stage is {number}. It must be at least 1.")

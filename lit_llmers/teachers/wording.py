@@ -34,7 +34,8 @@ class Wording:
         longest: tokens of the longest response.
 
     Raises:
-        UserError: no item has a title, a field is no column of the catalogue, or `max_tokens` leaves no room for a prompt.
+        UserError: no item has a title, a field is no column of the catalogue, or `max_tokens` leaves no room for any item in a
+            prompt.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, config: TuneStage) -> None:
@@ -54,11 +55,11 @@ class Wording:
         self.longest = max(map(len, self.responses))
         self.room = min(self.longest, max(1, config.max_tokens // 2))  # that a prompt leaves for the response
         self.longest_prompt = config.max_tokens - self.room
-        if self.longest_prompt <= len(self.start):
-            least = 2 + len(self.start)
+        least = len(self.start) + len(self._ids([AFTER])[0]) + 1  # of an item its last token, and what comes after it
+        if self.longest_prompt < least:
             raise UserError(
-                f"max_tokens of the tune stage is {config.max_tokens}, which leaves no room for a prompt. Choose {least} at "
-                "the very least; an instruction and its items take some hundred."
+                f"max_tokens of the tune stage is {config.max_tokens}, which leaves no room for any item in a prompt. Choose "
+                f"{min(least + self.longest, 2 * least - 1)} at the very least; an instruction and its items take some hundred."
             )
 
     def new_tokens(self, asked: GenerationConfig, positions: int | None) -> int:

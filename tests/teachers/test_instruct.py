@@ -1,5 +1,7 @@
 """Prompts and responses, their loss, and what is trained."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -110,13 +112,23 @@ def test_a_prompt_that_is_too_long_loses_its_oldest_items():
     assert len(told) < 4
 
 
-def test_a_prompt_has_room_or_is_refused():
+def test_a_prompt_has_room_for_an_item_or_is_refused():
+    """With less than that all prompts would be the same."""
     data = titled(HISTORIES)
-    for max_tokens in (1, 2):
-        with pytest.raises(UserError, match=f"max_tokens of the tune stage is {max_tokens}, .* no room for a prompt. Choose 3"):
-            wording_of(data, max_tokens=max_tokens)
-    wording = wording_of(data, max_tokens=3)
-    assert [len(tokens) + wording.room for tokens in wording.prompts([[1], [1, 2, 3]])] == [3, 3]
+    with pytest.raises(UserError, match=r"max_tokens of the tune stage is 1, .* no room for any item in a prompt") as refused:
+        wording_of(data, max_tokens=1)
+    least = int(re.search(r"Choose (\d+)", str(refused.value))[1])
+    with pytest.raises(UserError, match=f"max_tokens of the tune stage is {least - 1}, .* Choose {least}"):
+        wording_of(data, max_tokens=least - 1)
+    wording = wording_of(data, max_tokens=least)
+    some, other, alike = wording.prompts([[1], [2], [11, 12, 1]])
+    assert len(some) + wording.room <= least
+    assert some == alike != other
+
+
+def test_without_a_field_no_prompt_tells_of_anything():
+    with pytest.raises(UserError, match="fields of the tune stage is empty"):
+        wording_of(titled(HISTORIES), fields=[])
 
 
 def test_what_was_said_keeps_its_spaces():
