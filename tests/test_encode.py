@@ -409,9 +409,9 @@ def test_the_model_s_content_names_the_stage_and_its_place_does_not(stages, mode
         ({"profile": "llm_user_profile"}, "goes with profile: NAME"),
         ({"fields": []}, "fields of the encode stage is empty"),
         ({"user_prompt": "{history}"}, "user_prompt .* has no effect: it belongs to users: history"),
-        ({"encode": "tfidf", "model": None, "pooling": "last"}, "pooling=last .* no effect with encode: tfidf.* transformer"),
+        ({"encode": "tfidf", "model": None, "pooling": "last"}, "pooling=last .* set it to mean, .* transformer"),
         ({"encode": "tfidf", "model": None, "max_tokens": 9}, "max_tokens=9 .* no effect with encode: tfidf"),
-        ({"dim": 32}, "dim=32 .* no effect with encode: transformer. Leave it out, or choose tfidf or said"),
+        ({"dim": 32}, "dim=32 .* with encode: transformer. Leave it out, set it to 64, or choose encode: tfidf or said"),
         ({"encode": "said", "normalise": False}, "normalise=False .* no effect with encode: said"),
     ],
 )

@@ -184,8 +184,9 @@ class EncodeStage:
             value, encoders = getattr(self, setting.name), READERS.get(setting.name, ENCODERS)
             if self.encode not in encoders and value != setting.default:
                 raise UserError(
-                    f"{setting.name}={value} of the encode stage has no effect with encode: {self.encode}. Leave it out, or "
-                    f"choose {' or '.join(encoders)}{' (text=minilm has one)' if 'transformer' in encoders else ''}."
+                    f"{setting.name}={value} of the encode stage has no effect with encode: {self.encode}. Leave it out, "
+                    f"set it to {'null' if setting.default is None else setting.default}, or choose encode: "
+                    f"{' or '.join(encoders)}{' (text=minilm has one)' if 'transformer' in encoders else ''}."
                 )
 
     @property
