@@ -175,6 +175,11 @@ def _check_fit(stage: FitStage, backbone: Any, where: str) -> None:
             f"'{where}': {stage.fit} reads one position of a row, so sequences.examples=sequence does not fit. Use "
             f"stages.{where.rpartition('.')[2]}.sequences.examples=prefixes, or last."
         )
+    if issubclass(backbone, Backbone) and not backbone.causal and stage.sequences.context:
+        raise UserError(
+            f"'{where}': {stage.fit} learns items that are hidden anywhere in a row, so no part of it can be context alone. "
+            f"Leave sequences.context={stage.sequences.context} out."
+        )
 
 
 def _check_callback(name: str, arguments: dict[str, Any], backbone: Any, where: str) -> None:

@@ -155,11 +155,11 @@ class Rankings:
 
     At a training target the teacher has read nothing that came after it, and of what came before no more than its own training
     row holds. With `examples: sequence` the rows of a user are windows that share no target: one that begins inside a history
-    begins with a single item before its first target, so that the teacher knows the first few of each such window by few items.
-    With `examples: prefixes` of the teacher each target has the latest `max_length` items before it, and so it has of a teacher
-    that writes (BIGRec), up to its own length of history. All that was met before is left out of the list, whether it was read
-    or not; the target itself may be in it. For a user the teacher has read the latest `max_length` of his training history, and
-    all of it is left out.
+    begins with a single item before its first target, so that the teacher knows the first few of each such window by few items,
+    unless `sequences.context` gives it more. With `examples: prefixes` of the teacher each target has the latest `max_length`
+    items before it, and so it has of a teacher that writes (BIGRec), up to its own length of history. All that was met before
+    is left out of the list, whether it was read or not; the target itself may be in it. For a user the teacher has read the
+    latest `max_length` of his training history, and all of it is left out.
     """
 
     names = ("ranking-items", "ranking-scores")

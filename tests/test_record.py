@@ -249,7 +249,9 @@ stages:
   prepare: {prepare: interactions}
   teacher: {fit: sasrec, model: {dim: 8, layers: 1, init_std: 0.5}}
   graph: {fit: lightgcn, model: {dim: 8, layers: 1}, loss: {kind: bpr, negatives: 1}}
+  reader: {like: teacher, sequences: {context: 5}}
   targets: {record: ranking, of: teacher, k: 7}
+  after_context: {record: ranking, of: reader, k: 7}
   users: {record: ranking, of: teacher, k: 7, per: user}
   graph_users: {record: ranking, of: graph, k: 7, per: user}
 """
@@ -278,10 +280,11 @@ def history(data, user: int, at: int) -> set[int]:
     return set(data.items[data.offsets[user] : at].tolist())
 
 
-def test_lists_at_each_target_are_a_full_sort_without_what_came_before(ranked):
-    data, teacher = load_dataset(ranked["targets"]), ranked["teacher"]
+@pytest.mark.parametrize(("stage", "of"), [("targets", "teacher"), ("after_context", "reader")])
+def test_lists_at_each_target_are_a_full_sort_without_what_came_before(ranked, stage, of):
+    data, teacher = load_dataset(ranked[stage]), ranked[of]
     rows = TrainingRows(data, teacher.config.sequences)
-    source, model = open_signals(ranked["targets"], rows), load_model(teacher, data)
+    source, model = open_signals(ranked[stage], rows), load_model(teacher, data)
     table, seen_targets = model.item_table(), 0
     for batch in list(TrainingBatches(rows, 8, seed=0))[:3]:
         items, scores = source.read(batch)
@@ -290,7 +293,7 @@ def test_lists_at_each_target_are_a_full_sort_without_what_came_before(ranked):
         owner = batch["user"].repeat_interleave((batch["target"] > 0).sum(1))
         for nth, (user, number) in enumerate(zip(owner.tolist(), batch["target_row"].tolist(), strict=True)):
             row = int(np.searchsorted(rows.target_offset, number, side="right")) - 1
-            at = int(rows.start[row] + 1 + number - rows.target_offset[row])
+            at = int(rows.stop[row] - rows.target_offset[row + 1] + number)
             target = int(data.items[at])
             excluded = history(data, user, at) - {target}
             expected = (table @ users[nth]).detach().numpy().copy()
@@ -300,6 +303,21 @@ def test_lists_at_each_target_are_a_full_sort_without_what_came_before(ranked):
             assert not excluded & set(items[nth].tolist())
             seen_targets += target in items[nth].tolist()
     assert seen_targets, "the target may be in its own list"
+
+
+def test_a_student_of_other_rows_reads_what_the_teacher_said_of_its_targets(ranked):
+    """By number: a teacher that reads context before its targets has more rows of them than the student."""
+    data = load_dataset(ranked["targets"])
+    with_context, without = (TrainingRows(data, ranked[name].config.sequences) for name in ("reader", "teacher"))
+    assert len(with_context) > len(without)
+    assert with_context.fingerprint == without.fingerprint
+    source = open_signals(ranked["after_context"], without)
+    said: dict[int, list[int]] = {}
+    for batch in TrainingBatches(with_context, 8, seed=0):
+        said |= dict(zip(batch["target_row"].tolist(), source.read(batch)[0].tolist(), strict=True))
+    assert sorted(said) == list(range(without.targets))
+    for batch in TrainingBatches(without, 8, seed=0):
+        assert source.read(batch)[0].tolist() == [said[number] for number in batch["target_row"].tolist()]
 
 
 @pytest.mark.parametrize(("stage", "of"), [("users", "teacher"), ("graph_users", "graph")])

@@ -34,11 +34,18 @@ class SequenceConfig:
             pass over the user's history; needs a model that reads out at every position.
         targets_per_user: for `prefixes` and `sequence`, at most so many targets per user, the latest first. 0, which recipes
             have but where they say otherwise, takes all of them; null is `max_length` (as E4SRec).
+        context: for `sequence`, so many of a row's items have no target, but are read before those that have one. 0 cuts a long
+            history into rows of `max_length` targets, of which the first is predicted from one item, the second from two. With
+            25 of 50 none but those at the history's beginning is predicted from fewer than 26, and there are twice the rows.
+
+    Raises:
+        UserError: a value out of range, or a context where each target has the latest `max_length` items before it.
     """
 
     max_length: int = 50
     examples: str = "sequence"
     targets_per_user: int | None = None
+    context: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.examples not in EXAMPLES:
@@ -47,6 +54,17 @@ class SequenceConfig:
             raise UserError(f"sequences.max_length is {self.max_length}. It must be at least 1.")
         if self.targets_per_user is not None and self.targets_per_user < 0:
             raise UserError(f"sequences.targets_per_user is {self.targets_per_user}. It must be 0 (all), more, or null.")
+        if not 0 <= self.context < self.max_length:
+            raise UserError(
+                f"sequences.context is {self.context}. It must be 0 or more, and below sequences.max_length, which is "
+                f"{self.max_length}: what is left has targets."
+            )
+        if self.context and self.examples != "sequence":
+            raise UserError(
+                f"sequences.context={self.context} has no effect with sequences.examples={self.examples}, which has the latest "
+                "max_length items before each target. Leave it out, or set it for the stage that it is meant for, as "
+                "stages.teacher.sequences.context."
+            )
 
     @property
     def most_targets(self) -> int:

@@ -123,8 +123,8 @@ class TrainingBatches:
         items = window[:, :-1]
         first, last = rows.target_offset[index], rows.target_offset[index + 1]
         if rows.every_position:
-            target = np.where(items > 0, window[:, 1:], 0)
             count = last - first
+            target = np.where(np.arange(-items.shape[1], 0) >= -count[:, None], window[:, 1:], 0)
             target_row = np.repeat(last - np.cumsum(count), count) + np.arange(count.sum())
         else:
             target, target_row = window[:, -1], first

@@ -14,13 +14,14 @@ from lit_llmers.files import digest
 class TrainingRows:
     """The training rows of a dataset: row `r` reads `items[start[r]:stop[r]-1]` and predicts what follows.
 
-    With `examples=sequence` the targets are `items[start+1:stop]`, one per position; otherwise `items[stop-1]` alone.
+    With `examples=sequence` each position has a target, the item after it, but for those that are there as `context` for the
+    rest; otherwise `items[stop-1]` is the only one.
 
     Attributes:
         user, start, stop: `[R]` int64.
-        target_offset: `[R+1]` int64: the targets of row `r` are numbered `target_offset[r]..target_offset[r+1]`: user by
-            user and in order of time, so that the same targets have the same numbers however rows are cut. These numbers are
-            the keys of recorded signals.
+        target_offset: `[R+1]` int64: the targets of row `r`, the last items before `stop[r]`, are numbered
+            `target_offset[r]..target_offset[r+1]`: user by user and in order of time, so that the same targets have the same
+            numbers however rows are cut. These numbers are the keys of recorded signals.
     """
 
     def __init__(self, dataset: Dataset, config: SequenceConfig) -> None:
@@ -32,17 +33,18 @@ class TrainingRows:
         if config.most_targets:
             targets = np.minimum(targets, config.most_targets)
         self._of_users = hashlib.sha256(np.ascontiguousarray(targets, "<i8").tobytes()).hexdigest()
-        if config.examples == "sequence":  # windows of max_length targets, the latest window full
-            rows = -(-targets // config.max_length)
-            size = config.max_length
+        if config.examples == "sequence":  # windows that share no target, the latest window full
+            size = config.max_length - config.context
+            rows = -(-targets // size)
         else:
             rows, size = targets, 1
         self.user = np.repeat(np.arange(dataset.n_users), rows)
         nth = np.repeat(np.cumsum(rows), rows) - 1 - np.arange(len(self.user))  # 0 = the latest row of its user, the last
         self.stop = end[self.user] - nth * size
         if config.examples == "sequence":
-            self.start = np.maximum(self.stop - size, (end - targets)[self.user]) - 1
-            count = self.stop - self.start - 1
+            first = np.maximum(self.stop - size, (end - targets)[self.user])  # target
+            self.start = np.maximum(first - 1 - config.context, begin[self.user])
+            count = self.stop - first
         else:
             self.start = np.maximum(self.stop - 1 - config.max_length, begin[self.user])
             count = np.ones(len(self.user), np.int64)
@@ -61,14 +63,13 @@ class TrainingRows:
 
     @property
     def every_position(self) -> bool:
-        """Whether each position of a row has a target."""
+        """Whether a row has targets at its positions, and not at its end alone."""
         return self.config.examples == "sequence"
 
     def places(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whose the targets of these numbers `[T]` are, and where they stand in `dataset.items`: two `[T]` int64."""
         row = np.searchsorted(self.target_offset, number, side="right") - 1
-        first = self.start[row] + 1 if self.every_position else self.stop[row] - 1
-        return self.user[row], first + number - self.target_offset[row]
+        return self.user[row], self.stop[row] - self.target_offset[row + 1] + number
 
     @property
     def targets(self) -> int:

@@ -233,7 +233,7 @@ def _recompute(base: Any, recompute: bool) -> None:
 
 
 def histories(rows: int, length: int, every_position: bool) -> dict[str, Tensor]:
-    """A batch of full histories, as `lit_llmers.data.loader` makes it."""
+    """A batch of full histories, as `lit_llmers.data.loader` makes it, but that `sequences.context` has targets too."""
     items = torch.ones(rows, length, dtype=torch.long)
     number = torch.ones(rows, dtype=torch.long)
     return {

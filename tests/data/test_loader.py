@@ -12,7 +12,7 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches, OrderedBatches, TrainingBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 
-MODES = ["last", "prefixes", "sequence"]
+MODES = ["last", "prefixes", "sequence", "sequence after context"]
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def unique() -> Dataset:
 
 
 def rows_of(data: Dataset, examples: str = "prefixes", max_length: int = 4, limit: int | None = 0) -> TrainingRows:
-    return TrainingRows(data, SequenceConfig(max_length, examples, limit))
+    kind, _, after = examples.partition(" ")
+    return TrainingRows(data, SequenceConfig(max_length, kind, limit, context=max_length // 2 if after else 0))
 
 
 def numbered(rows: TrainingRows) -> dict[int, int]:
     """The target of each number, counted row by row."""
     items = rows.dataset.items.tolist()
-    spans = zip(rows.start.tolist(), rows.stop.tolist(), strict=True)
-    targets = [items[a + 1 : b] if rows.every_position else items[b - 1 : b] for a, b in spans]
-    return dict(enumerate(chain.from_iterable(targets)))
+    spans = zip(rows.stop.tolist(), np.diff(rows.target_offset).tolist(), strict=True)
+    return dict(enumerate(chain.from_iterable(items[stop - count : stop] for stop, count in spans)))
 
 
 def same(ours: list, theirs: list) -> bool:
@@ -72,7 +72,7 @@ def test_every_target_comes_once_under_its_number(unique, examples, batch_size):
         assert not seen.keys() & set(numbers)
         seen |= dict(zip(numbers, targets, strict=True))
         # each target follows what its row has read up to there
-        before = batch["items"][real] if examples == "sequence" else batch["items"][:, -1]
+        before = batch["items"][real] if rows.every_position else batch["items"][:, -1]
         assert [place[t] for t in targets] == [place[i] + 1 for i in before.tolist()]
     assert seen == wanted
     assert len(wanted) == rows.targets

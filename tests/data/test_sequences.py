@@ -29,8 +29,10 @@ def read(rows: TrainingRows) -> list[tuple[int, list[int], list[int]]]:
     return out
 
 
-def rows_of(data: Dataset, examples: str, max_length: int, targets_per_user: int | None = None) -> TrainingRows:
-    return TrainingRows(data, SequenceConfig(max_length, examples, targets_per_user))
+def rows_of(
+    data: Dataset, examples: str, max_length: int, targets_per_user: int | None = None, context: int = 0
+) -> TrainingRows:
+    return TrainingRows(data, SequenceConfig(max_length, examples, targets_per_user, context))
 
 
 def test_last_is_one_row_per_user(three):
@@ -71,7 +73,23 @@ def test_targets_are_numbered_row_by_row_in_order_of_time(three):
     assert rows.lengths.tolist() == [2, 3, 1]
 
 
-def plain(data: Dataset, examples: str, max_length: int, targets_per_user: int | None) -> set[tuple]:
+def test_context_is_read_before_the_first_target_of_a_row(three):
+    rows = rows_of(three, "sequence", 3, 0, context=1)
+    ends = zip(rows.user, rows.start, rows.stop, strict=True)
+    spans = [(int(user), rows.dataset.items[start : stop - 1].tolist()) for user, start, stop in ends]
+    assert spans == [(0, [11]), (0, [11, 12, 13]), (0, [13, 14, 15]), (2, [31])], "as much as the user has met"
+    assert rows.target_offset.tolist() == [0, 1, 3, 5, 6], "two targets each"
+    rows = rows_of(three, "sequence", 3, 2, context=2)
+    assert (rows.start.tolist(), rows.stop.tolist()) == ([1, 2, 11], [5, 6, 13]), "it may lie before all targets of a user"
+    with pytest.raises(UserError, match="context is 3. It must be 0 or more, and below sequences.max_length, which is 3"):
+        SequenceConfig(3, context=3)
+    with pytest.raises(UserError, match="context is -1"):
+        SequenceConfig(3, context=-1)
+    with pytest.raises(UserError, match="context=1 has no effect with sequences.examples=prefixes.*sequences.context.$"):
+        SequenceConfig(3, "prefixes", context=1)
+
+
+def plain(data: Dataset, examples: str, max_length: int, targets_per_user: int | None, context: int = 0) -> set[tuple]:
     """Every (user, target's place, history) by the definition, one user after the other."""
     limit = max_length if targets_per_user is None else targets_per_user
     out = set()
@@ -85,8 +103,9 @@ def plain(data: Dataset, examples: str, max_length: int, targets_per_user: int |
         for number, at in enumerate(reversed(targets)):
             reach = max_length
             if examples == "sequence":  # a window's positions see back to its first item
-                window = targets[::-1][number // max_length * max_length :][:max_length]
-                reach = at - (window[-1] - 1)
+                size = max_length - context
+                window = targets[::-1][number // size * size :][:size]
+                reach = at - (window[-1] - 1 - context)
             first = max(own[0], at - reach)
             out.add((user, at, tuple(range(first, at))))
     return out
@@ -94,16 +113,19 @@ def plain(data: Dataset, examples: str, max_length: int, targets_per_user: int |
 
 @pytest.mark.parametrize("targets_per_user", [None, 0, 1, 3, 5])
 @pytest.mark.parametrize("max_length", [1, 3, 4, 50])
-@pytest.mark.parametrize("examples", ["last", "prefixes", "sequence"])
-def test_rows_equal_a_plain_loop(examples, max_length, targets_per_user):
+@pytest.mark.parametrize(
+    ("examples", "context"), [("last", 0), ("prefixes", 0), ("sequence", 0), ("sequence", 1), ("sequence", 3)]
+)
+def test_rows_equal_a_plain_loop(examples, context, max_length, targets_per_user):
+    context = min(context, max_length - 1)
     data = random_dataset(users=40, longest=17)
-    rows = rows_of(data, examples, max_length, targets_per_user)
+    rows = rows_of(data, examples, max_length, targets_per_user, context)
     found = []
-    for user, start, stop in zip(rows.user, rows.start, rows.stop, strict=True):
-        targets = range(start + 1, stop) if rows.every_position else [stop - 1]
-        found += [(user, at, tuple(range(start, at))) for at in targets]
+    for user, start, stop, count in zip(rows.user, rows.start, rows.stop, np.diff(rows.target_offset), strict=True):
+        found += [(user, at, tuple(range(start, at))) for at in range(stop - count, stop)]
     assert len(found) == len(set(found)) == rows.targets
-    assert set(found) == plain(data, examples, max_length, targets_per_user)
+    assert set(found) == plain(data, examples, max_length, targets_per_user, context)
+    assert rows.places(np.arange(rows.targets))[1].tolist() == [at for _, at, _ in found]
     assert (rows.lengths >= 1).all()
     assert rows.lengths.max() <= max_length
 
@@ -118,10 +140,11 @@ def test_nothing_held_out_is_read_or_predicted():
 
 def test_prefixes_and_sequence_predict_the_same_targets():
     data = random_dataset()
-    for limit in (None, 0, 4):
+    for limit, context in ((None, 0), (0, 0), (4, 0), (None, 1), (0, 3), (4, 2)):
         ends = rows_of(data, "prefixes", 4, limit).stop - 1
-        rows = rows_of(data, "sequence", 4, limit)
-        places = np.concatenate([np.arange(a + 1, b) for a, b in zip(rows.start, rows.stop, strict=True)])
+        rows = rows_of(data, "sequence", 4, limit, context)
+        count = np.diff(rows.target_offset)
+        places = np.concatenate([np.arange(b - n, b) for b, n in zip(rows.stop, count, strict=True)])
         assert ends.tolist() == places.tolist(), "and number them alike"
         assert rows.places(np.arange(rows.targets))[1].tolist() == places.tolist()
         assert rows.fingerprint == rows_of(data, "prefixes", 4, limit).fingerprint
