@@ -1,10 +1,10 @@
 """What an `encode` stage takes: what becomes a vector, by what, and how that is tuned first."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_llmers.conf.schema import BASE_DTYPES, SHARDED, OptimizerConfig, TrainerConfig
-from lit_llmers.conf.typed import ADDED
+from lit_llmers.conf.typed import ADDED, unread
 from lit_llmers.errors import UserError, unknown
 
 ENCODERS = ("tfidf", "transformer", "said")
@@ -176,18 +176,12 @@ class EncodeStage:
             raise UserError("fields of the encode stage is empty. Name columns of the catalogue, as fields: [title].")
         if self.user_prompt is not None and self.users != "history":
             raise UserError("user_prompt of the encode stage has no effect: it belongs to users: history. Leave it out.")
-        self._check_read()
-
-    def _check_read(self) -> None:
-        """Who gives what the encoder does not read expects an effect."""
-        for setting in fields(self):
-            value, encoders = getattr(self, setting.name), READERS.get(setting.name, ENCODERS)
-            if self.encode not in encoders and value != setting.default:
-                raise UserError(
-                    f"{setting.name}={value} of the encode stage has no effect with encode: {self.encode}. Leave it out, "
-                    f"set it to {'null' if setting.default is None else setting.default}, or choose encode: "
-                    f"{' or '.join(encoders)}{' (text=minilm has one)' if 'transformer' in encoders else ''}."
-                )
+        for name, value, default in unread(self, self.encode, READERS):
+            encoders = " or ".join(READERS[name]) + " (text=minilm has one)" * ("transformer" in READERS[name])
+            raise UserError(
+                f"{name}={value} of the encode stage has no effect with encode: {self.encode}. Leave it out, set it to "
+                f"{default}, or choose encode: {encoders}."
+            )
 
     @property
     def read(self) -> list[str]:

@@ -4,10 +4,10 @@ A room's own settings (a data source's, an LLM base's, a backbone's arguments) l
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_llmers.conf.typed import ADDED
+from lit_llmers.conf.typed import ADDED, unread
 from lit_llmers.errors import UserError, unknown
 
 EXAMPLES = ("sequence", "prefixes", "last")
@@ -134,17 +134,11 @@ class LossConfig:
             raise UserError(f"loss.negatives is {self.negatives}. It must be at least 1.")
         if not 0 <= self.t <= 1:
             raise UserError(f"loss.t is {self.t}. It must lie between 0 and 1.")
-        self._check_read()
-
-    def _check_read(self) -> None:
-        """Who gives what the kind does not read expects an effect."""
-        for setting in fields(self):
-            value, kinds = getattr(self, setting.name), LOSS_READERS.get(setting.name, LOSSES)
-            if self.kind not in kinds and value != setting.default:
-                raise UserError(
-                    f"loss.{setting.name}={value} has no effect with loss.kind={self.kind}. Leave it out, set it to "
-                    f"{setting.default}, or choose loss.kind={' or '.join(kinds)}."
-                )
+        for name, value, default in unread(self, self.kind, LOSS_READERS):
+            raise UserError(
+                f"loss.{name}={value} has no effect with loss.kind={self.kind}. Leave it out, set it to {default}, or choose "
+                f"loss.kind={' or '.join(LOSS_READERS[name])}."
+            )
 
 
 @dataclass(frozen=True)

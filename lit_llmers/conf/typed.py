@@ -1,7 +1,7 @@
 """From YAML's mappings to dataclasses, and from these to what names an artefact."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,6 +12,22 @@ from lit_llmers.errors import UserError, nearest
 ADDED = {"added": True}
 
 Config = TypeVar("Config")
+
+
+def unread(config: Any, choice: str, readers: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Any, str]]:
+    """Settings other than their default that a choice does not read: who gives them expects an effect.
+
+    Args:
+        choice: what is made with these settings.
+        readers: of those that not every choice reads, which do.
+
+    Yields:
+        name, value, and in words what takes it back: the default, as YAML has it.
+    """
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if choice not in readers.get(entry.name, (choice,)) and value != entry.default:
+            yield entry.name, value, "null" if entry.default is None else str(entry.default)
 
 
 def fingerprinted(config: Any) -> dict[str, Any]:
