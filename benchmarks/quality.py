@@ -5,9 +5,9 @@ protocol: leave-one-out, the whole catalogue, ties counted half, HR@10 and NDCG@
 them competing. After each epoch it ranks the validation items. It stops when the student's own `trainer.patience` epochs
 brought no better NDCG@10 (masked; ours ends as it does for users), or before the epoch that would exceed the budget of
 processor time; the test figures are those after the best epoch. Ours is the command that users type, but that it learns from
-the latest targets of each user alone, as the others do. Each run is kept when it ends, in `benchmarks/results/quality.json`,
-a row for each model, data set, subject, budget and settings, and a seed that is kept is not run again but with `--again`;
-`--record FILE` rewrites their section in a Markdown file.
+the latest targets of each user alone, as the others do, and what `--ours` overrides. Each run is kept when it ends, in
+`benchmarks/results/quality.json`, a row for each model, data set, subject, budget and settings, and a seed that is kept is not
+run again but with `--again`; `--record FILE` rewrites their section in a Markdown file.
 """
 
 import argparse
@@ -87,7 +87,10 @@ def arguments() -> argparse.Namespace:
     add("--patience", type=int, metavar="EPOCHS", help="of the others, 0 for no end (default: the student's own)")
     add("--every", type=int, default=1, metavar="EPOCHS", help="rank the others after each so many (default 1)")
     add("--search", nargs="+", default=[], metavar="KEY=VALUE,...", help="lr or reg for the others, chosen on validation")
+    add("--ours", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of our command, a row of its own")
     options = students.settled(parser)
+    if wrong := [each for each in options.ours if "=" not in each]:
+        parser.error(f"--ours takes KEY=VALUE, not {' '.join(wrong)}")
     if unknown := set(options.who or []) - {OURS, *OTHERS}:
         parser.error(f"nobody is called {', '.join(sorted(unknown))}: {OURS}, {', '.join(OTHERS)}")
     if options.quick:
@@ -121,7 +124,7 @@ def contest(
         row |= {
             "patience": patience,
             "every": options.every if who != OURS else 1,
-            "settings": {},
+            "settings": dict(each.split("=", 1) for each in options.ours) if who == OURS else {},
             "environment": machine,
             "failed": each.failed,
             "runs": [],
@@ -141,7 +144,7 @@ def contest(
             first = options.seeds[0]
             trials = [(s, train(start(first, s), first, patience, options)) for s in options.grid if who != OURS and s]
             settings, best = max(trials, key=lambda trial: trial[1].get("validation", 0.0), default=({}, None))
-            row |= {"settings": settings, "searched": len(trials)}
+            row |= {"settings": settings or row["settings"], "searched": len(trials)}
             row["runs"] = [] if options.again else earlier_runs(row)
             for seed in [each for each in options.seeds if each not in {run["seed"] for run in row["runs"]}]:
                 fresh = best if best and seed == first else train(start(seed, settings), seed, patience, options)
@@ -223,6 +226,7 @@ def our_command(model: str, data: str, seed: int, folder: Path, options: argpars
         "trainer.accelerator=cpu",
         f"sequences.targets_per_user={LENGTH}",
         "~stages.export",
+        *options.ours,
     ]
 
 
@@ -322,8 +326,9 @@ def _mean(values: list[float]) -> str:
 
 
 def _name(row: Row) -> str:
-    settings = "".join(f", {key} {value:g}" for key, value in row["settings"].items())
-    return f"**{OURS}**" if row["who"] == OURS else f"{row['who']} {row['version']}".strip() + settings
+    if row["who"] == OURS:
+        return f"**{OURS}**" + "".join(f", `{key}={value}`" for key, value in row["settings"].items())
+    return f"{row['who']} {row['version']}".strip() + "".join(f", {key} {value:g}" for key, value in row["settings"].items())
 
 
 if __name__ == "__main__":
