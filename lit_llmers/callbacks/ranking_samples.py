@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lit_llmers.callbacks.teacher_lists import of_drawn
 from lit_llmers.data.loader import Batch
@@ -19,7 +18,6 @@ Met = tuple[Tensor, Tensor]  # `[P]` numbers of targets, ascending, and `[P]` it
 
 _TOGETHER = 16  # neighbouring targets that share the items drawn from the catalogue
 _CELLS = {"cpu": 2**20, "other": 2**26}  # of a table of draws x items in memory at once
-_GROUP = 8  # items of which the best score is looked at first
 _ROWS = 64  # targets whose scores of the whole catalogue are in memory at once
 
 
@@ -127,11 +125,10 @@ def student_ranks(
         scores = scores.masked_fill_(hit[:, column[drawn]], -torch.inf)  # a repeated item has one column
         return estimated_rank(listed, scores, n_items)
     rank = torch.empty_like(listed)
-    item_table = F.pad(item_table, (0, 0, 0, -len(item_table) % _GROUP))
     for rows, target, item in _cut(met, len(user), _ROWS):
-        scores = _products(user[rows], item_table)  # [c, n+1 and what fills it up]
+        scores = _products(user[rows], item_table)  # [c, n+1]
         own = scores.gather(1, items[rows])  # rounded as the others are
-        scores[:, 0] = scores[:, n_items + 1 :] = -torch.inf
+        scores[:, 0] = -torch.inf
         _mark(scores, target, item, -torch.inf)
         best = _best(scores, deepest)
         rank[rows] = (best.shape[1] - torch.searchsorted(best, own, right=True)).clamp_(max=deepest).to(rank.dtype)
@@ -150,21 +147,12 @@ def _products(user: Tensor, items: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, number: int) -> Tensor:
-    """The so many best scores of each row `[c, G w]` and perhaps a few more, ascending, behind -inf that fills up.
-
-    On a CPU the rows are cut into w groups. As many scores as wanted reach the best of that many groups, and seldom many more
-    do: only those are put in order.
-    """
+    """The so many best scores of each row `[c, n]`, ascending; on a CPU the rows are put in another order."""
+    number = min(number, scores.shape[1])
     if not in_memory(scores):
-        return scores.topk(min(number, scores.shape[1])).values.flip(1)
-    rows, best = scores.numpy(), scores.view(len(scores), _GROUP, -1).amax(1).numpy()
-    if best.shape[1] <= number:
-        return _sorted(scores)
-    kept = rows >= np.partition(best, -number, axis=1)[:, -number, None]
-    count = np.count_nonzero(kept, axis=1)
-    few = np.full((len(rows), count.max()), -np.inf, rows.dtype)
-    few[np.arange(few.shape[1]) < count[:, None]] = rows[kept]
-    return torch.from_numpy(np.sort(few, axis=1))
+        return scores.topk(number).values.flip(1)
+    scores.numpy().partition(-number, axis=1)
+    return _sorted(scores[:, -number:])
 
 
 def _sorted(rows: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def test_exact_ranks_end_where_nothing_tells_them_apart_any_more(deepest):
 
 
 @pytest.mark.parametrize(("n_items", "deepest"), [(299, 7), (300, 20), (301, 37), (307, 38)])
-def test_the_best_are_in_the_groups_that_are_looked_at(n_items, deepest):
+def test_exact_ranks_stop_at_the_best_scores_and_ties_share_the_better_rank(n_items, deepest):
     torch.manual_seed(1)
     items = torch.stack([torch.randperm(n_items)[:50] + 1 for _ in range(9)])
     user, table = torch.randn(9, 4), torch.randn(n_items + 1, 4).round()  # with ties
