@@ -2,6 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 ARGS   ?=
+WORKERS ?= 2
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python
 
@@ -11,7 +12,7 @@ slmrec: $(READY)
 	$(RUN) -m lit_llmers.fit recipe=slmrec $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-cluster: $(READY)
 	$(RUN) -m pytest tests/cluster $(ARGS)
