@@ -171,15 +171,22 @@ def _check_terms(
 
 
 def _check_initial(name: str, stage: FitStage, stages: dict[str, Any]) -> None:
-    """A table that is copied as it is must be as wide as the one that it is copied to, which stands inside all fusions."""
-    if stage.initial is None or stage.initial.reduce is not None:
+    """What an item table starts from must be as wide, or wider to be cut; the table stands inside all fusions."""
+    if stage.initial is None:
         return
     own, theirs = _inner_dim(stage), _dim(stages[stage.initial.items])
-    if own is not None and theirs is not None and own != theirs:
+    if own is None or theirs is None or own == theirs or (stage.initial.reduce and own < theirs):
+        return
+    if stage.initial.reduce is None:
         raise UserError(
             f"'stages.{name}.initial' copies vectors as they are, but those of '{stage.initial.items}' have {theirs} numbers "
             f"and the item table of '{name}' {own}. Set stages.{name}.initial.reduce=pca, or give both the same dim."
         )
+    raise UserError(
+        f"'stages.{name}.initial' cuts vectors to the {own} columns of the item table of '{name}', but those of "
+        f"'{stage.initial.items}' have {theirs}. Set stages.{name}.model.dim={theirs} or less, or make the vectors wider "
+        f"(stages.{stage.initial.items})."
+    )
 
 
 def _dim(stage: Any) -> int | None:

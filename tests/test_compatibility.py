@@ -303,6 +303,13 @@ def test_the_width_of_what_a_fusion_leaves_is_known_before_anything_runs(fusion,
     with pytest.raises(UserError, match=f"{message} of 'student' 8. Set stages.student.initial.reduce=pca"):
         planned(tmp_path, *teacher, *copied, "student.model.dim=8")
     assert planned(tmp_path, *teacher, *copied, f"student.model.dim={wide}", "+stages.student.fusion=[{dual_view:{from:text}}]")
+    cut = ["stages.student.callbacks=[]", "+stages.student.initial={items:teacher,reduce:variance}"]
+    assert planned(tmp_path, *teacher, *cut, f"student.model.dim={wide}")
+    message = (
+        f"columns of the item table of 'student', but those of 'teacher' have {wide}. Set stages.student.model.dim={wide} or"
+    )
+    with pytest.raises(UserError, match=message):
+        planned(tmp_path, *teacher, *cut, f"student.model.dim={wide + 1}")
 
 
 def test_a_teacher_cannot_stand_beside_a_student_that_asks_for_lists(tmp_path):

@@ -129,6 +129,11 @@ def test_a_run_keeps_the_memory_that_its_steps_free(capsys, monkeypatch):
         (["recipe=slmrec", "data=local", "data.path=nowhere"], "nowhere"),
         (["recipe=slmrec", "data.root=FOLDER"], "data=demo is generated and reads no data.root"),
         (["recipe=slmrec", "data.path=FOLDER"], "reads no data.path. Say which data lie there: data=local."),
+        (
+            ["recipe=slmrec", "data.columns.user=buyer"],
+            "data.columns.user names a column of a folder's tables, but demo is gen",
+        ),
+        (["recipe=slmrec", "data=ml-1m", "data.columns.time=when"], "tables, but ml-1m comes from its publisher. Leave it out"),
         (["recipe=slmrec", "logger=csv", "run.dir=/proc/runs"], "run folder /proc/runs/slmrec/default cannot be written"),
     ],
 )

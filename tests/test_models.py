@@ -95,7 +95,12 @@ def test_tables_side_by_side_are_of_one_size_whoever_has_no_text(tmp_path):
 
 def test_a_model_wider_than_the_texts_can_give_is_named_by_its_stage(tmp_path):
     """In hint and rrd it is the teacher's start, and not the student, that asks for more."""
-    stages = planned(tmp_path, more="  teacher: {like: started, model: {dim: 13}}\n")
+    teacher = "  teacher: {like: started, model: {dim: 13}}\n"
+    with pytest.raises(UserError, match="but those of 'text' have 12"):
+        planned(tmp_path, more=teacher)
+    unknown = teacher.replace("dim: 13}", "dim: 13}, initial: {items: whole, reduce: pca}")
+    stages = planned(tmp_path, more=f"  whole: {{encode: tfidf, dim: 12, reduce: all}}\n{unknown}")
+    run([stages["whole"]], None)
     with pytest.raises(UserError, match=r"cannot be cut to 13 columns by pca.* Set stages\.teacher\.model\.dim=12 or less"):
         run([stages["teacher"]], None)
 

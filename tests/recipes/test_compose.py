@@ -331,10 +331,10 @@ def test_a_key_below_an_interpolation_can_be_set_and_reaches_only_its_stage():
 
 
 def test_settings_that_no_yaml_writes_can_be_given():
-    config = recipes.compose("slmrec", ["data.generator.users=99", "stages.student.optimizer.lr=0.5", "data.columns.user=who"])
+    config = recipes.compose("slmrec", ["data.generator.users=99", "stages.student.optimizer.lr=0.5", "data.k_core=7"])
     assert config["data"]["generator"] == {"users": 99}
     assert config["stages"]["student"]["optimizer"] == {"lr": 0.5}
-    assert by_name(resolve(config))["prepare"].config.columns.user == "who"
+    assert by_name(resolve(config))["prepare"].config.k_core == 7
 
 
 def test_an_entry_of_a_list_is_set_and_left_out_by_its_place():

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from lit_llmers.data import DataConfig, texts
+from lit_llmers.data import Columns, DataConfig, texts
 from lit_llmers.data.interactions import Tables
 from lit_llmers.data.sources.amazon import AmazonReviews2023
 from lit_llmers.data.sources.demo import Demo
@@ -36,8 +36,8 @@ def source_of(config: DataConfig) -> Source:
     """Choose the source: the generator, the folder that was named, or else the publisher.
 
     Raises:
-        UserError: `data=local` without `data.path`, a folder for the generated catalogue, or texts are asked of a source that
-            has none.
+        UserError: `data=local` without `data.path`, a folder for the generated catalogue, or texts or names of columns
+            where no folder is read.
     """
     if config.texts and config.source != "folder" and config.root is None:
         raise UserError(
@@ -50,6 +50,7 @@ def source_of(config: DataConfig) -> Source:
             raise UserError(
                 f"data={config.name} is generated and reads no data.{place}. Say which data lie there: data={named}."
             )
+        _refuse_columns(config, "is generated")
         return Demo(config.generator)
     if config.source == "folder":
         if config.path is None:
@@ -57,6 +58,18 @@ def source_of(config: DataConfig) -> Source:
         return Folder(Path(config.path).expanduser(), config)
     if config.root is not None:
         return Folder(Path(config.root).expanduser() / config.name, config)
+    _refuse_columns(config, "comes from its publisher")
     if config.source == "movielens":
         return MovieLens(config)
     return AmazonReviews2023(config)
+
+
+def _refuse_columns(config: DataConfig, comes: str) -> None:
+    """Names of columns would be ignored; `categories` and `text` are given by the named data sets themselves."""
+    usual = Columns()
+    for part in ("user", "item", "catalogue_item", "time", "rating", "split", "title"):
+        if getattr(config.columns, part) != getattr(usual, part):
+            raise UserError(
+                f"data.columns.{part} names a column of a folder's tables, but {config.name} {comes}. Leave it out, or name "
+                "the folder with data.root=FOLDER."
+            )
