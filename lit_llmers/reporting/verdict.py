@@ -8,7 +8,7 @@ from lit_llmers.reporting.tables import p_value, percent
 NOTHING_TO_TEACH = (
     "Where a teacher is no better than the undistilled control, a gain of the student need not be the teacher's knowledge "
     "passed on, and a loss is no surprise. Make the teacher better (more depth or width, item text, more "
-    "training examples or data); docs/methods.md, and for SLMRec docs/slmrec.md, say where methods paid."
+    "training examples or data); docs/measured.md, and for SLMRec docs/slmrec.md, say where methods paid."
 )
 
 
