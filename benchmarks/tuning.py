@@ -61,7 +61,7 @@ def table(keys: list[str], rows: list[tuple[list[str], list[dict[str, Any]]]]) -
     lines.append("|" + "---|" * len(keys) + "---:|" * 4)
     for setting, seeds in sorted(rows, key=lambda row: -_score(row[1])):
         spread = f" ± {statistics.stdev(_scores(seeds)):.4f}" if len(seeds) > 1 else ""
-        epochs = ", ".join(str(seed["best"]["epoch"]) for seed in seeds)
+        epochs = ", ".join(str(seed["best"]["epoch"] + 1) for seed in seeds)
         minutes = statistics.mean(seed["train_seconds"] for seed in seeds) / 60
         lines.append(f"| {' | '.join(setting)} | {len(seeds)} | {_score(seeds):.4f}{spread} | {epochs} | {minutes:.1f} |")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from lit_llmers.data.dataset import TEST, Dataset
 from lit_llmers.models import load_dataset, load_model
 
 ENSEMBLES = Path(__file__).parent.parent / "benchmarks" / "ensembles.py"
+TUNING = ENSEMBLES.with_name("tuning.py")
 ASKED = ("seeds=[0,1]", "~stages.export")
 LENGTH = 8
 
@@ -88,3 +89,12 @@ def test_seeds_of_what_is_counted_are_refused(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "error: stage 'student' counts and is not trained, so all its seeds are one model." in ended.stderr
+
+
+def test_a_search_counts_epochs_from_one_as_progress_does(tmp_path):
+    given = arguments(tmp_path, "trainer.max_epochs=1", "student=sasrec", "student.model.dropout=.1,.2", recipe="student")
+    command = [sys.executable, TUNING, "recipe=student", *given]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[-2:]]
+    assert sorted(row[0] for row in rows) == [".1", ".2"]
+    assert [row[3] for row in rows] == ["1", "1"]
