@@ -125,8 +125,10 @@ def column_names(path: Path) -> list[str]:
 
 
 def read_parquet(path: Path, names: list[str]) -> pd.DataFrame:
-    """Columns of a parquet file; one that pandas wrote as its index is a column like others."""
-    return pyarrow.parquet.read_table(path, columns=names).to_pandas(ignore_metadata=True)
+    """Columns of a parquet file. Bytes are text; a column that pandas wrote as its index is one like others."""
+    table = pyarrow.parquet.read_table(path, columns=names)
+    fields = [each.with_type(pyarrow.string()) if pyarrow.types.is_binary(each.type) else each for each in table.schema]
+    return table.cast(pyarrow.schema(fields)).to_pandas(ignore_metadata=True)
 
 
 @contextmanager

@@ -89,6 +89,18 @@ def test_an_index_of_pandas_is_a_column(index: str | list[str], folder: Path) ->
     assert values(found.items) == values(expected.items)
 
 
+def test_text_that_parquet_does_not_mark_as_such_is_text(folder: Path) -> None:
+    expected = read_folder(folder, COLUMNS)
+    for path in folder.glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        texts = [name for name in frame if isinstance(frame[name][0], str)]
+        assert texts
+        frame.assign(**{name: frame[name].str.encode("utf-8") for name in texts}).to_parquet(path)
+    found = read_folder(folder, COLUMNS)
+    assert values(found.interactions) == values(expected.interactions)
+    assert values(found.items) == values(expected.items)
+
+
 def test_ids_keep_leading_zeros_and_words_that_look_like_nothing(tmp_path: Path) -> None:
     (tmp_path / "interactions.csv").write_text("user_id,item_id,position\nnull,007,0\nNA,7,1\n")
     (tmp_path / "items.csv").write_text("item_id,title\n007,Bond\n7,Seven\n")
