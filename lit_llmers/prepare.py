@@ -105,7 +105,7 @@ def build(tables: Tables, config: DataConfig) -> Dataset:
         twice = np.count_nonzero((met[1:] == met[:-1]) & (time[1:] == time[:-1]))
         alike = f", {twice} of them at the same time" if twice else ""
         rows.note(f"{repeats} interactions repeat an item that the user had before{alike}; they are kept.")
-    if untitled := int((catalogue["title"] == "").sum()):
+    if untitled := int((catalogue["title"].str.strip() == "").sum()):
         rows.note(f"{untitled} of {len(catalogue)} items have no title.")
     counts = {"users": len(user_ids), "items": len(item_ids), "interactions": len(users)}
     dropped = rows.dropped | {UNMET: len(tables.items) - len(item_ids)}

@@ -88,7 +88,7 @@ class Recommender:
         repeats: bool = False,
     ) -> None:
         self.item_ids, self.categories = ["", *item_ids], ["", *categories]
-        self.titles = ["", *(title or item_id for title, item_id in zip(titles, item_ids, strict=True))]
+        self.titles = ["", *(title if title.strip() else item_id for title, item_id in zip(titles, item_ids, strict=True))]
         self.max_length, self.scorer, self.users, self.repeats = max_length, scorer, users, repeats
         self._plain = [_plain(title) for title in self.titles]
         self._exact = _index(self._plain)
@@ -210,19 +210,23 @@ class Recommender:
 
     def split(self, text: str) -> list[str]:
         """Cut `TITLE; TITLE` at its semicolons, save those inside a title that the catalogue has."""
-        parts, titles = text.split(";"), []
-        while parts:
-            longest = (size for size in range(len(parts), 1, -1) if _plain(";".join(parts[:size])) in self._exact)
-            size = next(longest, 1)
-            titles.append(";".join(parts[:size]).strip())
-            parts = parts[size:]
-        return [title for title in titles if title]
+        return _at_semicolons(text, lambda part: _plain(part) in self._exact)
 
     def split_ids(self, text: str) -> list[str]:
-        """Cut `ID; ID` at its semicolons, and at its commas where what they are in is no id."""
-        parts = [part.strip() for part in text.split(";")]
+        """Cut `ID; ID` at its semicolons, save those inside an id, and at its commas where what they are in is no id."""
+        parts = _at_semicolons(text, self._ids.__contains__)
         ids = [item_id.strip() for part in parts for item_id in ([part] if part in self._ids else part.split(","))]
         return [item_id for item_id in ids if item_id]
+
+
+def _at_semicolons(text: str, known: Callable[[str], bool]) -> list[str]:
+    """Cut at semicolons, save those inside the longest parts that are known."""
+    parts, found = text.split(";"), []
+    while parts:
+        size = next((size for size in range(len(parts), 1, -1) if known(";".join(parts[:size]).strip())), 1)
+        found.append(";".join(parts[:size]).strip())
+        parts = parts[size:]
+    return [part for part in found if part]
 
 
 def _plain(title: str) -> str:
@@ -278,6 +282,7 @@ def table(recommender: Recommender, history: list[int], ranked: list[tuple[int, 
 
 
 def _cut(title: str) -> str:
+    title = " ".join(title.split())  # one line
     return title if len(title) <= WIDTH else title[: WIDTH - 1] + "…"
 
 

@@ -12,7 +12,7 @@ from pyarrow.parquet import read_table, write_table
 from tiny_export import DIM, FIRST, MAX_LENGTH, N_ITEMS, TITLES, dataset, export_stage, finish
 
 from lit_llmers.errors import UserError
-from lit_llmers.recommend import Recommender, Users, main
+from lit_llmers.recommend import Recommender, Users, main, table
 
 
 class Favourites:
@@ -88,8 +88,14 @@ def test_equal_titles_are_told_apart_by_id():
 
 
 def test_an_item_without_a_title_goes_by_its_id():
-    recommender = Recommender(["a", "b"], ["", "x"], ["", ""], MAX_LENGTH, Favourites())
-    assert recommender.find("a") == 1
+    recommender = Recommender(["a", "b", "c"], ["", "x", " "], ["", "", ""], MAX_LENGTH, Favourites())
+    assert (recommender.find("a"), recommender.find("c")) == (1, 3)
+
+
+def test_a_title_of_several_lines_is_a_row_of_the_table():
+    recommender = Recommender(["a", "b"], ["A\nB\tC", "x"], ["", ""], MAX_LENGTH, Favourites())
+    head, _, _, row = table(recommender, [1], [(1, 0.5)]).splitlines()
+    assert (head, row) == ("After: A B C", "1  0.500  A B C")
 
 
 def test_semicolons_inside_a_title(recommender):
@@ -101,6 +107,11 @@ def test_commas_inside_an_id():
     recommender = Recommender(["a", "b", "a,b", "b, a"], ["x"] * 4, [""] * 4, MAX_LENGTH, Favourites())
     assert recommender.split_ids("a,b; b ;b,a; b, a ;") == ["a,b", "b", "b", "a", "b, a"]
     assert recommender.split_ids("a, b,c") == ["a", "b", "c"]
+
+
+def test_semicolons_inside_an_id():
+    recommender = Recommender(["a", "b", "a;b", "a; b,c"], ["x"] * 4, [""] * 4, MAX_LENGTH, Favourites())
+    assert recommender.split_ids("a;b; b; a ; a; b,c;") == ["a;b", "b", "a", "a; b,c"]
 
 
 def test_empty_history_and_top(recommender):

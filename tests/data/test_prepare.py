@@ -305,12 +305,13 @@ def test_rows_that_stand_twice_and_items_without_title_are_said(folder: Path, tm
     pd.concat([table, table.iloc[:2]]).to_parquet(folder / "interactions.parquet")
     items = pd.read_parquet(folder / "items.parquet")
     items.loc[0, "title"] = None
+    items.loc[1, "title"] = " "
     items.to_parquet(folder / "items.parquet")
     assert prepare(local(folder), tmp_path / "out")["notes"] == [
         ORDER,
         UNDECIDED,
         "2 interactions repeat an item that the user had before, 2 of them at the same time; they are kept.",
-        f"1 of {len(items)} items have no title.",
+        f"2 of {len(items)} items have no title.",
     ]
 
 
