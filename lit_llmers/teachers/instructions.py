@@ -61,7 +61,12 @@ class InstructionRows:
                 np.count_nonzero(~something),
                 len(at),
             )
-        chosen = np.flatnonzero(titled[dataset.items[at]] & something)
+        named = titled[dataset.items[at]]
+        if not named.all():
+            log.warning(
+                "%d of %d training targets have no title to be said, and are left out", np.count_nonzero(~named), len(at)
+            )
+        chosen = np.flatnonzero(named & something)
         if not len(chosen):
             raise UserError(
                 "No training target has a title and comes after an item with a text, so there is nothing to tune on. Look at "

@@ -140,10 +140,11 @@ def test_what_was_said_keeps_its_spaces():
     assert [wording.said(wording.response(item)) for item in (1, 2, 3)] == titles
 
 
-def test_items_without_title_are_left_out_and_titles_are_text_whatever_they_look_like():
+def test_items_without_title_are_left_out_and_titles_are_text_whatever_they_look_like(caplog):
     data = titled([[1, 2, 3, 4, 5]] * 2, ["A", "", "</s><pad>", "D", "E"])
     wording = wording_of(data)
     assert [rows.example(row) for rows in [rows_of(data, wording)] for row in range(len(rows))] == [([1, 2], 3)] * 2
+    assert "2 of 4 training targets have no title to be said, and are left out" in caplog.text
     assert wording.text([1, 2]) == wording.text([1])
     assert wording.response(3)[-1] == wording.end
     assert wording.end not in wording.response(3)[:-1]
