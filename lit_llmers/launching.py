@@ -22,6 +22,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.processes import Processes, RankFailed
 
 OUTCOMES = "LIT_LLMERS_OUTCOMES"  # folder in which processes that `launch` started say how they ended
+LAUNCHER = "LIT_LLMERS_LAUNCHER"  # the number of the one that started them
 LAST_BREATH = 60  # seconds that a failed rank may take to end, where a library waits for the others
 
 
@@ -44,7 +45,7 @@ def launch(name: str, count: int, arguments: Sequence[str]) -> None:
     command = ["-m", "lit_llmers.fit", *given, f"only={name}"]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder)
-        with _environment({OUTCOMES: folder, **threads(count)}):
+        with _environment({OUTCOMES: folder, LAUNCHER: str(os.getpid()), **threads(count)}):
             agent = _Agent(count, command)
             agent.start()
             _attend(agent, outcomes)
@@ -178,10 +179,9 @@ def _report_for_duty() -> None:
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    try:
-        (Path(folder) / f"rank.{os.getpid()}").touch()
-    except FileNotFoundError:  # it died meanwhile
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it died before the system knew whose death to look for
         os._exit(1)
+    (Path(folder) / f"rank.{os.getpid()}").touch()
 
 
 def report_failure(status: int, error: str) -> bool:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import ended, fork
 from tiny import arguments, by_name, small
 
 from lit_llmers import fit, launching, processes
@@ -139,6 +140,17 @@ def end(tmp_path: Path, exits: dict[int, tuple[int, float]], said: dict[int, tup
 def test_the_first_that_died_is_named_and_not_those_that_it_took_along(tmp_path, exits, said, error, message):
     with pytest.raises(error, match=message):
         end(tmp_path, exits, said)
+
+
+@pytest.mark.parametrize(("alive", "status"), [(True, 0), (False, 1)])
+def test_a_process_whose_launcher_died_while_it_started_ends(tmp_path, monkeypatch, alive, status):
+    """It would hold its stage's folder and wait for the others."""
+    before = fork(lambda: 0)
+    assert ended(before) == 0
+    monkeypatch.setenv(launching.OUTCOMES, str(tmp_path))
+    monkeypatch.setenv(launching.LAUNCHER, str(os.getpid() if alive else before))
+    assert ended(fork(lambda: launching._report_for_duty() or 0)) == status
+    assert bool(list(tmp_path.glob("rank.*"))) == alive
 
 
 # ---- waiting for rank 0 ------------------------------------------------------------------------------------------------
