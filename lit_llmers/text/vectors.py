@@ -168,9 +168,12 @@ class Projection:
         return cls(components, _factor(components.transform(exact)))
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """`[N, D]` to `[N, d]` float32; a row of zeros is no vector and stays so."""
+        """`[N, D]` to `[N, d]` float32; a row of zeros is no vector and stays so, and equal rows stay equal."""
         filled = has_vector(vectors)
-        kept = vectors[filled] if self.components is None else self.components.transform(vectors[filled])
+        kept = vectors[filled]
+        if self.components is not None:  # a matrix product rounds equal rows differently
+            distinct, place = np.unique(kept, axis=0, return_inverse=True)
+            kept = self.components.transform(distinct)[place.reshape(-1)]
         out = np.zeros((len(vectors), kept.shape[1]), np.float32)
         out[filled] = kept * self.factor
         return out

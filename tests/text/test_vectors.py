@@ -59,6 +59,15 @@ def test_distances_stay_up_to_one_factor_and_other_rows_go_the_same_way():
     np.testing.assert_allclose(project(given[5:9]), found[5:9], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("whiten", [False, True])
+def test_equal_rows_stay_equal(whiten):
+    """Items of the same text tie in a ranking; rounding would put one of them first."""
+    given = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+    given[200:] = given[:100]
+    found = Projection.fit(given, "all", 0, whiten)(given)
+    np.testing.assert_array_equal(found[200:], found[:100])
+
+
 def test_a_row_of_zeros_stays_so():
     given = vectors()
     project = Projection.fit(given, 2, 0)
