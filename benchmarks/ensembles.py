@@ -13,6 +13,7 @@ from itertools import combinations
 import torch
 
 from lit_llmers import fit, recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.conf.schema import EvaluationConfig
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
@@ -20,7 +21,6 @@ from lit_llmers.metrics import per_user_metric
 from lit_llmers.models import load_dataset, load_model
 from lit_llmers.ranking import Catalogue, target_ranks
 from lit_llmers.reporting.tables import markdown, with_spread
-from lit_llmers.resolving import resolve
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender
 

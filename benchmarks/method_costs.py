@@ -26,12 +26,12 @@ from fits import FEW, Fit, quiet
 from measure import MET, Comparison, Cost, alternate, rewrite_section, timed, title, when
 
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.environment import environment
 from lit_llmers.errors import UserError
 from lit_llmers.evaluate import rank_all
 from lit_llmers.models import count_parameters, load_dataset, load_model
-from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
 

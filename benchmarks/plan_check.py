@@ -103,7 +103,7 @@ def child(what: str, name: str, folder: str) -> dict[str, Any]:
 
 def stages_of(name: str, folder: str) -> tuple[list[Any], Any]:
     """All stages of a configuration, and the one that is checked."""
-    from lit_llmers.resolving import resolve
+    from lit_llmers.composing.resolving import resolve
 
     recipe, wanted, overrides = CHECKS[name]
     planned = resolve(recipes.compose(recipe, [*DATA, *overrides, f"run.dir={folder}", "trainer.patience=0"]))

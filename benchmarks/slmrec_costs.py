@@ -27,12 +27,12 @@ from fits import FEW, QUICK, Fit, quiet
 from measure import Comparison, Cost, alternate, rewrite_section, table, timed, title, when
 
 from lit_llmers import recipes, record
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows, TrainingRows
 from lit_llmers.environment import environment
 from lit_llmers.files import write_json
 from lit_llmers.models import load_dataset, load_model
-from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
 

@@ -89,10 +89,10 @@ def main(arguments: list[str]) -> int:
 
 def measure(name: str, overrides: list[str]) -> dict[str, Any]:
     """Run one point and return its figures."""
+    from lit_llmers.composing.resolving import resolve
     from lit_llmers.fit import describe_run, quiet
-    from lit_llmers.locks import alone
+    from lit_llmers.processes.locks import alone
     from lit_llmers.reporting.results import Results
-    from lit_llmers.resolving import resolve
     from lit_llmers.running import run
 
     if name not in POINTS:

@@ -28,11 +28,11 @@ from measure import MET, Comparison, Cost, alternate, rewrite_section, title, wh
 from subjects import Peer, Subject, Unavailable, environment
 
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.data.dataset import TEST, VALID, Dataset
 from lit_llmers.environment import environment as machine_and_software
 from lit_llmers.errors import UserError
 from lit_llmers.files import write_json
-from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
 

@@ -20,8 +20,8 @@ from typing import Any
 from measure import rewrite_section, title, when
 
 from lit_llmers import fit, recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.environment import environment
-from lit_llmers.resolving import resolve
 
 SEVERAL = re.compile(r"[^=\[\]{}]+=[^=\[\]{}]*,[^\[\]{}]*")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_llmers import recipes
+from lit_llmers.composing.overrides import quoted
 from lit_llmers.conf.schema import RunConfig
 from lit_llmers.conf.typed import build
 from lit_llmers.errors import UserError, unknown
-from lit_llmers.overrides import quoted
 
 if TYPE_CHECKING:
     from lit_llmers.stages import Stage
@@ -167,7 +167,7 @@ def planned_runs(asked: Asked) -> tuple[Path, list[PlannedRun]]:
     Raises:
         UserError: whatever `lit_llmers.fit` would refuse, and runs that cannot be compared.
     """
-    from lit_llmers.resolving import resolve
+    from lit_llmers.composing.resolving import resolve
 
     own = tuple(f"{key}=" for key in ("run.name", "run.dir"))
     has = {recipe: recipes.chooses(recipe) for recipe in asked.recipes}

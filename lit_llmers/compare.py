@@ -84,8 +84,8 @@ def compare(asked: Asked, arguments: Sequence[str]) -> dict[str, str]:
         the error of each run that failed, by label.
     """
     fit.quiet()
-    from lit_llmers.locks import alone
     from lit_llmers.loggers import finish_loggers
+    from lit_llmers.processes.locks import alone
     from lit_llmers.reporting.comparison_report import publish, summary_table, write_report
     from lit_llmers.stages import Run
 
@@ -174,7 +174,7 @@ def gather(runs: Sequence[PlannedRun], called: dict[tuple[str, str], str], refer
 
 def share(run: PlannedRun, root: Path) -> None:
     """Link the stages that other runs of this comparison have done, and encoded texts: the same name is the same content."""
-    from lit_llmers.locks import RECORDS
+    from lit_llmers.processes.locks import RECORDS
 
     for own in (run.folder / RECORDS).glob("*"):
         if own.is_symlink() and not own.exists():  # the record that it led to was removed

@@ -63,9 +63,9 @@ def dashboard(config: dict[str, Any]) -> str:
     """
     if config["logger"]["kind"] != "wandb":
         raise UserError(f"logger={config['logger']['kind']} does not log to W&B. Leave it out, or use logger=wandb.")
+    from lit_llmers.composing.resolving import resolve
     from lit_llmers.files import read_json
     from lit_llmers.loggers import wandb_mode
-    from lit_llmers.resolving import resolve
 
     stages = resolve(config)
     path = stages[0].run.folder / FILE

@@ -16,9 +16,9 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.texts import leaking
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, digest
-from lit_llmers.locks import RECORDS
 from lit_llmers.models import load_dataset
 from lit_llmers.processes import Processes
+from lit_llmers.processes.locks import RECORDS
 from lit_llmers.stages import TABLE, USER_TABLE, Stage
 from lit_llmers.text.contrast import tune_by_contrast
 from lit_llmers.text.prompts import history_texts, item_texts

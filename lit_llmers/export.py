@@ -30,13 +30,13 @@ from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import EvaluationBatches
 from lit_llmers.data.sequences import EvaluationRows
 from lit_llmers.errors import UserError
-from lit_llmers.exported import CONFIG, GRAPH, GUIDE, ITEMS, USERS, WEIGHTS
 from lit_llmers.files import atomic_write, write_json
-from lit_llmers.guide import explain, readme
 from lit_llmers.models import load_dataset, load_model
-from lit_llmers.onnx_graph import save_onnx, trace
-from lit_llmers.served import FinalTables, innermost, rebuild, served, weights_of
 from lit_llmers.serving import FORMAT, OnnxScorer, inputs_of, load_exported, score_catalogue
+from lit_llmers.serving.exported import CONFIG, GRAPH, GUIDE, ITEMS, USERS, WEIGHTS
+from lit_llmers.serving.guide import explain, readme
+from lit_llmers.serving.onnx_graph import save_onnx, trace
+from lit_llmers.serving.served import FinalTables, innermost, rebuild, served, weights_of
 from lit_llmers.stages import TABLE, Stage
 from lit_llmers.students.recommender import Recommender
 from lit_llmers.teachers.base import BaseConfig

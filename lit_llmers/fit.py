@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_llmers import launching, recipes
+from lit_llmers import recipes
 from lit_llmers.allocator import keep_memory
 from lit_llmers.errors import UserError
-from lit_llmers.processes import Processes, RankFailed
+from lit_llmers.processes import Processes, RankFailed, launching
 
 log = logging.getLogger("lit_llmers.fit")  # as a program this file is __main__
 EARLIER = "> **Of earlier settings**: a later command changed `config.yaml` and has not come to its end."  # a report that waits
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         if "--config" in arguments:
             from omegaconf import OmegaConf
 
-            from lit_llmers.resolving import check_sections
+            from lit_llmers.composing.resolving import check_sections
 
             check_sections(config)
             print(OmegaConf.to_yaml(config))
@@ -78,15 +78,15 @@ def _failed(status: int, message: str) -> int:
 
 def fit(config: dict[str, Any], arguments: Sequence[str], here: Processes) -> None:
     """Run a composed recipe: its stages in order, or one alone, then the report."""
-    from lit_llmers.resolving import check_sections, resolve
+    from lit_llmers.composing.resolving import check_sections, resolve
 
     check_sections(config)
     quiet()
     preemption.stop_if_asked()
-    from lit_llmers.locks import alone, sweep
+    from lit_llmers.processes.locks import alone, sweep
+    from lit_llmers.processes.requeue import refuse_changed_settings
     from lit_llmers.report import summary_table
     from lit_llmers.reporting.results import Results
-    from lit_llmers.requeue import refuse_changed_settings
     from lit_llmers.running import check_needs_done, run, select
 
     stages, only = resolve(config), config["only"]

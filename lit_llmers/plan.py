@@ -126,7 +126,7 @@ def plan(asked: Asked) -> dict[str, Any]:
 
     gpu = card(asked.gpu)
     config = recipes.compose(asked.recipe, asked.overrides)
-    from lit_llmers.resolving import resolve
+    from lit_llmers.composing.resolving import resolve
     from lit_llmers.running import select
 
     planned = resolve(config)

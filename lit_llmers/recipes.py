@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_llmers.composing.overrides import OF_STAGE, key_of, readable, with_stage_overrides, written
 from lit_llmers.conf.schema import SECTIONS
 from lit_llmers.conf.typed import checked
 from lit_llmers.errors import UserError, nearest, unknown
-from lit_llmers.overrides import OF_STAGE, key_of, readable, with_stage_overrides, written
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf"

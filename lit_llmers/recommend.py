@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_llmers.errors import UserError, nearest, unknown
-from lit_llmers.exported import CONFIG, GRAPH, ITEMS, USERS
 from lit_llmers.serving import OnnxScorer, TorchScorer, find_export, read_config
+from lit_llmers.serving.exported import CONFIG, GRAPH, ITEMS, USERS
 
 if TYPE_CHECKING:
     from pyarrow import Table

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lit_llmers.errors import UserError, nearest
 from lit_llmers.files import atomic_write, read_json
-from lit_llmers.locks import alone
+from lit_llmers.processes.locks import alone
 from lit_llmers.reporting import sections, tables
 from lit_llmers.reporting.plots import write_plots
 from lit_llmers.reporting.results import METRIC, Results

@@ -12,10 +12,10 @@ from pathlib import Path
 from lit_llmers.environment import device, environment, jobs
 from lit_llmers.errors import UserError, unknown
 from lit_llmers.files import previous, read_json, remove, sha256, write_json
-from lit_llmers.launching import launch
-from lit_llmers.locks import LOCK, Busy, alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import Processes
+from lit_llmers.processes.launching import launch
+from lit_llmers.processes.locks import LOCK, Busy, alone
 from lit_llmers.stages import MODULES, TABLE, USER_TABLE, Stage
 
 LAST = "last.ckpt"
@@ -75,10 +75,10 @@ def check_on_data(stages: list[Stage]) -> None:
 
 
 def check_machine(stages: list[Stage]) -> None:
-    """Every stage's accelerator and strategy must be ones that this machine can run; see `lit_llmers.strategies`."""
+    """Every stage's accelerator and strategy must be ones that this machine can run; see `lit_llmers.processes.strategies`."""
     settings = [stage.trainer for stage in stages if stage.trainer is not None]
     if settings:
-        from lit_llmers import strategies
+        from lit_llmers.processes import strategies
 
         for trainer in settings:
             strategies.check_machine(trainer)

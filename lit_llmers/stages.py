@@ -185,11 +185,12 @@ def _without(keys: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def no_command(verb: str) -> NoReturn:
-    """What `python -m` says of the file of a verb: how its stages are run."""
+def no_command(file: str, stage: str | None = None) -> NoReturn:
+    """What `python -m` says of the file of a verb: how its stages are run, one of which is called `stage`, or as the file."""
+    stage = stage or file
     print(
-        f"lit_llmers.{verb} is a kind of stage and no command. 'python -m lit_llmers.fit recipe=NAME stage={verb}' runs a "
-        f"recipe up to its stage of that name, and only={verb} that one alone.",
+        f"lit_llmers.{file} is a kind of stage and no command. 'python -m lit_llmers.fit recipe=NAME stage={stage}' runs a "
+        f"recipe up to its stage of that name, and only={stage} that one alone.",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -1,5 +1,11 @@
 """The `fit` stage: train one recommender, from the last checkpoint if there is one, and keep its best epoch."""
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("training", "student")  # before anything that takes time is imported
+
+
 from typing import Any
 
 import lightning as L
@@ -24,9 +30,9 @@ from lit_llmers.models import (
     load_sources,
     offers,
 )
+from lit_llmers.processes.strategies import construction, make_strategy
 from lit_llmers.record import open_signals
 from lit_llmers.stages import TABLE, Stage
-from lit_llmers.strategies import construction, make_strategy
 
 MONITOR = "val/NDCG@10"
 

@@ -1,5 +1,11 @@
 """The `tune` stage: teach a language model to say the next item's title, and keep its best epoch."""
 
+if __name__ == "__main__":
+    from lit_llmers.stages import no_command
+
+    no_command("tuning", "teacher")  # before anything that takes time is imported
+
+
 from typing import Any
 
 import lightning as L
@@ -12,8 +18,8 @@ from lit_llmers.conf.schema import SHARDED
 from lit_llmers.data.texts import leaking
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.models import load_dataset
+from lit_llmers.processes.strategies import construction
 from lit_llmers.stages import Stage
-from lit_llmers.strategies import construction
 from lit_llmers.teachers.grounding import GroundedRecommender
 from lit_llmers.teachers.instruct import InstructedModel
 from lit_llmers.teachers.instructions import InstructionData

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from lit_llmers.backbones import Backbone
 from lit_llmers.conf.schema import OptimizerConfig
 from lit_llmers.errors import UserError
-from lit_llmers.onnx_graph import save_onnx, trace
-from lit_llmers.served import innermost
 from lit_llmers.serving import OnnxScorer, score_catalogue
+from lit_llmers.serving.onnx_graph import save_onnx, trace
+from lit_llmers.serving.served import innermost
 from lit_llmers.students.sequential import SequentialRecommender
 
 N_ITEMS, MAX_LENGTH, DIM = 40, 12, 16

@@ -19,8 +19,8 @@ from tiny import arguments
 
 from lit_llmers import comparable, compare, fit, jobs, recipes
 from lit_llmers.errors import UserError
-from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
+from lit_llmers.processes.locks import alone
 from lit_llmers.reporting import comparison_report
 from lit_llmers.reporting.comparison import Comparison, Contender, comparison_table, figures, notes, read_comparison
 
@@ -145,15 +145,18 @@ def test_a_report_says_on_what_and_how_long_each_model_trained(folders, tmp_path
         settings = json.loads(path.read_text())["settings"]
         settings["trainer"] |= {"patience": 9, "devices": 4}
         settings["optimizer"]["warmup_steps"] = None
+        settings["loss"] = {"kind": "bce", "negatives": 2, "t": 0.75}
         path.write_text(json.dumps({"settings": settings}))
     (tmp_path / "comparison").mkdir()
     path = comparison_report.write_report(tmp_path / "comparison", students(runs), [], {}, "")
     (section,) = (part for part in path.read_text().split("\n## ") if part.startswith("Training settings"))
-    assert "The models differ in `trainer.patience`, `optimizer.warmup_steps`." in section
+    assert "The models differ in `trainer.patience`, `loss`, `optimizer.warmup_steps`." in section
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert [row[0] for row in table[2:]] == ["sasrec", "gru4rec", "caser"]
-    assert [row[1:] for row in table[2:]] == [["4", "-"], ["4", "-"], ["9", "null"]]
-    assert "The same for all: `sequences.max_length=50, optimizer.lr=0.001`." in section, "where it ran is not among them"
+    assert [row[1:] for row in table[2:]] == [["4", "-", "-"]] * 2 + [["9", "{kind: bce, negatives: 2}", "null"]]
+    assert "The same for all: `model={dim: 8}, sequences.max_length=50, optimizer.lr=0.001`." in section, (
+        "where it ran is not among them"
+    )
 
 
 def test_a_folder_is_read_back_as_the_comparison_that_it_is_of(folders, tmp_path):

@@ -362,7 +362,7 @@ def test_the_report_counts_who_has_no_vector_and_what_was_read(stages, model):
 
 
 def test_a_recipe_s_choice_of_text_takes_the_fallback(tmp_path):
-    assert by_name(small(tmp_path, "text.missing=zero", "text.dim=8", recipe="llm2x"))["text"].config.missing == "zero"
+    assert by_name(small(tmp_path, "text.missing=zero", "text.dim=64", recipe="llm2x"))["text"].config.missing == "zero"
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

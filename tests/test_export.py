@@ -12,13 +12,13 @@ from pyarrow.parquet import read_table
 from safetensors.torch import load_file, save_file
 from tiny_export import DIM, MAX_LENGTH, N_ITEMS, TITLES, dataset, export_stage, finish
 
-from lit_llmers import export, onnx_graph
+from lit_llmers import export
 from lit_llmers.backbones.item_knn import ItemKNN
 from lit_llmers.conf.stages import ExportStage
 from lit_llmers.errors import UserError
 from lit_llmers.models import load_model
 from lit_llmers.recommend import Recommender
-from lit_llmers.serving import OnnxScorer, TorchScorer, inputs_of, load_exported, score_catalogue
+from lit_llmers.serving import OnnxScorer, TorchScorer, inputs_of, load_exported, onnx_graph, score_catalogue
 from lit_llmers.students.counting import CountingRecommender
 
 SIZES = {

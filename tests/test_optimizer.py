@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.errors import UserError
 from lit_llmers.optimizer import RowwiseAdamW
-from lit_llmers.resolving import resolve
 
 
 def trained(kind: type, batches: list[list[int]], sparse: bool, **settings: float) -> tuple[nn.Embedding, nn.Linear]:

@@ -9,13 +9,13 @@ import pytest
 from tiny import by_name
 
 from lit_llmers import comparable, fit, plan, recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.errors import UserError
 from lit_llmers.files import write_json
+from lit_llmers.processes.strategies import check_machine
 from lit_llmers.reporting.results import Results
-from lit_llmers.resolving import resolve
 from lit_llmers.serving import find_export
-from lit_llmers.strategies import check_machine
 
 MAPPING = r"It must be a mapping, as \{key: value\}"
 NONE = "no Hugging Face configuration"
@@ -195,10 +195,17 @@ def test_a_plan_is_of_the_stages_that_are_asked_for():
         plan.plan(plan.parse([*given, "stage=nope"]))
 
 
-@pytest.mark.parametrize("verb", ["prepare", "encode", "record", "evaluate", "export"])
-def test_a_stage_s_file_is_no_command_and_says_which_is(verb):
-    command = [sys.executable, "-m", f"lit_llmers.{verb}", "--help"]
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("training", "student"),
+        ("tuning", "teacher"),
+        *[(verb,) * 2 for verb in ("prepare", "encode", "record", "evaluate", "export")],
+    ],
+)
+def test_a_stage_s_file_is_no_command_and_says_which_is(file, stage):
+    command = [sys.executable, "-m", f"lit_llmers.{file}", "--help"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert (said.returncode, said.stdout) == (2, "")
-    assert f"python -m lit_llmers.fit recipe=NAME stage={verb}" in said.stderr
+    assert f"python -m lit_llmers.fit recipe=NAME stage={stage}" in said.stderr

@@ -13,9 +13,9 @@ from tiny import dataset
 from lit_llmers import report
 from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write
-from lit_llmers.locks import alone
 from lit_llmers.loggers import finish_loggers, make_loggers
 from lit_llmers.metrics import ranking_metrics
+from lit_llmers.processes.locks import alone
 from lit_llmers.report import publish, summary_table, write_report
 from lit_llmers.reporting import plots, sections
 from lit_llmers.reporting.comparison import Comparison, Contender
@@ -74,6 +74,7 @@ def make_run(run: Path, levels: dict[str, float], seeds=SEEDS, until: str | None
         if stage["verb"] == "fit":
             fit_log(folder, name, levels[name], rng)
             settings = {"sequences": {"max_length": 50}, "trainer": {"patience": 4, "devices": 1}, "optimizer": {"lr": 0.001}}
+            settings["model"] = {"dim": 8}
             (folder / "config.json").write_text(json.dumps({"settings": settings}))
             parameters = {"total": 260_000 if name == "teacher" else 140_000, "trainable": 90_000}
             size = {"layers": 8 if name == "teacher" else 4, "width": 64}

@@ -16,10 +16,10 @@ from tiny import BASE, by_name, small
 
 from lit_llmers import prepare as prepare_stage
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.errors import UserError
 from lit_llmers.files import read_json, remove
-from lit_llmers.locks import alone, sweep
-from lit_llmers.resolving import resolve
+from lit_llmers.processes.locks import alone, sweep
 from lit_llmers.running import run
 from lit_llmers.stages import REVISIONS, describe
 
@@ -532,7 +532,7 @@ def test_describe_is_json(tmp_path):
 HOLD = """\
 import sys
 from pathlib import Path
-from lit_llmers.locks import alone
+from lit_llmers.processes.locks import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -567,7 +567,7 @@ def test_a_stage_waits_for_a_sibling_that_sweeps_its_folder(tmp_path, monkeypatc
         time.sleep(0.5)
         remove(path)
 
-    monkeypatch.setattr("lit_llmers.locks.remove", remove_slowly)
+    monkeypatch.setattr("lit_llmers.processes.locks.remove", remove_slowly)
     sibling = threading.Thread(target=sweep, args=(prepare.run.folder,))
     sibling.start()
     sweeping.wait()

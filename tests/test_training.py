@@ -5,10 +5,10 @@ import pytest
 from tiny import by_name, small
 
 from lit_llmers import training
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.errors import UserError
 from lit_llmers.journal import read_metrics
 from lit_llmers.recipes import compose
-from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 
 

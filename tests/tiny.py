@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.data.dataset import TEST, TRAIN, VALID, Dataset
 from lit_llmers.journal import read_metrics
-from lit_llmers.resolving import resolve
 from lit_llmers.stages import Stage
 
 COMMON = [  # for any recipe

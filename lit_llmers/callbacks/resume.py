@@ -15,7 +15,7 @@ from lit_llmers.errors import UserError
 from lit_llmers.files import atomic_write, previous, read_json, readable, recover, replace_folder, writable
 from lit_llmers.optimizer import lower_rate
 from lit_llmers.processes import Processes
-from lit_llmers.strategies import whole_state
+from lit_llmers.processes.strategies import whole_state
 
 ABOUT = "about.json"  # in a checkpoint's folder: what it was written by
 LOWERED = 0.1  # learning rate after a plateau, in that before

@@ -152,7 +152,7 @@ class TrainerConfig:
             ones for language models.
         devices: processes on each machine.
         num_nodes: machines.
-        batch_size: training rows per micro-batch, over all processes together: their number changes but what each draws.
+        batch_size: training rows per micro-batch, over all processes together; their number changes random draws alone.
         accumulate_grad_batches: micro-batches per optimiser step.
         max_epochs: epochs at most.
         validate_every: epochs between two validations, from which the best epoch is chosen.

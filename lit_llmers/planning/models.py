@@ -23,7 +23,7 @@ from lit_llmers.data.loader import Batch
 from lit_llmers.planning.bases import on_paper
 from lit_llmers.planning.data import Known
 from lit_llmers.planning.sharing import dtype_of
-from lit_llmers.served import weights_of
+from lit_llmers.serving.served import weights_of
 from lit_llmers.stages import Stage
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender

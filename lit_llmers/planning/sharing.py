@@ -1,7 +1,7 @@
 """What of a model each process holds while it trains, by strategy: arithmetic on numbers of parameters.
 
 Activations are not in it: see `lit_llmers.planning.rehearsal`. Sizes of DeepSpeed's buffers are its defaults, which
-`lit_llmers.strategies` does not change.
+`lit_llmers.processes.strategies` does not change.
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lit_llmers.conf.schema import LOSS_READERS
 from lit_llmers.errors import UserError
 from lit_llmers.files import read_json, write_json
 from lit_llmers.reporting.results import METRIC, Evaluated, Results
@@ -207,7 +208,7 @@ def figures(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def training_table(comparison: Comparison) -> tuple[str, list[str], Rows]:
-    """On what rows and for how long each model trained: what is the same for all, in words, and a table of what is not."""
+    """What each model is, on what rows and for how long it trained: what is the same for all, and a table of what is not."""
     found: dict[str, dict[str, str]] = {}
     runs = {run.run: run for run in comparison.runs}
     contenders = {each.label: each for each in comparison.contenders}
@@ -215,7 +216,9 @@ def training_table(comparison: Comparison) -> tuple[str, list[str], Rows]:
         fit = runs[each.run].fits[each.name][0]
         if fit.summary.get("epochs"):  # what is counted is not trained
             settings = read_json(fit.folder / "config.json")["settings"]
-            found[each.label] = {
+            loss = {key: value for key, value in settings.get("loss", {}).items() if _is_read(key, settings["loss"]["kind"])}
+            found[each.label] = {key: _flow(own) for key, own in (("model", settings.get("model")), ("loss", loss)) if own}
+            found[each.label] |= {
                 f"{part}.{key}": "null" if value is None else str(value)
                 for part in ("sequences", "optimizer", "trainer")
                 for key, value in settings.get(part, {}).items()
@@ -227,6 +230,16 @@ def training_table(comparison: Comparison) -> tuple[str, list[str], Rows]:
     same = ", ".join(f"{key}={values[key][0]}" for key in keys if key not in differ)
     rows = [[label, *(values[key][place] for key in differ)] for place, label in enumerate(found)]
     return same, ["model", *differ], rows if differ else []
+
+
+def _is_read(key: str, kind: str) -> bool:
+    """Whether a loss of that kind reads that setting of its own."""
+    return kind in LOSS_READERS.get(key, (kind,))
+
+
+def _flow(settings: dict[str, Any]) -> str:
+    """Settings in a cell, as YAML writes them in a line."""
+    return f"{{{', '.join(f'{key}: {value}' for key, value in settings.items())}}}"
 
 
 def notes(comparison: Comparison) -> list[str]:

@@ -6,12 +6,12 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 
-from lit_llmers.averages import averages
 from lit_llmers.conf.schema import OptimizerConfig
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import RankingMetrics
 from lit_llmers.optimizer import adamw
+from lit_llmers.processes.averages import averages
 from lit_llmers.ranking import Catalogue, candidate_ranks, target_ranks, top_items
 from lit_llmers.students.output import StudentOutput
 

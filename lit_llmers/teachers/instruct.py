@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lit_llmers.averages import averages, part_of_mean
 from lit_llmers.conf.instruction import TuneStage
 from lit_llmers.data.loader import Batch
 from lit_llmers.errors import UserError
 from lit_llmers.metrics import RankingMetrics
 from lit_llmers.optimizer import adamw
+from lit_llmers.processes.averages import averages, part_of_mean
 from lit_llmers.teachers.grounding import GroundedRecommender
 from lit_llmers.teachers.instructions import IGNORED
 from lit_llmers.teachers.language_model import read

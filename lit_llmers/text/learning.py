@@ -8,13 +8,13 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
-from lit_llmers.averages import averages
 from lit_llmers.callbacks.resume import LastCheckpoint, SeedEachStep
 from lit_llmers.callbacks.throughput import Throughput
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.errors import UserError
 from lit_llmers.loggers import finish_loggers
 from lit_llmers.optimizer import adamw
+from lit_llmers.processes.averages import averages
 from lit_llmers.stages import Stage
 from lit_llmers.training import make_trainer
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_llmers.averages import part_of_mean
 from lit_llmers.backbones.items import item_embedding
 from lit_llmers.conf.encoding import EncodeStage
 from lit_llmers.data.dataset import Dataset
 from lit_llmers.data.loader import Batch, TrainingBatches
 from lit_llmers.errors import UserError
+from lit_llmers.processes.averages import part_of_mean
 from lit_llmers.stages import Stage
 from lit_llmers.teachers.base import BaseConfig, load_causal, load_tokenizer
 from lit_llmers.teachers.language_model import kept_tokenizer

@@ -12,9 +12,9 @@ import numpy as np
 
 from lit_llmers.errors import UserError
 from lit_llmers.files import digest
-from lit_llmers.locks import alone
 from lit_llmers.preemption import stop_if_asked
 from lit_llmers.processes import PATIENCE, Processes
+from lit_llmers.processes.locks import alone
 from lit_llmers.signals import MANIFEST, SHARD_BATCHES, SignalReader, SignalSpec, SignalWriter, shard_rows
 from lit_llmers.text.tables import has_vector
 

@@ -27,13 +27,13 @@ from torch.nn import functional as F
 
 from lit_llmers.backbones import Backbone
 from lit_llmers.building import build_backbone, find
-from lit_llmers.checks import check
+from lit_llmers.composing.checks import check
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.conf.stages import FitStage
 from lit_llmers.conf.typed import build
 from lit_llmers.errors import UserError
 from lit_llmers.recipes import compose, options
-from lit_llmers.resolving import resolve
 
 SIZES = {"vocab_size": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
 

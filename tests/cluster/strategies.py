@@ -19,9 +19,9 @@ import lightning as L
 import torch
 from tiny import by_name, small
 
-from lit_llmers import preemption, strategies
+from lit_llmers import preemption
 from lit_llmers.fit import quiet
-from lit_llmers.processes import Processes
+from lit_llmers.processes import Processes, strategies
 from lit_llmers.stages import MODULES, Stage
 
 LORA = "{rank: 4, alpha: 8, dropout: 0.0, targets: [q_proj, v_proj, down_proj]}"

@@ -12,7 +12,7 @@ from runs import logged, strays
 from tiny import arguments, by_name, small
 from tiny_text import save_data, save_model
 
-from lit_llmers.locks import RECORDS
+from lit_llmers.processes.locks import RECORDS
 from lit_llmers.running import run
 from lit_llmers.signals import SignalReader
 from lit_llmers.stages import Stage

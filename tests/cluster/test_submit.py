@@ -11,7 +11,7 @@ import pytest
 from slurm_user import ROOT, STAGE, SUBMIT, SYNC, bash, inherited
 
 from lit_llmers import fit, recipes
-from lit_llmers.resolving import resolve
+from lit_llmers.composing.resolving import resolve
 
 
 @pytest.fixture(scope="module")

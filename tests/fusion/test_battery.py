@@ -37,8 +37,8 @@ from lit_llmers.fusion.dual_view import DualView
 from lit_llmers.fusion.frequency import Frequency
 from lit_llmers.fusion.frozen_adapter import FrozenAdapter
 from lit_llmers.fusion.popularity_gate import PopularityGate
-from lit_llmers.onnx_graph import save_onnx, trace
 from lit_llmers.serving import OnnxScorer, score_catalogue
+from lit_llmers.serving.onnx_graph import save_onnx, trace
 from lit_llmers.students.negatives import UnmetDraw
 from lit_llmers.students.sequential import SequentialRecommender
 

@@ -9,8 +9,8 @@ from tiny import by_name
 
 from lit_llmers import recipes
 from lit_llmers.building import find
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.errors import UserError
-from lit_llmers.resolving import resolve
 
 RECIPES = sorted(recipes.available())
 NEEDS = {  # what an option cannot do without
@@ -292,7 +292,7 @@ def test_a_scale_is_like_another_and_wins_over_it(mine):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_parts_of_every_recipe_can_be_made_before_anything_runs(name, no_files, caplog):
-    caplog.set_level("DEBUG", "lit_llmers.compatibility")
+    caplog.set_level("DEBUG", "lit_llmers.composing.compatibility")
     assert resolve(recipes.compose(name, TEXT.get(name, [])))
     assert not caplog.messages
 

@@ -10,9 +10,9 @@ from tiny import COMMON, by_name
 
 from lit_llmers import recipes
 from lit_llmers.building import find
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.fit import main
 from lit_llmers.journal import read_metrics
-from lit_llmers.resolving import resolve
 from lit_llmers.serving import load_exported
 from lit_llmers.stages import Stage
 

@@ -12,8 +12,8 @@ from tiny import by_name, losses
 from tiny_text import DECODER, ENCODER
 
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.data.dataset import Dataset
-from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
 

@@ -6,8 +6,8 @@ import torch
 from tiny import by_name, losses, small, weights
 
 from lit_llmers import recipes
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.errors import UserError
-from lit_llmers.resolving import resolve
 from lit_llmers.running import run
 from lit_llmers.stages import Stage
 from lit_llmers.students.recommender import Recommender

@@ -12,8 +12,8 @@ from lit_llmers import recipes
 from lit_llmers.callbacks.embedding_distillation import EmbeddingDistillation
 from lit_llmers.callbacks.ranking_distillation import RankingDistillation
 from lit_llmers.callbacks.response_distillation import ResponseDistillation
+from lit_llmers.composing.resolving import resolve
 from lit_llmers.losses import sampled
-from lit_llmers.resolving import resolve
 from lit_llmers.students.output import StudentOutput
 
 RANKED = ["bigrec", "dcd", "dllm2rec", "rd", "rrd", "soft-top-k", "unkd"]  # whose student learns the order of lists

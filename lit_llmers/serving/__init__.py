@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_llmers.errors import UserError
-from lit_llmers.exported import AGAIN, CONFIG, WEIGHTS
 from lit_llmers.files import read_json
+from lit_llmers.serving.exported import AGAIN, CONFIG, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ def load_exported(folder: Path) -> "Recommender":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from lit_llmers.served import rebuild
+    from lit_llmers.serving.served import rebuild
 
     path = Path(folder) / WEIGHTS
     config = read_config(folder)
@@ -117,7 +117,7 @@ def score_catalogue(model: "Recommender", max_length: int, *inputs: "Tensor") ->
         max_length: items of a history that are read, the latest ones.
         inputs: `items [B, L]` int64 and `mask [B, L]` bool; for a collaborative model `user [B]` int64.
     """
-    from lit_llmers.served import served
+    from lit_llmers.serving.served import served
 
     return served(model, max_length)(*inputs)
 

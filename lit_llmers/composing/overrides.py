@@ -45,7 +45,7 @@ def readable(override: str) -> str:
         if parsed.is_sweep_override():
             raise UserError(
                 f"'{override}' stands for several runs, and this is one. Write a list as {key}=[A,B], and a text with quotes "
-                f'inside those of the shell: "{in_quotes}".'
+                f'inside those of the shell: "{in_quotes}". benchmarks/tuning.py of a checkout tries one value after the other.'
             )
         number = isinstance(parsed.value(), int | float) and _is_text(key)
         return in_quotes if number else form

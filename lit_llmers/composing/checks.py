@@ -1,5 +1,5 @@
 """Checks of one fit stage before anything runs: its names, its arguments, and what goes with what. Across stages:
-`lit_llmers.compatibility`."""
+`lit_llmers.composing.compatibility`."""
 
 import inspect
 from typing import Any

@@ -16,9 +16,9 @@ from lit_llmers.building import build_backbone, build_fusions, find
 from lit_llmers.conf.schema import SequenceConfig
 from lit_llmers.conf.stages import FitStage
 from lit_llmers.errors import UserError
-from lit_llmers.exported import AGAIN, CONFIG, WEIGHTS
 from lit_llmers.fusion import Fusion
 from lit_llmers.fusion.text import TextTable
+from lit_llmers.serving.exported import AGAIN, CONFIG, WEIGHTS
 from lit_llmers.students.collaborative import CollaborativeRecommender
 from lit_llmers.students.counting import CountingRecommender
 from lit_llmers.students.recommender import Recommender

@@ -233,7 +233,7 @@ def test_a_constructor_that_needs_its_sources_waits_for_them(tmp_path, monkeypat
 
 def test_every_callback_can_be_made_before_anything_runs(tmp_path, caplog):
     """With its own defaults, whatever it reads."""
-    caplog.set_level("DEBUG", "lit_llmers.compatibility")
+    caplog.set_level("DEBUG", "lit_llmers.composing.compatibility")
     fitting = {"graph_contrast": "lightgcn", "masked_reconstruction": "lightgcn"}
     source = {"ranking": "{from:lists}", "signals": "{from:states}", "items": "{from:text}", "users": "{from:text}"}
     for file in Path(building.__file__).with_name("callbacks").glob("*.py"):

@@ -1,4 +1,4 @@
-"""Checks across stages: what one asks of another must be what that one has. Of one stage: `lit_llmers.checks`."""
+"""Checks across stages: what one asks of another must be what that one has. Of one stage: `lit_llmers.composing.checks`."""
 
 import inspect
 import logging

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_llmers.exported import GRAPH
 from lit_llmers.files import atomic_write
 from lit_llmers.fusion import Fusion
 from lit_llmers.fusion.text import TextView
-from lit_llmers.served import served
+from lit_llmers.serving.exported import GRAPH
+from lit_llmers.serving.served import served
 from lit_llmers.students.recommender import Recommender
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_llmers.exported import CONFIG, GRAPH, ITEMS, USERS, WEIGHTS
+from lit_llmers.serving.exported import CONFIG, GRAPH, ITEMS, USERS, WEIGHTS
 
 if TYPE_CHECKING:
     from onnx_ir import Model

@@ -1,7 +1,7 @@
 """The processes of one command: how many there are, which one this is, and how they wait for one another.
 
-A launcher says it in the environment: torchrun, srun, or `lit_llmers.launching`. Nothing here imports torch before it is
-needed.
+A launcher says it in the environment: torchrun, srun, or `lit_llmers.processes.launching`. Nothing here imports torch before
+it is needed.
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lit_llmers import preemption
 from lit_llmers.errors import UserError
-from lit_llmers.locks import LOCK
+from lit_llmers.processes.locks import LOCK
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lit_llmers import recipes
+from lit_llmers.composing.overrides import quoted, readable
 from lit_llmers.errors import UserError
-from lit_llmers.overrides import quoted, readable
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def resolve(config: dict[str, Any]) -> list[Stage]:
         planned[name] = [
             Stage(name, verb, typed, seed, _of_seed(planned, wanted, seed, verb), run, content, repeated) for seed in seeds
         ]
-    from lit_llmers.compatibility import check_blocks, check_parts, check_targets, check_texts
+    from lit_llmers.composing.compatibility import check_blocks, check_parts, check_targets, check_texts
 
     settings = {name: stages[0].config for name, stages in planned.items()}
     check_texts(settings)
@@ -200,12 +200,12 @@ def _typed(name: str, verb: str, entry: dict[str, Any], config: dict[str, Any]) 
     }
     typed: Any = build(classes[verb], entry, where)
     if verb == "fit":
-        from lit_llmers.checks import check
+        from lit_llmers.composing.checks import check
 
         check(typed, where)
         return typed, _content_of(typed.model.get("base"))
     if verb == "tune":
-        from lit_llmers.checks import check_base_of
+        from lit_llmers.composing.checks import check_base_of
 
         check_base_of(typed.trainer, typed.base, where)
         return typed, _content_of(typed.base)

@@ -12,11 +12,11 @@ import pytest
 from runs import ended, fork
 from tiny import arguments, by_name, small
 
-from lit_llmers import fit, launching, processes
+from lit_llmers import fit, processes
 from lit_llmers.errors import UserError
-from lit_llmers.launching import RankFailed
 from lit_llmers.preemption import Stopped
-from lit_llmers.processes import Processes
+from lit_llmers.processes import Processes, launching
+from lit_llmers.processes.launching import RankFailed
 from lit_llmers.running import run
 
 TWO = "stages.teacher.trainer={strategy: ddp, devices: 2, accelerator: cpu}"
@@ -238,7 +238,7 @@ def test_processes_that_are_started_for_one_seed_train_that_one(tmp_path, monkey
 
 
 def test_two_stages_of_a_run_are_worked_on_at_once_and_one_stage_is_not(tmp_path, monkeypatch):
-    from lit_llmers.locks import Busy, alone
+    from lit_llmers.processes.locks import Busy, alone
 
     stages = by_name(small(tmp_path))
     run(list(stages.values()), "prepare")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import BASE, by_name, small
 
-from lit_llmers import strategies
 from lit_llmers.callbacks.resume import LastCheckpoint
 from lit_llmers.conf.encoding import ContrastConfig, EncodeStage
 from lit_llmers.conf.schema import TrainerConfig
 from lit_llmers.errors import UserError
 from lit_llmers.files import previous, recover, replace_folder
+from lit_llmers.processes import strategies
 from lit_llmers.teachers.base import BaseConfig, load_base, without_weights
 
 DDP = ["trainer.strategy=ddp", "trainer.devices=2"]
