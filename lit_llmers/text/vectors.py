@@ -73,15 +73,17 @@ class Recorder:
         return Work(texts, tokens, cut, self.own.seconds).summary
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """`n` texts to `[n, D]` float32; an empty text has a row of zeros."""
-        split = digest(texts)
+        """`n` texts to `[n, D]` float32; an empty text has a row of zeros. Equal texts are read once, and have equal rows."""
+        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        split = digest(list(distinct))
         folder = self.folder / digest([self.identity, self.encoder.width, split])
         started = time.perf_counter()
         if self.mine.world > 1 or not (folder / MANIFEST).is_file():  # several meet there, whatever each of them sees now
             with alone(folder, patience=PATIENCE) if self.mine.first else nullcontext():
-                self._fill(folder, split, texts)
+                self._fill(folder, split, list(distinct))
         self.own.seconds += time.perf_counter() - started
-        return SignalReader(folder, verify=False, remove=folder)[np.arange(len(texts))].numpy()
+        rows = np.array([distinct[text] for text in texts], dtype=np.int64)
+        return SignalReader(folder, verify=False, remove=folder)[rows].numpy()
 
     def _fill(self, folder: Path, split: str, texts: list[str]) -> None:
         """Encode what is missing, and leave when all is there."""
